@@ -1,0 +1,1 @@
+"""llmc: a compiler for transformer models that needs nothing but `pip install`."""

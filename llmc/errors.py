@@ -1,0 +1,43 @@
+"""The error tree. Whatever a user's input can cause ends here, never in a bare traceback.
+
+    LlmcError
+    ├── ModelError      a model, artifact or tokenizer file is bad or unsupported
+    ├── ShapeError      values or shapes that do not fit the model
+    ├── GraphError      a graph that breaks the rules of the IR (also: text that does not parse)
+    ├── TraceError      Python code that cannot be traced
+    ├── CompileError    lowering or code generation cannot do what was asked
+    ├── DeviceError     the machine lacks what the code needs
+    └── CacheError      the cache directory cannot be used
+"""
+
+
+class LlmcError(Exception):
+    """Root of all errors that llmc raises on purpose; the text is one line and names the way out."""
+
+
+class ModelError(LlmcError):
+    """A file is bad or unsupported: names the file, the tensor or node, and what was expected."""
+
+
+class ShapeError(LlmcError):
+    """Input values or shapes that do not fit the model."""
+
+
+class GraphError(LlmcError):
+    """A graph breaks a rule of the IR, or text does not parse as one."""
+
+
+class TraceError(LlmcError):
+    """Python code that cannot become a static graph; names the user's line."""
+
+
+class CompileError(LlmcError):
+    """Lowering or code generation cannot do what was asked."""
+
+
+class DeviceError(LlmcError):
+    """The machine lacks what the code needs."""
+
+
+class CacheError(LlmcError):
+    """The cache directory cannot be used."""
