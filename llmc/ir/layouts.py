@@ -1,0 +1,202 @@
+"""How a tensor lies in memory. One definition of each address serves packing, tests and codegen.
+
+`address(shape, index)` is written with + * // % only, so that index may hold ints, NumPy arrays, dims
+or a wrapper round LLVM values. Results count elements, not bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llmc.errors import CompileError
+from llmc.ir.dims import Dim, ceildiv, product
+
+PAGE = 32  # tokens in a page of a paged state
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Row-major and contiguous."""
+
+    def elements(self, shape: Sequence[Dim]) -> Dim:
+        return product(shape)
+
+    def address(self, shape: Sequence[Any], index: Sequence[Any]) -> Any:
+        offset = index[0] if len(index) else 0
+        for size, position in zip(shape[1:], index[1:], strict=True):
+            offset = offset * size + position
+        return offset
+
+
+@dataclass(frozen=True)
+class Panels:
+    """A matmul weight [k, n] in panels of `columns` columns, streamed from top to bottom.
+
+    In memory: [panel][k / interleave][columns][interleave]; `interleave` consecutive k of one column
+    fill one 32-bit lane. With parts > 1 the n columns are that many equal parts (gate and up), and a
+    panel holds columns / parts columns of each, side by side. k and n are padded with zeros.
+    """
+
+    columns: int
+    interleave: int = 1
+    parts: int = 1
+
+    def panels(self, shape: Sequence[Dim]) -> Dim:
+        return ceildiv(shape[1], self.columns) if self.parts == 1 else ceildiv(
+            shape[1] // self.parts, self.columns // self.parts)
+
+    def elements(self, shape: Sequence[Dim]) -> Dim:
+        depth = ceildiv(shape[0], self.interleave) * self.interleave
+        return self.panels(shape) * depth * self.columns
+
+    def address(self, shape: Sequence[Any], index: Sequence[Any]) -> Any:
+        k, n = index
+        width = self.columns // self.parts
+        depth = (shape[0] + self.interleave - 1) // self.interleave
+        if self.parts == 1:
+            panel, lane = n // width, n % width
+        else:
+            part_size = shape[1] // self.parts
+            part, column = n // part_size, n % part_size
+            panel, lane = column // width, part * width + column % width
+        row = (panel * depth + k // self.interleave) * self.columns + lane
+        return row * self.interleave + k % self.interleave
+
+
+@dataclass(frozen=True)
+class RowBlocks:
+    """Activations [rows..., k] in blocks of `rows` rows: [block][k / interleave][rows][interleave].
+
+    Rows of the last block beyond the end are padding that kernels may read and must ignore.
+    """
+
+    rows: int
+    interleave: int = 1
+
+    def elements(self, shape: Sequence[Dim]) -> Dim:
+        depth = ceildiv(shape[-1], self.interleave) * self.interleave
+        return ceildiv(product(shape[:-1]), self.rows) * self.rows * depth
+
+    def address(self, shape: Sequence[Any], index: Sequence[Any]) -> Any:
+        row = Rows().address(shape[:-1], index[:-1])
+        k = index[-1]
+        depth = (shape[-1] + self.interleave - 1) // self.interleave
+        line = (row // self.rows) * depth + k // self.interleave
+        return (line * self.rows + row % self.rows) * self.interleave + k % self.interleave
+
+
+@dataclass(frozen=True)
+class KeyPages:
+    """Cached keys [pages, PAGE, heads, size] as [page][head][size][PAGE]: scores of a whole page are
+    vectors over its tokens, with no horizontal sums."""
+
+    def elements(self, shape: Sequence[Dim]) -> Dim:
+        return product(shape)
+
+    def address(self, shape: Sequence[Any], index: Sequence[Any]) -> Any:
+        page, token, head, component = index
+        return ((page * shape[2] + head) * shape[3] + component) * shape[1] + token
+
+
+@dataclass(frozen=True)
+class ValuePages:
+    """Cached values [pages, PAGE, heads, size] as [page][head][PAGE][size]."""
+
+    def elements(self, shape: Sequence[Dim]) -> Dim:
+        return product(shape)
+
+    def address(self, shape: Sequence[Any], index: Sequence[Any]) -> Any:
+        page, token, head, component = index
+        return ((page * shape[2] + head) * shape[1] + token) * shape[3] + component
+
+
+Layout = Rows | Panels | RowBlocks | KeyPages | ValuePages
+
+_KINDS = {kind.__name__: kind for kind in (Rows, Panels, RowBlocks, KeyPages, ValuePages)}
+
+
+def format_layout(layout: Layout) -> str:
+    """`Panels(16,2,1)`; `parse_layout` is the inverse."""
+    fields = ",".join(str(value) for value in vars(layout).values())
+    return f"{type(layout).__name__}({fields})"
+
+
+def parse_layout(text: str) -> Layout:
+    name, _, rest = text.partition("(")
+    if name not in _KINDS or not rest.endswith(")"):
+        raise CompileError(f"unknown layout {text!r}")
+    return _KINDS[name](*(int(field) for field in rest[:-1].split(",") if field))
+
+
+def pack(array: np.ndarray, layout: Layout, out: np.ndarray | None = None,
+         threads: int = 1) -> np.ndarray:
+    """The elements of array in the order of the layout, as a flat array (written to out if given).
+
+    Panels are packed panel by panel, so that no temporary is larger than a panel; NumPy's copies
+    release the GIL, so threads help.
+    """
+    size = layout.elements(array.shape)
+    assert isinstance(size, int)
+    if out is None:
+        out = np.zeros(size, array.dtype)
+    if isinstance(layout, Panels):
+        _pack_panels(array, layout, out, threads)
+    elif isinstance(layout, Rows):
+        out[:] = array.reshape(-1)
+    else:
+        index = np.indices(array.shape, sparse=True)
+        out[:] = 0
+        out[layout.address(array.shape, index)] = array
+    return out
+
+
+def unpack(flat: np.ndarray, layout: Layout, shape: tuple[int, ...]) -> np.ndarray:
+    """The inverse of pack."""
+    index = np.indices(shape, sparse=True)
+    return flat[np.broadcast_to(layout.address(shape, index), shape)]
+
+
+def _pack_panels(array: np.ndarray, layout: Panels, out: np.ndarray, threads: int) -> None:
+    depth = -(-array.shape[0] // layout.interleave)
+    panels = layout.panels(array.shape)
+    view = out.reshape(panels, depth, layout.columns, layout.interleave)
+    chunk = max(1, panels // (threads * 8))
+    starts = range(0, panels, chunk)
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda start: _pack_range(array, layout, view, start,
+                                                min(start + chunk, panels)), starts))
+
+
+def _pack_range(array: np.ndarray, layout: Panels, view: np.ndarray, first: int, last: int) -> None:
+    """Panels first..last; full ones by one strided copy, the ragged edge element by element."""
+    k, n = array.shape
+    part_size, width, interleave = n // layout.parts, layout.columns // layout.parts, layout.interleave
+    whole = k // interleave
+    for part in range(layout.parts):
+        lanes = slice(part * width, (part + 1) * width)
+        full = min(last, part_size // width)
+        if full > first:
+            columns = array[:, part * part_size + first * width:part * part_size + full * width]
+            source = columns[:whole * interleave].reshape(whole, interleave, full - first, width)
+            view[first:full, :whole, lanes] = source.transpose(2, 0, 3, 1)
+            if whole * interleave < k:
+                tail = columns[whole * interleave:].reshape(-1, full - first, width)
+                view[first:full, whole, lanes] = 0
+                view[first:full, whole, lanes, :k % interleave] = tail.transpose(1, 2, 0)
+        if full < last:
+            _pack_ragged(array, layout, view, part, max(full, first))
+
+
+def _pack_ragged(array: np.ndarray, layout: Panels, view: np.ndarray, part: int, panel: int) -> None:
+    k, n = array.shape
+    part_size, width = n // layout.parts, layout.columns // layout.parts
+    lanes = slice(part * width, (part + 1) * width)
+    columns = array[:, part * part_size + panel * width:(part + 1) * part_size]
+    padded = np.zeros((view.shape[1] * layout.interleave, width), array.dtype)
+    padded[:k, :columns.shape[1]] = columns
+    view[panel, :, lanes] = padded.reshape(view.shape[1], layout.interleave, width).transpose(0, 2, 1)
