@@ -16,8 +16,6 @@ import numpy as np
 from llmc.errors import CompileError
 from llmc.ir.dims import Dim, ceildiv, product
 
-PAGE = 32  # tokens in a page of a paged state
-
 
 @dataclass(frozen=True)
 class Rows:

@@ -1,0 +1,200 @@
+"""The lowered form of one graph for one target and shape key: buffers, and stages in order.
+
+Text form: `format_program` and `parse_program` are inverses; compile processes are fed with it.
+`Program.summary()` is the short form for people.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from llmc.errors import CompileError
+from llmc.ir.dims import Dim
+from llmc.ir.dtypes import DType
+from llmc.ir.graph import Graph, TensorType
+from llmc.ir.layouts import Layout, Rows
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What lowering may ask of a target; equal capabilities give equal weight layouts and step ABI.
+
+    vector_lanes      f32 lanes of a vector register
+    matmul_rows       rows of the matmul micro-kernel's tile
+    panel_columns     columns of a packed weight's panel
+    few_rows          up to so many rows, a matmul streams weights and computes its own prologue
+    bf16_dot          bf16 x bf16 dot products exist: bf16 activations are packed as bf16
+    kernels           composite and special ops that have a kernel; others are decomposed
+    """
+
+    name: str
+    vector_lanes: int
+    matmul_rows: int
+    panel_columns: int
+    few_rows: int
+    bf16_dot: bool
+    kernels: frozenset[str]
+
+    def interleave(self, dtype: DType) -> int:
+        """How many consecutive k of a packed weight fill a 32-bit lane."""
+        return max(1, 32 // dtype.bits)
+
+    def packed_activation(self, weight: DType, activation: DType) -> str:
+        """Name of the dtype in which a matmul wants its packed left operand."""
+        if weight.name == "f64" or activation.name == "f64":
+            return "f64"
+        return "bf16" if self.bf16_dot and weight.name == "bf16" else "f32"
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Memory of one tensor. role: input, output, weight, state or arena.
+
+    count > 1: one copy per turn of the repeat, each reached through the pointer table.
+    offset: bytes into the arena, a multiple of 64; None for the other roles.
+    """
+
+    name: str
+    type: TensorType
+    role: str
+    layout: Layout = field(default_factory=Rows)
+    count: int = 1
+    offset: Dim | None = None
+
+    def elements(self) -> Dim:
+        return self.layout.elements(self.type.shape)
+
+    def bytes(self) -> Dim:
+        """Size in bytes of one copy."""
+        bits = self.elements() * self.type.dtype.bits
+        return (bits + 7) // 8
+
+
+@dataclass(frozen=True)
+class Weight:
+    """How a packed weight is made: an expression of parameters, evaluated and packed once per copy.
+
+    names: for each copy, parameter name in the expression -> name in the model's files.
+    """
+
+    buffer: str
+    expression: Graph
+    names: tuple[tuple[tuple[str, str], ...], ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One kernel over a grid of tiles. Body inputs stand for operands, body outputs for results."""
+
+    name: str
+    kind: str
+    body: Graph
+    operands: tuple[str, ...]
+    results: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Stages that run `count` times; `layer` is the number of the turn."""
+
+    count: int
+    stages: tuple[Stage, ...]
+
+
+Step = Stage | Loop
+
+
+@dataclass(frozen=True)
+class Program:
+    """buffers and weights in ABI order. symbols: name -> (low, high), the shape key, in ABI order;
+    a symbol whose low equals its high does not occur in any type any more."""
+
+    name: str
+    capabilities: Capabilities
+    symbols: tuple[tuple[str, int, int], ...]
+    buffers: Mapping[str, Buffer]
+    weights: Mapping[str, Weight]
+    steps: tuple[Step, ...]
+    arena_bytes: Dim
+
+    def with_role(self, role: str) -> list[Buffer]:
+        return [buffer for buffer in self.buffers.values() if buffer.role == role]
+
+    def stages(self) -> Iterator[Stage]:
+        """Every stage once, in order, those of loops included."""
+        for step in self.steps:
+            yield from step.stages if isinstance(step, Loop) else (step,)
+
+    def slots(self, role: str) -> dict[str, int]:
+        """First index of each buffer of a role in the ABI's pointer table."""
+        slots, next_slot = {}, 0
+        for buffer in self.with_role(role):
+            slots[buffer.name] = next_slot
+            next_slot += buffer.count
+        return slots
+
+    def covers(self, shape: Mapping[str, int]) -> bool:
+        """Whether the code for this key may run at these values of the symbols."""
+        return all(low <= shape[name] <= high for name, low, high in self.symbols)
+
+    def summary(self) -> str:
+        """One line per stage, for people."""
+        ranges = ", ".join(f"{name}: {low}" if low == high else f"{name}: {low}..{high}"
+                           for name, low, high in self.symbols)
+        lines = [f"program {self.name}({ranges})"]
+        for step in self.steps:
+            if isinstance(step, Loop):
+                lines.append(f"  repeat layer in 0..{step.count}")
+                lines.extend("    " + _stage_line(stage, self) for stage in step.stages)
+            else:
+                lines.append("  " + _stage_line(step, self))
+        return "\n".join(lines)
+
+
+def _stage_line(stage: Stage, program: Program) -> str:
+    result = stage.results[0]
+    target = ", ".join(stage.results)
+    return (f"{target:24} = {stage.kind:10} {describe(stage, program):70} "
+            f"{program.buffers[result].type}")
+
+
+def describe(stage: Stage, program: Program) -> str:
+    """The body as one expression over buffer names, such as `rms_norm(x, norm1) @ qkv`."""
+    names = {node: _operand_name(program.buffers[operand])
+             for node, operand in zip(stage.body.inputs, stage.operands, strict=True)}
+    texts: dict = dict(names)
+    for node in stage.body.nodes():
+        if node not in texts:
+            texts[node] = _expression_text(node, texts)
+    return "; ".join(_shorten(texts[node]) for _, node in stage.body.outputs)
+
+
+_INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "matmul": "@"}
+_INVISIBLE = {"cast", "reshape", "broadcast", "transpose"}
+
+
+def _operand_name(buffer: Buffer) -> str:
+    return f"{buffer.name}[layer]" if buffer.count > 1 else buffer.name
+
+
+def _expression_text(node, texts) -> str:
+    inputs = [texts[source] for source in node.inputs]
+    if node.op in _INVISIBLE:
+        return inputs[0]
+    if node.op in _INFIX:
+        return f"({inputs[0]} {_INFIX[node.op]} {inputs[1]})"
+    if node.op == "constant":
+        return "constant"
+    return f"{node.op}({', '.join(inputs)})" if inputs else node.op
+
+
+def _shorten(text: str, limit: int = 90) -> str:
+    if text.startswith("(") and text.endswith(")"):
+        text = text[1:-1]
+    return text if len(text) <= limit else text[:limit - 3] + "..."
+
+
+def unsupported(stage: Stage, reason: str) -> CompileError:
+    """The error of a kernel that cannot compute a stage's body."""
+    return CompileError(f"stage {stage.name} ({stage.kind}): {reason}")
