@@ -1,0 +1,122 @@
+"""Which layout every weight and state gets. Depends on the graph and the target alone, never on the
+shape key, so that all variants share one copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from llmc.ir.graph import Graph, Node
+from llmc.ir.layouts import KeyPages, Layout, Panels, ValuePages
+from llmc.ir.program import Capabilities
+
+
+def scopes(graph: Graph) -> Iterator[Graph]:
+    """The graph and the bodies of its repeats (not those of fusions)."""
+    yield graph
+    for node in graph.nodes():
+        if node.op == "repeat":
+            yield from scopes(node.bodies[0])
+
+
+def anchor_of(body: Graph, op: str) -> Node | None:
+    """The only node of that op in a fusion's body, or None."""
+    found = [node for node in body.nodes() if node.op == op]
+    return found[0] if len(found) == 1 else None
+
+
+def weight_layout(matmul: Node, body: Graph, capabilities: Capabilities) -> Panels:
+    """Panels for the right operand of a fusion's matmul."""
+    dtype = matmul.inputs[1].dtype
+    return Panels(capabilities.panel_columns, capabilities.interleave(dtype),
+                  matmul_parts(matmul, body))
+
+
+def matmul_parts(matmul: Node, body: Graph) -> int:
+    """2 where the body reads the product only as halves of its last axis (gate and up), else 1.
+
+    Any number of equal parts that tile the last axis counts, in the same way.
+    """
+    users = body.users().get(matmul, [])
+    width = matmul.shape[-1]
+    if not users or not isinstance(width, int) or any(user.op != "slice" for user in users):
+        return 1
+    sizes = {user.shape[-1] for user in users}
+    if len(sizes) != 1 or any(user.shape[:-1] != matmul.shape[:-1] for user in users):
+        return 1
+    size = sizes.pop()
+    starts = sorted(user["starts"][-1] for user in users)
+    return len(starts) if starts == list(range(0, width, size)) else 1
+
+
+def weight_uses(graph: Graph, capabilities: Capabilities) -> dict[Node, Panels]:
+    """Parameter -> panels, for parameters that some fusion multiplies by; others stay in rows."""
+    uses: dict[Node, Panels] = {}
+    for scope in scopes(graph):
+        for node in scope.nodes():
+            if node.op == "fusion" and node["anchor"] == "matmul":
+                body = node.bodies[0]
+                matmul = anchor_of(body, "matmul")
+                operand = node.inputs[body.inputs.index(matmul.inputs[1])]
+                uses[operand] = weight_layout(matmul, body, capabilities)
+    return uses
+
+
+def tied_sources(graph: Graph, panels: dict[Node, Panels]) -> dict[Node, Node]:
+    """Parameter -> packed parameter that is its transpose (an embedding tied to the output head).
+
+    A tied matrix exists once: whoever gathers from the first reads the second's panels.
+    """
+    preludes = dict(graph.prelude)
+    transposed = {}
+    for packed in panels:
+        expression = _expression(packed, preludes)
+        if expression.op == "transpose" and expression["permutation"] == (1, 0):
+            transposed[expression.inputs[0]] = packed
+    tied = {}
+    for scope in scopes(graph):
+        for parameter in scope.parameters():
+            packed = transposed.get(_expression(parameter, preludes))
+            if packed is not None and parameter not in panels:
+                tied[parameter] = packed
+    return tied
+
+
+def _expression(parameter: Node, preludes: dict[str, Graph]) -> Node:
+    graph = preludes.get(parameter["name"])
+    return graph.outputs[0][1] if graph is not None else parameter
+
+
+def state_layouts(graph: Graph) -> dict[Node, Layout]:
+    """State leaf -> layout, from how attention reads it."""
+    layouts: dict[Node, Layout] = {}
+    for scope in scopes(graph):
+        for node in scope.nodes():
+            if node.op != "fusion" or node["anchor"] != "attention":
+                continue
+            body = node.bodies[0]
+            attention = anchor_of(body, "paged_attention")
+            if attention is not None:
+                for operand, layout in zip(attention.inputs[1:3], (KeyPages(), ValuePages()),
+                                           strict=True):
+                    state = root_state(node.inputs[body.inputs.index(operand)])
+                    layouts[state] = layout
+    return layouts
+
+
+def root_state(node: Node) -> Node:
+    """The state leaf whose (updated) value a node is."""
+    while node.op != "state":
+        index = node["index"] if node.op == "get" else 0
+        fusion = node.inputs[0] if node.op == "get" else node
+        body = fusion.bodies[0]
+        value = body.outputs[index][1]
+        node = fusion.inputs[body.inputs.index(updated_state(value))]
+    return node
+
+
+def updated_state(value: Node) -> Node:
+    """The body input that a chain of updates (cache_append ...) starts from."""
+    while value.op != "input":
+        value = value.inputs[0]
+    return value
+
