@@ -50,6 +50,7 @@ class Lowering:
         self.buffers: dict[str, Buffer] = {}
         self.weights: dict[str, Weight] = {}
         self.homes: dict[Node, str] = {}  # node -> name of the buffer that holds its value
+        self.parts: dict[tuple[Node, int], str] = {}  # the same for the elements of tuples
 
     def run(self) -> list[Step]:
         for node in self.graph.inputs:
@@ -69,7 +70,7 @@ class Lowering:
             elif node.op == "repeat":
                 steps += self._repeat(node, graph)
             elif node.op == "get":
-                self.homes[node] = self.homes[(node.inputs[0], node["index"])]  # type: ignore[index]
+                self.homes[node] = self.parts[node.inputs[0], node["index"]]
             elif node.inputs and node.op not in VIEWS:
                 raise CompileError(f"no kernel computes {node.op} : {node.type}")
         return steps
@@ -91,7 +92,7 @@ class Lowering:
             raise CompileError("a repeat inside a repeat cannot be lowered yet")
         stages = self._close_loop([s for s in inner if isinstance(s, Stage)], body, loop_buffers)
         for index, home in enumerate(loop_buffers):
-            self.homes[(node, index)] = home  # type: ignore[index]
+            self.parts[node, index] = home
         self.homes[node] = loop_buffers[0]
         return [*before, Loop(count, tuple(stages))]
 
@@ -120,6 +121,7 @@ class Lowering:
                 stages = [rename_stage(stage, source, target) for stage in stages]
                 del self.buffers[source]
                 self.homes = {n: target if h == source else h for n, h in self.homes.items()}
+                self.parts = {n: target if h == source else h for n, h in self.parts.items()}
             else:
                 copies.append((source, target))
         moved = []
@@ -183,7 +185,7 @@ class Lowering:
             else:
                 label = node["name"] if len(body.outputs) == 1 else name
                 home = self._new_buffer(label, value.type, "arena")
-            self.homes[(node, index)] = home  # type: ignore[index]
+            self.parts[node, index] = home
             results.append(home)
         self.homes[node] = results[0]
         return results
