@@ -1,0 +1,234 @@
+"""compile: frontend -> passes -> lowering -> codegen -> artifact. The one place that knows them all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from llmc.codegen import generate
+from llmc.codegen.target import Target
+from llmc.errors import CompileError, LlmcError
+from llmc.frontend.model import ImportedModel, load_model
+from llmc.ir import interpret
+from llmc.ir.dims import Dim, format_dim
+from llmc.ir.graph import Graph
+from llmc.ir.layouts import format_layout, pack
+from llmc.ir.program import Capabilities, Program, Weight
+from llmc.ir.program_text import format_program
+from llmc.passes.lower import ShapeKey, lower
+from llmc.passes.pipeline import optimize
+from llmc.runtime.artifact import (
+    ALIGNMENT,
+    WEIGHTS,
+    Manifest,
+    SymbolInfo,
+    TensorInfo,
+    VariantInfo,
+    WeightInfo,
+    write_manifest,
+)
+
+Progress = Callable[[str, float], None]  # phase, share done (0 to 1)
+
+
+def _silent(phase: str, share: float) -> None:
+    pass
+
+
+@dataclass
+class Compiled:
+    """A model lowered and compiled for a target, before it is written.
+
+    timings: seconds per phase. `write` makes the artifact.
+    """
+
+    model: ImportedModel
+    graph: Graph
+    target: Target
+    programs: dict[str, Program]
+    codes: dict
+    timings: dict[str, float] = field(default_factory=dict)
+
+    def write(self, path: str | os.PathLike[str], progress: Progress = _silent) -> Path:
+        """Write the artifact directory, whole or not at all; an old one there is replaced."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            self._write_into(temporary, progress)
+            _replace_directory(temporary, target)
+        except OSError as error:
+            raise CompileError(f"cannot write {target}: {error.strerror or error}") from None
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return target
+
+    def _write_into(self, directory: Path, progress: Progress) -> None:
+        os.chmod(directory, 0o755)
+        (directory / "variants").mkdir()
+        for name, code in self.codes.items():
+            (directory / "variants" / f"{name}.o").write_bytes(code.object)
+            text = format_program(self.programs[name])
+            (directory / "variants" / f"{name}.txt").write_text(text)
+        (directory / "files").mkdir()
+        for name, source in self.model.companion_files.items():
+            shutil.copyfile(source, directory / "files" / name)
+        started = time.perf_counter()
+        program = next(iter(self.programs.values()))
+        with open(directory / WEIGHTS, "wb") as file:
+            weights = tuple(write_weights(program, self.model, file, progress))
+            size = file.tell()
+        self.timings["weights"] = time.perf_counter() - started
+        write_manifest(directory, self._manifest(program, weights, size))
+
+    def _manifest(self, program: Program, weights: tuple[WeightInfo, ...], size: int) -> Manifest:
+        variants = tuple(
+            VariantInfo(name, {s: (low, high) for s, low, high in other.symbols},
+                        format_dim(other.arena_bytes), self.codes[name].scratch_bytes,
+                        len(list(other.stages())))
+            for name, other in self.programs.items())
+        symbols = tuple(SymbolInfo(s.name, s.low, s.high, s.multiple)
+                        for s in self.graph.symbols())
+        interface = getattr(self.model, "token_interface", None)
+        return Manifest(
+            self.model.kind, self.graph.name, self.target.text(), compute_dtype(self.graph),
+            self.model.fingerprint, asdict(self.model.config), symbols,
+            _tensors(program, "input"), _tensors(program, "output"), _tensors(program, "state"),
+            weights, variants, size, asdict(interface) if interface else None, self.timings)
+
+
+def compile_model(path: str | os.PathLike[str], target: Target, dtype: str | None = None,
+                  progress: Progress = _silent, limits: ShapeKey | None = None) -> Compiled:
+    """Read, optimise, lower and compile a model.
+
+    path: an .onnx file or a checkpoint directory. dtype: compute dtype (default: the
+    checkpoint's). limits: symbol -> (low, high), narrower than the model's own.
+    """
+    timings: dict[str, float] = {}
+    with _timed(timings, "import"):
+        model = load_model(path, dtype=dtype)
+    return compile_imported(model, target, progress, limits, timings)
+
+
+def compile_imported(model: ImportedModel, target: Target, progress: Progress = _silent,
+                     limits: ShapeKey | None = None,
+                     timings: dict[str, float] | None = None) -> Compiled:
+    """The part of compile_model after the frontend."""
+    timings = {} if timings is None else timings
+    capabilities = target.capabilities()
+    with _timed(timings, "passes"):
+        graph = optimize(model.graph, capabilities)
+    programs, codes = {}, {}
+    keys = variant_keys(graph, capabilities, dict(limits or {}))
+    for number, (name, key) in enumerate(keys.items()):
+        progress("compile", number / len(keys))
+        with _timed(timings, "lower"):
+            programs[name] = lower(graph, capabilities, key)
+        with _timed(timings, "codegen"):
+            codes[name] = generate(programs[name], target)
+    progress("compile", 1.0)
+    return Compiled(model, graph, target, programs, codes, timings)
+
+
+FEW = ("tokens", "sequences", "rows")
+
+
+def variant_keys(graph: Graph, capabilities: Capabilities, limits: dict) -> dict[str, dict]:
+    """The variants that every artifact carries: generic, and one for the few tokens of decoding."""
+    names = {s.name: s for s in graph.symbols()}
+    keys = {"generic": limits}
+    if "tokens" in names and "rows" in names:
+        few = {name: (names[name].low, capabilities.few_rows) for name in FEW}
+        keys["few"] = {**limits, **few}
+    return keys
+
+
+def write_weights(program: Program, model: ImportedModel, file, progress: Progress
+                  ) -> Iterator[WeightInfo]:
+    """Evaluate, pack and append every weight, tensor by tensor."""
+    total = sum(w_bytes(program, w) * program.buffers[w.buffer].count
+                for w in program.weights.values())
+    threads = os.cpu_count() or 1
+    for weight in program.weights.values():
+        buffer = program.buffers[weight.buffer]
+        offsets = []
+        for names in weight.names:
+            packed = pack_weight(weight, names, buffer.layout, model, threads)
+            file.write(b"\0" * (-file.tell() % (ALIGNMENT if packed.nbytes >= ALIGNMENT else 64)))
+            offsets.append(file.tell())
+            file.write(memoryview(packed).cast("B"))
+            progress("weights", file.tell() / max(total, 1))
+        yield WeightInfo(
+            buffer.name, str(buffer.type.dtype), tuple(buffer.type.shape),
+            format_layout(buffer.layout), w_bytes(program, weight), tuple(offsets),
+            tuple(tuple(source for _, source in names) for names in weight.names))
+
+
+def w_bytes(program: Program, weight: Weight) -> int:
+    size: Dim = program.buffers[weight.buffer].bytes()
+    if not isinstance(size, int):
+        raise CompileError(f"weight {weight.buffer} has a symbolic size {size}")
+    return size
+
+
+def pack_weight(weight: Weight, names: tuple[tuple[str, str], ...], layout, model: ImportedModel,
+                threads: int) -> np.ndarray:
+    """One copy of a weight as raw bytes: read, evaluate the prelude's expression, pack."""
+    stored = {leaf: model.parameters[source] for leaf, source in names}
+    with interpret.allowed():
+        values = interpret.interpret(
+            weight.expression, {}, {leaf: tensor.read() for leaf, tensor in stored.items()})
+    (value,) = values.values()
+    packed = pack(np.asarray(value), layout, threads=threads)
+    for tensor in stored.values():
+        tensor.release()
+    return packed.view(np.uint8)
+
+
+def compute_dtype(graph: Graph) -> str:
+    """The floating dtype that most of a graph's values have."""
+    counts: dict[str, int] = {}
+    for node in graph.nodes():
+        if not isinstance(node.type, tuple) and node.dtype.is_float:
+            counts[node.dtype.name] = counts.get(node.dtype.name, 0) + 1
+    return max(counts, key=lambda name: counts[name], default="f32")
+
+
+def _tensors(program: Program, role: str) -> tuple[TensorInfo, ...]:
+    return tuple(TensorInfo(b.name, str(b.type.dtype), tuple(format_dim(d) for d in b.type.shape),
+                            b.count) for b in program.with_role(role))
+
+
+class _timed:
+    """Adds the seconds of a with-block to timings[name]."""
+
+    def __init__(self, timings: dict[str, float], name: str):
+        self.timings, self.name = timings, name
+
+    def __enter__(self):
+        self.started = time.perf_counter()
+
+    def __exit__(self, *_):
+        spent = time.perf_counter() - self.started
+        self.timings[self.name] = self.timings.get(self.name, 0.0) + spent
+
+
+def _replace_directory(source: Path, target: Path) -> None:
+    """Move a finished directory into place; the old one goes only when the new one is there."""
+    if not target.exists():
+        source.rename(target)
+        return
+    if not (target / "manifest.json").is_file() and any(target.iterdir()):
+        raise LlmcError(f"{target} exists and is no artifact: choose another output")
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    target.rename(old / "previous")
+    source.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

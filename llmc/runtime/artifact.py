@@ -1,0 +1,194 @@
+"""What `llmc compile` writes and `Runtime` loads: a directory `NAME.llmc`.
+
+    manifest.json     everything the runtime needs to know (this module's dataclasses)
+    weights.bin       packed weights, page-aligned, mapped at load
+    variants/NAME.o   object code      variants/NAME.txt   the program it was made from
+    files/...         tokenizer and configuration files of the model
+
+Loading an artifact runs the code in it: load only what you would run. Sizes and offsets are checked
+against the files before anything is mapped; an artifact for another CPU is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmc.errors import ModelError
+
+FORMAT = 1
+ALIGNMENT = 4096
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.bin"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """An input, output or state. shape: dims in text form over the symbols."""
+
+    name: str
+    dtype: str
+    shape: tuple[str, ...]
+    count: int = 1
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class WeightInfo:
+    """A packed weight: `count` copies of `bytes` bytes each, at `offsets` of weights.bin.
+
+    sources: for each copy, the names of the parameters that it was made of.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    layout: str
+    bytes: int
+    offsets: tuple[int, ...]
+    sources: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class VariantInfo:
+    """One program's code. key: symbol -> (low, high); arena: bytes, a dim over the symbols."""
+
+    name: str
+    key: Mapping[str, tuple[int, int]]
+    arena: str
+    scratch_bytes: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class SymbolInfo:
+    name: str
+    low: int
+    high: int
+    multiple: int = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """kind: causal_lm, encoder or onnx. config: the model's facts (vocabulary, limits, end ids ...).
+    fingerprint: identity of the source files; dtype: compute dtype; target: CPU and features."""
+
+    kind: str
+    name: str
+    target: str
+    dtype: str
+    fingerprint: str
+    config: dict[str, Any]
+    symbols: tuple[SymbolInfo, ...]
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    states: tuple[TensorInfo, ...]
+    weights: tuple[WeightInfo, ...]
+    variants: tuple[VariantInfo, ...]
+    weight_bytes: int
+    token_interface: dict[str, Any] | None = None
+    timings: dict[str, float] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+_LISTS = {"symbols": SymbolInfo, "inputs": TensorInfo, "outputs": TensorInfo, "states": TensorInfo,
+          "weights": WeightInfo, "variants": VariantInfo}
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    (directory / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of an artifact directory; ModelError if it is missing, damaged or too new."""
+    path = directory / MANIFEST
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror or error}: not an artifact directory") from None
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON ({error}): compile the model again") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ModelError(f"{path} is not an artifact of format {FORMAT}: compile the model again")
+    try:
+        for name, kind in _LISTS.items():
+            data[name] = tuple(kind(**_tuples(item)) for item in data[name])
+        return Manifest(**data)
+    except (KeyError, TypeError) as error:
+        raise ModelError(f"{path} is damaged ({error}): compile the model again") from None
+
+
+def _tuples(item: Any) -> Any:
+    """JSON lists back to tuples, all the way down (dicts keep their keys)."""
+    if isinstance(item, list):
+        return tuple(_tuples(value) for value in item)
+    if isinstance(item, dict):
+        return {key: _tuples(value) for key, value in item.items()}
+    return item
+
+
+class Artifact:
+    """An artifact directory, opened: its manifest, code and mapped weights."""
+
+    def __init__(self, directory: str | os.PathLike[str]):
+        self.directory = Path(directory)
+        self.manifest = read_manifest(self.directory)
+        self._check_weights()
+        self._mapping = self._map_weights()
+
+    def object_code(self, variant: VariantInfo) -> bytes:
+        return self._read(f"{variant.name}.o")
+
+    def program_text(self, variant: VariantInfo) -> str:
+        return self._read(f"{variant.name}.txt").decode()
+
+    def files(self) -> Path:
+        """Directory of the model's own small files (tokenizer.json, ...)."""
+        return self.directory / "files"
+
+    def weight_addresses(self) -> list[int]:
+        """Base address of every copy of every weight, in ABI order."""
+        base = self._mapping.ctypes.data if self._mapping.size else 0
+        return [base + offset for weight in self.manifest.weights for offset in weight.offsets]
+
+    def weight_data(self, weight: WeightInfo, copy: int = 0) -> np.ndarray:
+        """The packed bytes of one copy."""
+        start = weight.offsets[copy]
+        return self._mapping[start:start + weight.bytes]
+
+    def _read(self, name: str) -> bytes:
+        path = self.directory / "variants" / name
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise ModelError(f"{path}: {error.strerror}: compile the model again") from None
+
+    def _check_weights(self) -> None:
+        path = self.directory / WEIGHTS
+        size = path.stat().st_size if path.is_file() else -1
+        if size != self.manifest.weight_bytes:
+            raise ModelError(f"{path} has {max(size, 0)} bytes, its manifest says "
+                             f"{self.manifest.weight_bytes}: compile the model again")
+        for weight in self.manifest.weights:
+            for offset in weight.offsets:
+                if offset % 64 or not 0 <= offset <= size - weight.bytes or weight.bytes < 0:
+                    raise ModelError(f"{path}: weight {weight.name} lies outside the file")
+
+    def _map_weights(self) -> np.ndarray:
+        if not self.manifest.weight_bytes:
+            return np.empty(0, np.uint8)
+        with open(self.directory / WEIGHTS, "rb") as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapping.madvise(mmap.MADV_WILLNEED)
+        return np.frombuffer(mapping, np.uint8)
+
+
+def is_artifact(path: str | os.PathLike[str]) -> bool:
+    return (Path(path) / MANIFEST).is_file()

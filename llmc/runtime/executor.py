@@ -1,0 +1,129 @@
+"""Runs an artifact's variants on this CPU: arrays in, arrays out, one native call."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from llmc.errors import LlmcError, ShapeError
+from llmc.ir.dims import Dim, evaluate, parse_dim
+from llmc.runtime.artifact import Artifact, VariantInfo
+from llmc.runtime.binding import Tensor, bind, check_inputs, make_symbols
+from llmc.runtime.host_device import Team, load_object
+from llmc.runtime.memory import aligned_empty
+
+POINTERS = ctypes.c_void_p
+
+
+class Variant:
+    """One loaded program: its step function, key, and how often and how long it ran."""
+
+    def __init__(self, info: VariantInfo, arena: Dim, code: bytes):
+        self.info = info
+        self.arena = arena
+        self.library = load_object(code)
+        self.step = self.library.function("llmc_step", ctypes.c_int32, ctypes.c_void_p)
+        self.calls = 0
+        self.seconds = 0.0
+
+    def covers(self, values: Mapping[str, int]) -> bool:
+        return all(low <= values[name] <= high for name, (low, high) in self.info.key.items())
+
+    def width(self) -> int:
+        """How wide the key is; the narrowest that covers a shape is the most specific."""
+        return sum(high - low for low, high in self.info.key.values())
+
+
+class Executor:
+    """Memory and code for one artifact. `run` is not thread-safe; Runtime serialises it."""
+
+    def __init__(self, artifact: Artifact, threads: int):
+        manifest = artifact.manifest
+        self.artifact = artifact
+        self.symbols = make_symbols(manifest.symbols)
+        self.inputs = [Tensor(info, self.symbols) for info in manifest.inputs]
+        self.outputs = [Tensor(info, self.symbols) for info in manifest.outputs]
+        self.states = [Tensor(info, self.symbols) for info in manifest.states]
+        self.variants = sorted(
+            (Variant(info, parse_dim(info.arena, self.symbols), artifact.object_code(info))
+             for info in manifest.variants), key=Variant.width)
+        self.team = Team(self.variants[0].library, threads)
+        self._weights = _pointer_table(artifact.weight_addresses())
+        scratch = max(info.scratch_bytes for info in manifest.variants)
+        self._scratch = aligned_empty(max(64, scratch) * threads)
+        self._arena = aligned_empty(0)
+        self._states: list[np.ndarray] = []
+        self._state_table = _pointer_table([])
+        self.known: dict[str, int] = {}  # symbols that the states' pools fix
+        self._cancel = np.zeros(1, np.int32)
+        self._lock = threading.Lock()
+
+    def allocate_states(self, known: Mapping[str, int]) -> None:
+        """Reserve the states' pools; `known` gives the symbols in their shapes (pool sizes)."""
+        self.known = dict(known)
+        self._states = []
+        for tensor in self.states:
+            size = int(np.prod(tensor.concrete_shape(known), dtype=np.int64))
+            stride = -(-size * tensor.dtype.bits // 8 // 64) * 64
+            self._states += [aligned_empty(stride) for _ in range(tensor.count)]
+        self._state_table = _pointer_table([state.ctypes.data for state in self._states])
+
+    def choose(self, values: Mapping[str, int]) -> Variant:
+        """The most specific variant that covers a shape."""
+        for variant in self.variants:
+            if variant.covers(values):
+                return variant
+        raise ShapeError(f"no compiled variant covers {dict(values)}; the model was compiled for "
+                         f"{[dict(v.info.key) for v in self.variants]}")
+
+    def run(self, arrays: Mapping[str, np.ndarray],
+            out: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+        """One step. arrays: every input by name. Returns every output by name (in `out` if given).
+
+        Raises ShapeError when shapes or dtypes do not fit the model.
+        """
+        given = check_inputs(self.inputs, arrays)
+        values = bind(self.inputs, given, self.known)
+        variant = self.choose(values)
+        results = [self._output(tensor, values, out) for tensor in self.outputs]
+        self._call(variant, values, given, results)
+        return {tensor.name: result for tensor, result in zip(self.outputs, results, strict=True)}
+
+    def _output(self, tensor: Tensor, values, out) -> np.ndarray:
+        shape = tensor.concrete_shape(values)
+        if out is not None and tensor.name in out:
+            return out[tensor.name]
+        return np.empty(shape, tensor.numpy)
+
+    def _call(self, variant: Variant, values: Mapping[str, int], given: Sequence[np.ndarray],
+              results: Sequence[np.ndarray]) -> None:
+        arena_bytes = evaluate(variant.arena, values)
+        if arena_bytes > self._arena.size:
+            self._arena = aligned_empty(arena_bytes)
+        symbols = np.array([values.get(info.name, info.low)
+                            for info in self.artifact.manifest.symbols], np.int64)
+        inputs = _pointer_table([array.ctypes.data for array in given])
+        outputs = _pointer_table([array.ctypes.data for array in results])
+        arguments = (POINTERS * 9)(
+            symbols.ctypes.data, ctypes.addressof(inputs), ctypes.addressof(outputs),
+            ctypes.addressof(self._weights), ctypes.addressof(self._state_table),
+            self._arena.ctypes.data, self._scratch.ctypes.data, self.team.handle,
+            self._cancel.ctypes.data)
+        started = time.perf_counter()
+        code = variant.step(ctypes.addressof(arguments))
+        variant.seconds += time.perf_counter() - started
+        variant.calls += 1
+        if code:
+            raise LlmcError("the step was cancelled")
+
+    def close(self) -> None:
+        """Stop the threads and free the code."""
+        self.team.close()
+
+
+def _pointer_table(addresses: Sequence[int]):
+    return (POINTERS * max(1, len(addresses)))(*addresses)

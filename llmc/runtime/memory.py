@@ -1,0 +1,27 @@
+"""Aligned host memory."""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+
+HUGE_PAGE = 2 << 20
+
+
+def aligned_empty(size: int) -> np.ndarray:
+    """`size` bytes of fresh zeroed memory, page-aligned, committed as it is touched.
+
+    Above 2 MiB the kernel is asked for huge pages; where it refuses, small ones do.
+    """
+    mapping = mmap.mmap(-1, max(size, 1))
+    if size >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(mapping, np.uint8)[:size]
+
+
+def physical_memory() -> int:
+    """Bytes of memory that this machine has."""
+    import os
+
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
