@@ -8,7 +8,6 @@ https://github.com/huggingface/safetensors#format.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass
 from math import prod
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import ModelError
+from llmc.frontend.json_file import parse_json, read_json
 from llmc.frontend.model import StoredTensor
 from llmc.ir import dtypes
 
@@ -75,31 +75,6 @@ def open_safetensors(path: Path) -> Checkpoint:
     }
     _check_coverage(path, tensors, data_start, size)
     return Checkpoint(tensors, (identity,))
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file; ModelError if it cannot be read or says a key twice."""
-    try:
-        return parse_json(path, path.read_bytes(), "the file")
-    except OSError as error:
-        raise ModelError(f"{path}: cannot read it: {error.strerror}") from error
-
-
-def parse_json(path: Path, text: bytes, what: str) -> Any:
-    """`text` as JSON; `what` names it in the ModelError."""
-    try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: {what} is not valid JSON: {error}") from error
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key '{twice}' stands there twice")
-    return result
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int, int, str]:

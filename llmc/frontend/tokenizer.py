@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from llmc.errors import ModelError, ShapeError
-from llmc.frontend.safetensors import read_json
+from llmc.frontend.json_file import read_json_object
 
 _REPLACEMENT = "\ufffd"
 _LONGEST_CHARACTER = 8  # tokens that may stand for one character; UTF-8 needs 4, one a byte
@@ -27,19 +27,24 @@ class Tokenizer:
         self._tokenizer = library_tokenizer
 
     @classmethod
-    def load(cls, directory: str | Path) -> Tokenizer:
+    def load(cls, directory: str | Path, trusted: bool = False) -> Tokenizer:
         """The tokenizer of a checkpoint or artifact directory.
 
-        ModelError if tokenizer.json is missing or the library cannot read it.
+        `trusted` skips a check of the merges (0.5 s for 280,000), for files that passed it
+        when an artifact was made. ModelError if tokenizer.json is missing or bad.
         """
         import tokenizers
 
         path = Path(directory) / "tokenizer.json"
         if not path.is_file():
             raise ModelError(f"{path}: no such file; without it only token ids can be given")
+        if not trusted:
+            _check_merges(path)
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # bare Exception, and panics that are no Exception
             raise ModelError(f"{path}: not a valid tokenizer: {error}") from error
         # Sentence models store a fixed padding and truncation; here nothing is padded, and what
         # is too long is for the caller to refuse or cut.
@@ -95,10 +100,7 @@ class Tokenizer:
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             path = self.directory / name
             if path.is_file():
-                content = read_json(path)
-                if not isinstance(content, dict):
-                    raise ModelError(f"{path}: not a JSON object")
-                settings |= content
+                settings |= read_json_object(path)
         return settings
 
     @cached_property
@@ -206,6 +208,29 @@ class StreamDecoder:
     def _new_text(self) -> str:
         before = self._tokenizer.decode(self._window[: self._shown])
         return self._tokenizer.decode(self._window)[len(before) :]
+
+
+def _check_merges(path: Path) -> None:
+    """Every merge joins two tokens of the vocabulary into a third.
+
+    The library panics, with a backtrace on stderr, where the third is missing.
+    """
+    model = read_json_object(path).get("model")
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or "merges" not in model:
+        return
+    vocabulary, merges = model.get("vocab"), model["merges"]
+    if not isinstance(vocabulary, dict) or not isinstance(merges, list):
+        raise ModelError(f"{path}: 'vocab' must be an object and 'merges' a list")
+    prefix = len(model.get("continuing_subword_prefix") or "")
+    for merge in merges:
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(pair, list) or len(pair) != 2 or not all(
+            isinstance(token, str) for token in pair
+        ):
+            raise ModelError(f"{path}: the merge {merge!r} is not a pair of tokens")
+        first, second = pair
+        if not {first, second, first + second[prefix:]} <= vocabulary.keys():
+            raise ModelError(f"{path}: the merge {merge!r} names tokens the vocabulary lacks")
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:
