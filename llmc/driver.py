@@ -6,8 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from llmc.errors import CompileError, LlmcError
 from llmc.frontend.model import ImportedModel, load_model
 from llmc.ir import interpret
 from llmc.ir.dims import Dim, format_dim
+from llmc.ir.dtypes import DType
 from llmc.ir.graph import Graph
 from llmc.ir.layouts import format_layout, pack
 from llmc.ir.program import Capabilities, Program, Weight
@@ -35,13 +35,7 @@ from llmc.runtime.artifact import (
     WeightInfo,
     write_manifest,
 )
-
-Progress = Callable[[str, float], None]  # phase, share done (0 to 1)
-
-
-def _silent(phase: str, share: float) -> None:
-    pass
-
+from llmc.runtime.progress import Progress, silent
 
 @dataclass
 class Compiled:
@@ -57,7 +51,7 @@ class Compiled:
     codes: dict
     timings: dict[str, float] = field(default_factory=dict)
 
-    def write(self, path: str | os.PathLike[str], progress: Progress = _silent) -> Path:
+    def write(self, path: str | os.PathLike[str], progress: Progress = silent) -> Path:
         """Write the artifact directory, whole or not at all; an old one there is replaced."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -79,8 +73,8 @@ class Compiled:
             text = format_program(self.programs[name])
             (directory / "variants" / f"{name}.txt").write_text(text)
         (directory / "files").mkdir()
-        for name, source in self.model.companion_files.items():
-            shutil.copyfile(source, directory / "files" / name)
+        for source in self.model.companion_files:
+            shutil.copyfile(source, directory / "files" / source.name)
         started = time.perf_counter()
         program = next(iter(self.programs.values()))
         with open(directory / WEIGHTS, "wb") as file:
@@ -100,13 +94,13 @@ class Compiled:
         interface = getattr(self.model, "token_interface", None)
         return Manifest(
             self.model.kind, self.graph.name, self.target.text(), compute_dtype(self.graph),
-            self.model.fingerprint, asdict(self.model.config), symbols,
+            self.model.fingerprint, _plain(self.model.config), symbols,
             _tensors(program, "input"), _tensors(program, "output"), _tensors(program, "state"),
-            weights, variants, size, asdict(interface) if interface else None, self.timings)
+            weights, variants, size, _plain(interface) if interface else None, self.timings)
 
 
 def compile_model(path: str | os.PathLike[str], target: Target, dtype: str | None = None,
-                  progress: Progress = _silent, limits: ShapeKey | None = None) -> Compiled:
+                  progress: Progress = silent, limits: ShapeKey | None = None) -> Compiled:
     """Read, optimise, lower and compile a model.
 
     path: an .onnx file or a checkpoint directory. dtype: compute dtype (default: the
@@ -118,7 +112,7 @@ def compile_model(path: str | os.PathLike[str], target: Target, dtype: str | Non
     return compile_imported(model, target, progress, limits, timings)
 
 
-def compile_imported(model: ImportedModel, target: Target, progress: Progress = _silent,
+def compile_imported(model: ImportedModel, target: Target, progress: Progress = silent,
                      limits: ShapeKey | None = None,
                      timings: dict[str, float] | None = None) -> Compiled:
     """The part of compile_model after the frontend."""
@@ -182,15 +176,10 @@ def w_bytes(program: Program, weight: Weight) -> int:
 def pack_weight(weight: Weight, names: tuple[tuple[str, str], ...], layout, model: ImportedModel,
                 threads: int) -> np.ndarray:
     """One copy of a weight as raw bytes: read, evaluate the prelude's expression, pack."""
-    stored = {leaf: model.parameters[source] for leaf, source in names}
+    arrays = {leaf: model.parameters[source].read() for leaf, source in names}
     with interpret.allowed():
-        values = interpret.interpret(
-            weight.expression, {}, {leaf: tensor.read() for leaf, tensor in stored.items()})
-    (value,) = values.values()
-    packed = pack(np.asarray(value), layout, threads=threads)
-    for tensor in stored.values():
-        tensor.release()
-    return packed.view(np.uint8)
+        (value,) = interpret.interpret(weight.expression, {}, arrays).values()
+    return pack(np.asarray(value), layout, threads=threads).view(np.uint8)
 
 
 def compute_dtype(graph: Graph) -> str:
@@ -200,6 +189,12 @@ def compute_dtype(graph: Graph) -> str:
         if not isinstance(node.type, tuple) and node.dtype.is_float:
             counts[node.dtype.name] = counts.get(node.dtype.name, 0) + 1
     return max(counts, key=lambda name: counts[name], default="f32")
+
+
+def _plain(facts) -> dict:
+    """A dataclass as JSON values; dtypes by name."""
+    return {key: str(value) if isinstance(value, DType) else value
+            for key, value in asdict(facts).items()}
 
 
 def _tensors(program: Program, role: str) -> tuple[TensorInfo, ...]:

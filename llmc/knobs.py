@@ -1,0 +1,32 @@
+"""Every environment variable that llmc reads, in one place; read when asked, never at import."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_directory() -> Path:
+    """LLMC_CACHE_DIR: where compiled models are kept (default: the platform's cache directory)."""
+    if configured := os.environ.get("LLMC_CACHE_DIR"):
+        return Path(configured)
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("llmc", appauthor=False))
+
+
+def threads() -> int:
+    """LLMC_THREADS: host threads of a step (default: the cores this process may use)."""
+    if configured := os.environ.get("LLMC_THREADS"):
+        return max(1, int(configured))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def no_interpret() -> bool:
+    """LLMC_NO_INTERPRET=1: any use of the NumPy evaluation at run time is an error."""
+    return os.environ.get("LLMC_NO_INTERPRET", "") not in ("", "0")
+
+
+def log_topics() -> frozenset[str]:
+    """LLMC_LOG: comma-separated topics to print to stderr (compile, cache)."""
+    return frozenset(filter(None, os.environ.get("LLMC_LOG", "").split(",")))

@@ -1,0 +1,338 @@
+"""Runtime: a model, loaded and ready to run. Public face of llmc.runtime."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmc import knobs
+from llmc.errors import DeviceError, LlmcError, ModelError, ShapeError
+from llmc.runtime.artifact import Artifact, is_artifact
+from llmc.runtime.encoder import Encoder, pool
+from llmc.runtime.executor import Executor
+from llmc.runtime.jit import cached_artifact
+from llmc.runtime.memory import physical_memory
+from llmc.runtime.onnx_language_model import OnnxLanguageModel
+from llmc.runtime.padding import pad, unpad
+from llmc.runtime.pages import PAGE
+from llmc.runtime.pages import Sequence as CachedSequence
+from llmc.runtime.progress import Progress, silent
+from llmc.runtime.sampling import Sampling, sample
+from llmc.runtime.step import Chunk, LanguageModel
+
+CHUNK_TOKENS = 512  # tokens of one step: enough to be bound by arithmetic, small in memory
+LOGIT_BYTES = 64 << 20  # most memory for the logits of one step
+
+
+@dataclass(frozen=True)
+class Options:
+    """What Runtime takes besides the model and the target.
+
+    dtype        compute dtype (default: the checkpoint's)
+    threads      host threads (default: LLMC_THREADS, else the cores this process may use)
+    max_context  tokens of a sequence, at most (default: the model's limit)
+    max_batch    sequences that must fit the KV cache together at full length (default 1)
+    kv_memory    bytes for the KV cache (default: what max_batch and max_context need, at most half
+                 of this machine's memory; pages are committed as they are used)
+    cache_dir    where compiled models are kept (default: LLMC_CACHE_DIR)
+    progress     called with (phase, share done) while compiling
+    """
+
+    dtype: str | None = None
+    threads: int | None = None
+    max_context: int | None = None
+    max_batch: int = 1
+    kv_memory: int | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    progress: Progress = silent
+
+
+def _options(given: Mapping[str, Any]) -> Options:
+    known = {field.name for field in fields(Options)}
+    if unknown := set(given) - known:
+        raise LlmcError(f"unknown option {', '.join(sorted(unknown))}; Runtime takes "
+                        f"{', '.join(sorted(known))}")
+    options = Options(**given)
+    for name in ("threads", "max_context", "max_batch", "kv_memory"):
+        value = getattr(options, name)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise LlmcError(f"{name} must be a positive int, got {value!r}")
+    return options
+
+
+class Runtime:
+    """A model that runs. Steps are serialised, so several threads may call.
+
+    model: an artifact directory, a `Compiled`, a checkpoint directory or an .onnx file (the last two
+    are compiled into the cache first). target: "host". Options: see `Options`.
+    """
+
+    def __init__(self, model: str | os.PathLike[str] | Any, target: str = "host", **options: Any):
+        if target != "host":
+            raise DeviceError(f"target {target!r} is not available; this version runs on 'host'")
+        self.options = _options(options)
+        self.artifact = self._open(model, target)
+        self.manifest = self.artifact.manifest
+        self.config = self.manifest.config
+        check_cpu(self.manifest.target)
+        self.executor = Executor(self.artifact, self.options.threads or knobs.threads())
+        self._lock = threading.RLock()
+        self._tokenizer: Any = None
+        self._generations = 0
+        self._model = self._make_model()
+
+    # ---- loading --------------------------------------------------------------------------
+
+    def _open(self, model: Any, target: str) -> Artifact:
+        path = Path(getattr(model, "path", model))
+        if is_artifact(path):
+            artifact = Artifact(path)
+            if self.options.dtype not in (None, artifact.manifest.dtype):
+                raise LlmcError(f"{path} was compiled for {artifact.manifest.dtype}, not "
+                                f"{self.options.dtype}: compile the model again with that dtype")
+            return artifact
+        if not path.exists():
+            raise ModelError(f"{path}: no such file or directory")
+        cache = Path(self.options.cache_dir) if self.options.cache_dir else None
+        return cached_artifact(path, target, self.options.dtype, cache, {}, self.options.progress)
+
+    def _make_model(self) -> LanguageModel | Encoder | OnnxLanguageModel | None:
+        limit = self.config.get("max_context") or 0
+        context = min(self.options.max_context or limit, limit or (1 << 31))
+        if self.manifest.kind == "causal_lm":
+            logit_rows = LOGIT_BYTES // (4 * max(1, self.config["vocab_size"]))
+            return LanguageModel(self.executor, context, self._pool_pages(context),
+                                 max(1, min(CHUNK_TOKENS, logit_rows)))
+        if self.manifest.kind == "encoder":
+            return Encoder(self.executor, context, CHUNK_TOKENS)
+        if self.manifest.token_interface:
+            return OnnxLanguageModel(self.executor, self.manifest.token_interface)
+        return None
+
+    def _pool_pages(self, context: int) -> int:
+        """Pages of the KV cache, by the options and this machine's memory."""
+        pages = -(-context // PAGE) * self.options.max_batch
+        values = {"pool_pages": 1}
+        per_page = sum(int(np.prod(t.concrete_shape(values))) * t.count * t.dtype.bits // 8
+                       for t in self.executor.states)
+        memory = self.options.kv_memory or physical_memory() // 2
+        return max(1, min(pages, memory // max(1, per_page)))
+
+    # ---- running --------------------------------------------------------------------------
+
+    def run(self, tokens: Any) -> Any:
+        """Run the model.
+
+        tokens: token ids -> logits [len(tokens), vocab] f32 (an encoder: hidden states
+        [len(tokens), hidden]); a list of such -> a list of arrays. Or {"name": array}: every input
+        of an ONNX graph by its name, or the dense, padded form of a checkpoint's family
+        (`input_ids`, `attention_mask`, ...) -> {"name": array}. Raises ShapeError on bad input.
+        """
+        with self._lock:
+            if isinstance(tokens, Mapping):
+                return self._run_named(tokens)
+            if self._model is None:
+                raise ShapeError("this graph has no token input; pass {'name': array}")
+            rows = tokens if _is_batch(tokens) else [tokens]
+            results = self._run_rows([self._check_ids(row) for row in rows])
+            return results if _is_batch(tokens) else results[0]
+
+    def _run_rows(self, rows: list[np.ndarray]) -> list[np.ndarray]:
+        if isinstance(self._model, Encoder):
+            name = self.executor.outputs[0].name
+            return [outputs[name] for outputs in self._model.run(rows)]
+        return [self._all_logits(row) for row in rows]
+
+    def _all_logits(self, ids: np.ndarray) -> np.ndarray:
+        model = self._model
+        if isinstance(model, OnnxLanguageModel):
+            return model.logits(ids)
+        assert isinstance(model, LanguageModel)
+        sequence = CachedSequence()
+        try:
+            return np.concatenate(list(model.feed(sequence, ids, every=True)))
+        finally:
+            model.release(sequence)
+
+    def _run_named(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self.manifest.kind == "onnx":
+            return self.executor.run(arrays)
+        rows, types, mask = unpad(arrays)
+        rows = [self._check_ids(row) for row in rows]
+        if isinstance(self._model, Encoder):
+            results = self._model.run(rows, types)
+            return {name: pad([r[name] for r in results], mask) if results[0][name].ndim == 2
+                    else np.stack([r[name] for r in results]) for name in results[0]}
+        return {"logits": pad([self._all_logits(row) for row in rows], mask)}
+
+    def step(self, batch: Sequence[Chunk]) -> np.ndarray:
+        """The engine's entry: run chunks of sequences; logits [wanted rows, vocab] f32."""
+        if not isinstance(self._model, LanguageModel):
+            raise ShapeError("only a language model with a KV cache can be stepped")
+        with self._lock:
+            return self._model.step(batch)
+
+    # ---- generating -----------------------------------------------------------------------
+
+    def generate(self, tokens: Sequence[int], max_new_tokens: int | None = None,
+                 temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+                 stop_ids: Iterable[int] = (), seed: int = 0, ignore_eos: bool = False
+                 ) -> Iterator[int]:
+        """Continue a prompt; yields token ids as they are made, the end id not included.
+
+        Ends after max_new_tokens, at an end-of-text id (unless ignore_eos) or stop id, or when the
+        context is full. Input is checked at the call, not at the first token.
+        """
+        if max_new_tokens is not None and max_new_tokens < 0:
+            raise ShapeError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        ids = self._check_ids(tokens)
+        if not isinstance(self._model, LanguageModel | OnnxLanguageModel):
+            raise ShapeError(f"{self.manifest.name} is no language model: it cannot generate")
+        self._model.check_prompt(len(ids))
+        stops = set(stop_ids) | (set() if ignore_eos else set(self.config["eos_token_ids"]))
+        self._generations += 1
+        return self._generate(ids, max_new_tokens, sampling, stops, self._generations - 1)
+
+    def _generate(self, ids: np.ndarray, limit: int | None, sampling: Sampling, stops: set[int],
+                  number: int) -> Iterator[int]:
+        model = self._model
+        assert isinstance(model, LanguageModel | OnnxLanguageModel)
+        sequence = CachedSequence()
+        made, pending = 0, ids
+        try:
+            while limit is None or made < limit:
+                if sequence.length + len(pending) > model.max_context:
+                    return
+                with self._lock:
+                    (logits,) = model.feed(sequence, pending)
+                token = sample(logits[-1], sampling, number, sequence.length)
+                if token in stops:
+                    return
+                made += 1
+                pending = np.array([token], np.int32)
+                yield token
+        finally:
+            with self._lock:
+                model.release(sequence)
+
+    def _check_ids(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Token ids as an array; ShapeError if empty, no integers, or outside the vocabulary."""
+        ids = np.asarray(tokens)
+        if ids.ndim != 1 or ids.size == 0:
+            raise ShapeError("the prompt is empty: at least one token id is needed"
+                             if ids.size == 0 else f"token ids have shape {ids.shape}, expected 1-D")
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise ShapeError(f"token ids must be integers, got {ids.dtype}")
+        vocabulary = self.config.get("vocab_size") or 1 << 31
+        if ids.min() < 0 or ids.max() >= vocabulary:
+            wrong = ids[(ids < 0) | (ids >= vocabulary)][0]
+            raise ShapeError(f"token id {wrong} is outside the vocabulary of {vocabulary}")
+        return ids.astype(np.int32)
+
+    # ---- text -----------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer; ModelError if it has none."""
+        if self._tokenizer is None:
+            from llmc.frontend.tokenizer import Tokenizer
+
+            self._tokenizer = Tokenizer.load(self.artifact.files())
+        return self._tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the model's special tokens."""
+        return self.tokenizer.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return self.tokenizer.decode(ids)
+
+    def embed(self, texts: Sequence[str], pooling: str | None = None) -> np.ndarray:
+        """Sentence embeddings [len(texts), dim] f32; pooling: mean, cls or max (default: the
+        checkpoint's, which also says whether they are normalised)."""
+        if not isinstance(self._model, Encoder):
+            raise ShapeError(f"{self.manifest.name} is no encoder: it cannot embed")
+        settings = self.config.get("pooling") or {"mode": "mean", "normalize": False}
+        mode = pooling or settings["mode"]
+        if mode not in ("mean", "cls", "max"):
+            raise ShapeError(f"unknown pooling {mode!r}; mean, cls or max")
+        limit = min(self.config.get("max_embed_tokens") or self._model.max_context,
+                    self._model.max_context)
+        rows = [self._check_ids(_cut(self.encode(text), limit)) for text in texts]
+        with self._lock:
+            results = self._model.run(rows)
+        name = self.executor.outputs[0].name
+        vectors = [pool(r[name], mode, settings["normalize"]) for r in results]
+        return np.stack(vectors) if vectors else np.empty((0, self.config["hidden_size"]), np.float32)
+
+    # ---- looking inside -------------------------------------------------------------------
+
+    @property
+    def dispatch_table(self) -> DispatchTable:
+        """The compiled variants; its str() has one line for each."""
+        return DispatchTable(self.executor)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters: calls and seconds by variant, pages of the KV cache."""
+        result: dict[str, Any] = {"variants": {
+            v.info.name: {"calls": v.calls, "seconds": v.seconds, "stages": v.info.stages}
+            for v in self.executor.variants}}
+        if isinstance(self._model, LanguageModel):
+            result["pages"] = {"free": self._model.pool.free, "size": self._model.pool.size}
+        return result
+
+    def close(self) -> None:
+        """Stop the threads; the Runtime must not be used afterwards."""
+        with self._lock:
+            self.executor.close()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class DispatchTable:
+    """Which variant runs for which shapes."""
+
+    executor: Executor
+
+    def __str__(self) -> str:
+        lines = []
+        for variant in self.executor.variants:
+            key = ", ".join(f"{name} {low}" if low == high else f"{name} {low}..{high}"
+                            for name, (low, high) in variant.info.key.items())
+            mean = variant.seconds / variant.calls * 1e3 if variant.calls else 0.0
+            lines.append(f"{variant.info.name:10} {key:60} {variant.calls:8} calls {mean:9.3f} ms")
+        return "\n".join(lines)
+
+
+def _is_batch(tokens: Any) -> bool:
+    """Whether tokens is a list of token lists."""
+    if isinstance(tokens, np.ndarray):
+        return tokens.ndim == 2
+    return bool(len(tokens)) and not isinstance(tokens[0], int | np.integer)
+
+
+def _cut(ids: list[int], limit: int) -> list[int]:
+    """At most `limit` ids; the last (the separator) stays last."""
+    return ids if len(ids) <= limit else [*ids[:limit - 1], ids[-1]]
+
+
+def check_cpu(target: str) -> None:
+    """DeviceError unless this CPU has every feature that the code was compiled for."""
+    from llmc.runtime.host_device import missing_features
+
+    if missing := missing_features(target):
+        raise DeviceError(f"the artifact was compiled for {target.split(':')[1]}; this CPU lacks "
+                          f"{', '.join(missing[:6])}: compile the model on this machine")

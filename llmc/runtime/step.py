@@ -1,0 +1,99 @@
+"""One step of a language model: tokens of many sequences, packed, in one native call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence as Sequences
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmc.errors import ShapeError
+from llmc.runtime.executor import Executor
+from llmc.runtime.pages import PAGE, PagePool, Sequence
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive new tokens of one sequence; `wanted` of its last rows' logits are computed."""
+
+    sequence: Sequence
+    tokens: Sequences[int]
+    wanted: int
+
+
+def pack_batch(chunks: Sequences[Chunk]) -> dict[str, np.ndarray]:
+    """The step's inputs, all i32. Every chunk's pages must be reserved."""
+    counts = [len(chunk.tokens) for chunk in chunks]
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    width = max(1, *(len(chunk.sequence.pages) for chunk in chunks))
+    table = np.zeros((len(chunks), width), np.int32)
+    for row, chunk in zip(table, chunks, strict=True):
+        row[:len(chunk.sequence.pages)] = chunk.sequence.pages
+    return {
+        "ids": np.concatenate([chunk.tokens for chunk in chunks]).astype(np.int32),
+        "positions": np.concatenate([
+            np.arange(chunk.sequence.length, chunk.sequence.length + count)
+            for chunk, count in zip(chunks, counts, strict=True)]).astype(np.int32),
+        "sequence": np.repeat(np.arange(len(chunks)), counts).astype(np.int32),
+        "offsets": offsets,
+        "page_table": table,
+        "rows": np.concatenate([
+            np.arange(end - chunk.wanted, end)
+            for chunk, end in zip(chunks, offsets[1:], strict=True)]).astype(np.int32),
+    }
+
+
+class LanguageModel:
+    """Steps an executor whose model has paged states."""
+
+    def __init__(self, executor: Executor, max_context: int, pages: int, chunk_tokens: int):
+        self.executor = executor
+        self.max_context = max_context
+        self.chunk_tokens = chunk_tokens
+        self.pool = PagePool(pages)
+        executor.allocate_states({"pool_pages": pages})
+
+    def step(self, chunks: Sequences[Chunk]) -> np.ndarray:
+        """Run the chunks' tokens; logits [sum of wanted, vocab] f32, in the order of the chunks.
+
+        A step that fails leaves every sequence as it was.
+        """
+        before = [(chunk.sequence, chunk.sequence.length) for chunk in chunks]
+        try:
+            for chunk in chunks:
+                self._reserve(chunk)
+            logits = self.executor.run(pack_batch(chunks))["logits"]
+        except BaseException:
+            for sequence, length in before:
+                self.pool.truncate(sequence, length)
+            raise
+        for chunk in chunks:
+            chunk.sequence.length += len(chunk.tokens)
+        return logits
+
+    def _reserve(self, chunk: Chunk) -> None:
+        length = chunk.sequence.length + len(chunk.tokens)
+        if length > self.max_context:
+            raise ShapeError(f"{length} tokens exceed the context of {self.max_context} "
+                             "(max_context)")
+        self.pool.reserve(chunk.sequence, length)
+
+    def feed(self, sequence: Sequence, tokens: Sequences[int], every: bool = False
+             ) -> Iterator[np.ndarray]:
+        """Run a long input chunk by chunk; yields logits of all rows, or of the very last one."""
+        for start in range(0, len(tokens), self.chunk_tokens):
+            part = tokens[start:start + self.chunk_tokens]
+            last = start + len(part) == len(tokens)
+            logits = self.step([Chunk(sequence, part, len(part) if every else int(last))])
+            if every or last:
+                yield logits
+
+    def check_prompt(self, length: int) -> None:
+        """ShapeError if a prompt of that many tokens can never fit."""
+        room = min(self.max_context, self.pool.size * PAGE)
+        if length > room:
+            raise ShapeError(f"the prompt has {length} tokens, the context holds {room} "
+                             "(max_context, kv_memory)")
+
+    def release(self, sequence: Sequence) -> None:
+        self.pool.release(sequence)
