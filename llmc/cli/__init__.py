@@ -1,0 +1,80 @@
+"""The `llmc` command. One module per command: `add(subparsers)` declares it, `run(arguments)` does it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+
+from llmc.errors import LlmcError
+
+COMMANDS = ("generate", "compile", "run", "bench", "inspect", "devices", "cache")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point. Exit status: 0, or 1 with one line on stderr, or 2 for a wrong command line."""
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.run(arguments) or 0
+    except LlmcError as error:
+        print(f"llmc: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"llmc: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("llmc: interrupted", file=sys.stderr)
+        return 130
+    return 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llmc", description="Compile transformer models with LLVM alone, and run them.",
+        epilog="MODEL is an .onnx file, a Hugging Face directory, or an artifact made by "
+               "`llmc compile` (loading an artifact runs its code). `llmc COMMAND --help` has "
+               "an example for each command.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in COMMANDS:
+        importlib.import_module(f"llmc.cli.{name}").add(subparsers)
+    return parser
+
+
+def add_command(subparsers, name: str, run, summary: str, example: str) -> argparse.ArgumentParser:
+    """A subcommand whose --help shows an example."""
+    parser = subparsers.add_parser(
+        name, help=summary, description=summary, epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_runtime_options(parser: argparse.ArgumentParser) -> None:
+    """Options that every command which runs a model has; each has an LLMC_* variable too."""
+    group = parser.add_argument_group("runtime")
+    group.add_argument("--target", default=os.environ.get("LLMC_TARGET", "host"),
+                       help="where to run (default: host)")
+    group.add_argument("--dtype", default=os.environ.get("LLMC_DTYPE"),
+                       help="compute dtype, such as f32 or bf16 (default: the checkpoint's)")
+    group.add_argument("--threads", type=int, default=None,
+                       help="host threads (default: LLMC_THREADS, else all cores)")
+    group.add_argument("--max-context", type=int, default=_int_variable("LLMC_MAX_CONTEXT"),
+                       help="longest sequence in tokens (default: the model's limit)")
+    group.add_argument("--cache-dir", default=None,
+                       help="where compiled models are kept (default: LLMC_CACHE_DIR)")
+
+
+def _int_variable(name: str) -> int | None:
+    value = os.environ.get(name)
+    return int(value) if value else None
+
+
+def open_runtime(model: str, arguments: argparse.Namespace):
+    """The Runtime for a command line, with a progress bar while it compiles or loads."""
+    from llmc.cli.progress import progress_bar
+    from llmc.runtime.session import Runtime
+
+    with progress_bar() as progress:
+        return Runtime(model, target=arguments.target, dtype=arguments.dtype,
+                       threads=arguments.threads, max_context=arguments.max_context,
+                       cache_dir=arguments.cache_dir, progress=progress)

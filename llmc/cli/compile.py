@@ -1,0 +1,71 @@
+"""llmc compile: a model to an artifact, or to an object file with a C header."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from llmc.cli import add_command
+from llmc.errors import LlmcError
+
+
+def add(subparsers) -> None:
+    parser = add_command(
+        subparsers, "compile", run, "Compile a model ahead of time.",
+        "llmc compile path/to/Llama-3.2-1B -o llama.llmc")
+    parser.add_argument("model", metavar="MODEL", help=".onnx file or Hugging Face directory")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT",
+                        help="artifact directory to write (or with --emit: the file)")
+    parser.add_argument("--target", default="host",
+                        help="host, or CPU such as x86_64:znver5, x86_64:x86-64-v3, "
+                             "aarch64:neoverse-v2 (default: this machine)")
+    parser.add_argument("--dtype", default=None, help="compute dtype (default: the checkpoint's)")
+    parser.add_argument("--shape", default="", metavar="NAME=LOW:HIGH,...",
+                        help="narrow the ranges of symbols, such as tokens=1:512")
+    parser.add_argument("--json", action="store_true", help="print what was done as JSON")
+
+
+def run(arguments) -> int:
+    from llmc.cli.progress import progress_bar
+    from llmc.codegen.target import Target
+    from llmc.driver import compile_model
+
+    started = time.perf_counter()
+    with progress_bar() as progress:
+        compiled = compile_model(arguments.model, Target.parse(arguments.target), arguments.dtype,
+                                 progress, parse_shape(arguments.shape))
+        path = compiled.write(arguments.output, progress)
+    _report(path, compiled, time.perf_counter() - started, arguments.json)
+    return 0
+
+
+def parse_shape(text: str) -> dict[str, tuple[int, int]]:
+    """`tokens=1:512,sequences=1` as ranges."""
+    ranges = {}
+    for item in filter(None, text.split(",")):
+        name, equals, value = item.partition("=")
+        low, colon, high = value.partition(":")
+        try:
+            ranges[name.strip()] = (int(low), int(high if colon else low))
+        except ValueError:
+            raise LlmcError(f"--shape: {item!r} is not NAME=LOW:HIGH") from None
+        if not equals:
+            raise LlmcError(f"--shape: {item!r} is not NAME=LOW:HIGH")
+    return ranges
+
+
+def _report(path: Path, compiled, seconds: float, as_json: bool) -> None:
+    sizes = {name: len(code.object) for name, code in compiled.codes.items()}
+    weights = (path / "weights.bin").stat().st_size
+    rate = weights / max(compiled.timings["weights"], 1e-9) / 1e9
+    compile_seconds = sum(v for name, v in compiled.timings.items() if name != "weights")
+    if as_json:
+        print(json.dumps({"artifact": str(path), "seconds": seconds,
+                          "compile_seconds": compile_seconds, "timings": compiled.timings,
+                          "object_bytes": sizes, "weight_bytes": weights,
+                          "weight_gb_per_second": rate}))
+        return
+    print(f"{path}: compiled in {compile_seconds:.2f} s "
+          f"({', '.join(f'{n} {s / 1024:.0f} KiB' for n, s in sizes.items())}), "
+          f"{weights / 1e6:.1f} MB of weights packed at {rate:.2f} GB/s")
