@@ -1,0 +1,37 @@
+# Everything a fresh machine needs is Python >= 3.11, make and the package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= auto
+
+.PHONY: demo test test-all lint bench clean
+
+$(BIN)/llmc: pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "llmc needs Python 3.11 or newer: make PYTHON=python3.12 ..."'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/dev: $(BIN)/llmc
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: $(BIN)/llmc   ## compile the embedded model, print a story, its program, and what was fused
+	$(BIN)/llmc generate --max-tokens 200
+	$(BIN)/llmc inspect --stage program
+
+test: $(VENV)/dev   ## what CI runs
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m 'not slow'
+
+test-all: $(VENV)/dev   ## everything
+	$(BIN)/python -m pytest -q -n $(WORKERS)
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check llmc tests examples benchmarks
+	$(BIN)/mypy
+
+bench: $(BIN)/llmc
+	$(BIN)/llmc bench --json
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
