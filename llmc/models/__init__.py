@@ -1,0 +1,39 @@
+"""The model families, by the architecture that config.json names. docs/add-a-model.md adds one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from llmc.ir.dims import Dim
+from llmc.models.bert import BertConfig, bert, bert_for_masked_lm
+from llmc.models.common import CAUSAL_INPUTS, ENCODER_INPUTS, ModelConfig, Step
+from llmc.models.config import ConfigFile
+from llmc.models.llama import LlamaConfig, llama
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a checkpoint of one architecture becomes a graph.
+
+    `read_config` checks its config.json; `build(config, step)` is the model as a function to
+    trace, over the step inputs of `kind`. Tensor names may lack `prefix`.
+    """
+
+    kind: Literal["causal_lm", "encoder"]
+    read_config: Callable[[ConfigFile], ModelConfig]
+    build: Callable[[Any, Step], dict[str, Any]]
+    prefix: str
+
+    @property
+    def inputs(self) -> Mapping[str, tuple[Dim, ...]]:
+        """Name -> shape of the step's inputs, all i32."""
+        return CAUSAL_INPUTS if self.kind == "causal_lm" else ENCODER_INPUTS
+
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": Family("causal_lm", LlamaConfig.read, llama, "model."),
+    "BertModel": Family("encoder", BertConfig.read, bert, "bert."),
+    "BertForMaskedLM": Family("encoder", BertConfig.read, bert_for_masked_lm, "bert."),
+}
