@@ -1,546 +1,95 @@
-"""Symbolic dimensions: ints, and interned integer polynomials over symbols and atoms.
+"""Symbolic dimensions: what the rest of llmc imports.
 
-A `Dim` is an int or an `Expression`. Expressions are kept in one canonical form and interned, so
-that equality is identity; a polynomial that is constant is a plain int. An atom is a symbol or a
-call of floordiv, mod, min or max; `ceildiv(a, n)` is kept as `floordiv(a + n - 1, n)`, so that the
-two ways of writing it are one, and printed as `ceildiv(a, n)`.
+A `Dim` is an int or an `Expression`: an interned integer polynomial over symbols and the atoms
+floordiv, mod, min and max (see polynomial.py for the canonical form). Equality is identity.
 """
 
 import math
 import operator
-import threading
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn, Union, cast
-from weakref import WeakValueDictionary
+from collections.abc import Mapping
+from typing import Any
 
-from llmc.errors import GraphError, ShapeError
+from llmc.errors import ShapeError
+from llmc.ir.polynomial import (
+    APPLY,
+    FUNCTIONS,
+    MAX,
+    Atom,
+    Call,
+    Dim,
+    Expression,
+    Monomial,
+    Polynomial,
+    Symbol,
+    ceildiv,
+    divide_exactly,
+    floordiv,
+    format_dim,
+    interval,
+    known_at_least,
+    known_divisor,
+    maximum,
+    minimum,
+    mod,
+    product,
+    symbol,
+    symbols,
+    terms_of,
+)
 from llmc.ir.scan import NAME, Scanner
 
-MAX = 2**31 - 1
-FUNCTIONS = ("ceildiv", "floordiv", "mod", "min", "max")
-
-Dim = Union[int, "Expression"]
-Monomial = tuple[tuple["Atom", int], ...]  # (atom, power), sorted by atom.order; () is the constant
-
-_table: "WeakValueDictionary[object, Any]" = WeakValueDictionary()
-_lock = threading.Lock()
-
-
-class Expression:
-    """A non-constant dim. Compare with `is` or `==` (identity); order with `known_at_least`.
-
-    `terms` is a tuple of (monomial, coefficient), leading term first; `symbols` the frozenset of
-    symbols in it; `order` a string that sorts expressions the same way in every process.
-    """
-
-    __slots__ = ("__weakref__", "order", "symbols")
-    order: str
-    symbols: frozenset["Symbol"]
-
-    @property
-    def terms(self) -> tuple[tuple[Monomial, int], ...]:
-        raise NotImplementedError
-
-    def __add__(self, other: Dim) -> Dim:
-        return _add(self, other)
-
-    __radd__ = __add__
-
-    def __sub__(self, other: Dim) -> Dim:
-        return _add(self, _multiply(other, -1))
-
-    def __rsub__(self, other: Dim) -> Dim:
-        return _add(other, _multiply(self, -1))
-
-    def __mul__(self, other: Dim) -> Dim:
-        return _multiply(self, other)
-
-    __rmul__ = __mul__
-
-    def __neg__(self) -> Dim:
-        return _multiply(self, -1)
-
-    def __floordiv__(self, other: Dim) -> Dim:
-        return floordiv(self, other)
-
-    def __rfloordiv__(self, other: Dim) -> Dim:
-        return floordiv(other, self)
-
-    def __mod__(self, other: Dim) -> Dim:
-        return mod(self, other)
-
-    def __rmod__(self, other: Dim) -> Dim:
-        return mod(other, self)
-
-    def _no_order(self, other: object) -> NoReturn:
-        raise TypeError(f"dim '{self}' has no fixed order: use known_at_least, minimum or maximum")
-
-    __lt__ = __le__ = __gt__ = __ge__ = _no_order
-
-    def __copy__(self) -> "Expression":
-        return self
-
-    def __deepcopy__(self, memo: object) -> "Expression":
-        return self
-
-    def __str__(self) -> str:
-        return format_dim(self)
-
-    __repr__ = __str__
-
-
-class Atom(Expression):
-    """An expression that is no sum or product of others."""
-
-    __slots__ = ()
-
-    @property
-    def terms(self) -> tuple[tuple[Monomial, int], ...]:
-        return ((((self, 1),), 1),)
-
-
-class Symbol(Atom):
-    """A named unknown: any multiple of `multiple` in low..high (both inclusive)."""
-
-    __slots__ = ("high", "low", "multiple", "name")
-    name: str
-    low: int
-    high: int
-    multiple: int
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return symbol, (self.name, self.low, self.high, self.multiple)
-
-
-class Call(Atom):
-    """`function` ("floordiv", "mod", "min" or "max") of `arguments`."""
-
-    __slots__ = ("arguments", "function")
-    function: str
-    arguments: tuple[Dim, ...]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _APPLY[self.function], self.arguments
-
-
-class Polynomial(Expression):
-    """A sum of products of atoms with at least two terms, two atoms or a coefficient."""
-
-    __slots__ = ("_terms",)
-    _terms: tuple[tuple[Monomial, int], ...]
-
-    @property
-    def terms(self) -> tuple[tuple[Monomial, int], ...]:
-        return self._terms
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _build, (dict(self._terms),)
-
-
-# ---- construction ------------------------------------------------------------------------------
-
-
-def symbol(name: str, low: int = 1, high: int | None = MAX, multiple: int = 1) -> Symbol:
-    """The symbol of this name, range and multiple; high=None stands for MAX. GraphError if bad."""
-    high = MAX if high is None else high
-    if NAME.fullmatch(name) is None or name in FUNCTIONS:
-        raise GraphError(f"{name!r} is no symbol name: letters, digits, '_' and '.' only")
-    if multiple < 1 or low > high or low > high // multiple * multiple:
-        raise GraphError(f"symbol {name}: no multiple of {multiple} in {low}..{high}")
-    low, high = -(-low // multiple) * multiple, high // multiple * multiple
-    key = (Symbol, name, low, high, multiple)
-    with _lock:
-        found = _table.get(key)
-        if found is None:
-            found = Symbol()
-            found.name, found.low, found.high, found.multiple = name, low, high, multiple
-            found.order = f"{name}[{low}..{high}%{multiple}]"
-            found.symbols = frozenset()
-            _table[key] = found
-    return cast(Symbol, found)
-
-
-def _call(function: str, *arguments: Dim) -> Call:
-    key = (Call, function, arguments)
-    with _lock:
-        found = _table.get(key)
-        if found is None:
-            found = Call()
-            found.function, found.arguments = function, arguments
-            found.order = f"~{function}({','.join(map(_order, arguments))})"
-            found.symbols = frozenset().union(*map(symbols, arguments))
-            _table[key] = found
-    return cast(Call, found)
-
-
-def _order(dim: Dim) -> str:
-    return dim.order if isinstance(dim, Expression) else str(dim)
-
-
-def _terms(dim: Dim) -> tuple[tuple[Monomial, int], ...]:
-    """The terms of any dim, as an Expression's `terms`; a constant is one term of ()."""
-    if isinstance(dim, Expression):
-        return dim.terms
-    value = operator.index(dim)
-    return (((), value),) if value else ()
-
-
-def _rank(monomial: Monomial) -> tuple[int, list[str]]:
-    """Sorts monomials leading first. Graded lexicographic: respected by products (for division)."""
-    atoms = [atom.order for atom, power in monomial for _ in range(power)]
-    return -len(atoms), atoms
-
-
-def _build(terms: Mapping[Monomial, int]) -> Dim:
-    """The canonical dim of a sum of terms."""
-    kept = {monomial: value for monomial, value in terms.items() if value}
-    if all(monomial == () for monomial in kept):
-        return kept.get((), 0)
-    for monomial, value in kept.items():
-        exact = _cancel_exact_division(monomial, value)
-        if exact is not None:
-            del kept[monomial]
-            return _add(_build(kept), exact)
-    if len(kept) == 1:
-        [(monomial, value)] = kept.items()
-        if value == 1 and len(monomial) == 1 and monomial[0][1] == 1:
-            return monomial[0][0]
-    ordered = tuple(sorted(kept.items(), key=lambda term: _rank(term[0])))
-    key = (Polynomial, ordered)
-    with _lock:
-        found = _table.get(key)
-        if found is None:
-            found = Polynomial()
-            found._terms = ordered
-            found.order = "+".join(f"{'*'.join(_rank(m)[1])}*{value}" for m, value in ordered)
-            found.symbols = frozenset().union(*(symbols(atom) for m, _ in ordered for atom, _ in m))
-            _table[key] = found
-    return cast(Polynomial, found)
-
-
-def _cancel_exact_division(monomial: Monomial, value: int) -> Dim | None:
-    """A term with a factor floordiv(a, n), n dividing a and gcd(value, n) > 1, simplified."""
-    for index, (atom, power) in enumerate(monomial):
-        if not (isinstance(atom, Call) and atom.function == "floordiv"):
-            continue
-        numerator, divisor = atom.arguments
-        if not isinstance(divisor, int) or _multiple_of(numerator) % divisor:
-            continue
-        common = math.gcd(value, divisor)
-        if common > 1:
-            left = ((atom, power - 1),) if power > 1 else ()
-            rest = _build({monomial[:index] + left + monomial[index + 1 :]: value // common})
-            return _multiply(rest, floordiv(numerator, divisor // common))
-    return None
-
-
-def _add(a: Dim, b: Dim) -> Dim:
-    if not isinstance(a, Expression) and not isinstance(b, Expression):
-        return operator.index(a) + operator.index(b)
-    total = dict(_terms(a))
-    for monomial, value in _terms(b):
-        total[monomial] = total.get(monomial, 0) + value
-    return _build(total)
-
-
-def _multiply(a: Dim, b: Dim) -> Dim:
-    if not isinstance(a, Expression) and not isinstance(b, Expression):
-        return operator.index(a) * operator.index(b)
-    total: dict[Monomial, int] = {}
-    for left, left_value in _terms(a):
-        for right, right_value in _terms(b):
-            monomial = _multiply_monomials(left, right)
-            total[monomial] = total.get(monomial, 0) + left_value * right_value
-    return _build(total)
-
-
-def _multiply_monomials(a: Monomial, b: Monomial) -> Monomial:
-    powers: dict[Atom, int] = dict(a)
-    for atom, power in b:
-        powers[atom] = powers.get(atom, 0) + power
-    return tuple(sorted(powers.items(), key=lambda item: item[0].order))
-
-
-def product(dims: Iterable[Dim]) -> Dim:
-    """The product of all dims; 1 for none."""
-    result: Dim = 1
-    for dim in dims:
-        result = _multiply(result, dim)
-    return result
-
-
-# ---- division ----------------------------------------------------------------------------------
-
-
-def floordiv(a: Dim, n: Dim) -> Dim:
-    """a // n, rounded down as in Python. GraphError if n is the constant 0."""
-    if not isinstance(n, Expression):
-        n = _checked_divisor(a, n)
-        if n < 0:
-            return floordiv(_multiply(a, -1), -n)
-        if not isinstance(a, Expression):
-            return operator.index(a) // n
-        quotient, rest = _split(a, n)
-        return _add(quotient, _floordiv_rest(rest, n))
-    exact = _divide_exactly(a, n)
-    if exact is not None:
-        return exact
-    if known_at_least(a, 0) and known_at_least(n, _add(a, 1)):
-        return 0
-    return _call("floordiv", a, n)
-
-
-def ceildiv(a: Dim, n: Dim) -> Dim:
-    """a / n, rounded up; n must be positive. GraphError if n is the constant 0."""
-    return floordiv(_add(a, _add(n, -1)), n)
-
-
-def mod(a: Dim, n: Dim) -> Dim:
-    """a % n with the sign of n, as in Python. GraphError if n is the constant 0."""
-    if not isinstance(n, Expression):
-        n = _checked_divisor(a, n)
-        if n < 0:
-            return _multiply(mod(_multiply(a, -1), -n), -1)
-        if not isinstance(a, Expression):
-            return operator.index(a) % n
-        return _mod_rest(_split(a, n)[1], n)
-    if _divide_exactly(a, n) is not None:
-        return 0
-    if known_at_least(a, 0) and known_at_least(n, _add(a, 1)):
-        return a
-    return _call("mod", a, n)
-
-
-def _checked_divisor(a: Dim, n: int) -> int:
-    if operator.index(n) == 0:
-        raise GraphError(f"dim '{format_dim(a)}' is divided by 0")
-    return operator.index(n)
-
-
-def _split(a: Dim, n: int) -> tuple[Dim, Dim]:
-    """a as (quotient, rest): a = n*quotient + rest, rest's constant in 0..n-1, n > 0."""
-    quotients: dict[Monomial, int] = {}
-    rests: dict[Monomial, int] = {}
-    for monomial, value in _terms(a):
-        # a constant rounds down, a coefficient towards zero: -x // 4 stays -x // 4
-        quotient = value // n if not monomial or value > 0 else -(-value // n)
-        quotients[monomial], rests[monomial] = quotient, value - n * quotient
-    return _build(quotients), _build(rests)
-
-
-def _constant_and_content(a: Expression) -> tuple[int, int, int]:
-    """(constant term, gcd of the other coefficients, known divisor of the other terms' sum)."""
-    values = dict(a.terms)
-    constant = values.pop((), 0)
-    return constant, math.gcd(*values.values()), _multiple_of(_build(values))
-
-
-def _floordiv_rest(rest: Dim, n: int) -> Dim:
-    """rest // n for a rest of `_split`."""
-    if not isinstance(rest, Expression):
-        return rest // n
-    low, high = _interval(rest)
-    if low // n == high // n:
-        return low // n
-    constant, content, divisor = _constant_and_content(rest)
-    # (g*x + c) // n, g dividing x's terms and n: the low part c % g never carries
-    low_part = constant % math.gcd(divisor, n)
-    if low_part:
-        return floordiv(rest - low_part, n)
-    common = math.gcd(content, n)
-    if common > 1:
-        parts = {monomial: value // common for monomial, value in rest.terms}
-        return floordiv(_build(parts), n // common)
-    if isinstance(rest, Call) and rest.function == "floordiv":
-        numerator, divisor = rest.arguments
-        if isinstance(divisor, int):
-            return floordiv(numerator, divisor * n)
-    return _call("floordiv", rest, n)
-
-
-def _mod_rest(rest: Dim, n: int) -> Dim:
-    """rest % n for a rest of `_split`."""
-    if not isinstance(rest, Expression):
-        return rest % n
-    low, high = _interval(rest)
-    if low // n == high // n:
-        return rest - n * (low // n)
-    constant, content, divisor = _constant_and_content(rest)
-    if divisor % n == 0:
-        return constant % n
-    low_part = constant % math.gcd(divisor, n)
-    if low_part:
-        return mod(rest - low_part, n) + low_part
-    common = math.gcd(content, n)
-    if common > 1:
-        parts = {monomial: value // common for monomial, value in rest.terms}
-        return common * mod(_build(parts), n // common)
-    return _call("mod", rest, n)
-
-
-def _divide_exactly(a: Dim, n: Expression) -> Dim | None:
-    """The polynomial q with a = n*q, if there is one and n cannot be 0 (long division)."""
-    low, high = _interval(n)
-    if low <= 0 <= high:
-        return None
-    quotient: Dim = 0
-    [lead, lead_value] = n.terms[0]
-    while _terms(a):
-        monomial, value = _terms(a)[0]
-        factor = _divide_monomials(monomial, lead)
-        if factor is None or value % lead_value:
-            return None
-        step = _build({factor: value // lead_value})
-        quotient = _add(quotient, step)
-        remaining = _add(a, _multiply(_multiply(step, n), -1))
-        # an exact floordiv may cancel and reorder the terms: only go on while this gets smaller
-        if _terms(remaining) and _rank(_terms(remaining)[0][0]) <= _rank(monomial):
-            return None
-        a = remaining
-    return quotient
-
-
-def _divide_monomials(a: Monomial, b: Monomial) -> Monomial | None:
-    powers = dict(a)
-    for atom, power in b:
-        powers[atom] = powers.get(atom, 0) - power
-    if any(power < 0 for power in powers.values()):
-        return None
-    return tuple((atom, power) for atom, power in powers.items() if power)
-
-
-# ---- minimum and maximum -----------------------------------------------------------------------
-
-
-def minimum(*dims: Dim) -> Dim:
-    """The smallest of the dims."""
-    return _extreme("min", dims)
-
-
-def maximum(*dims: Dim) -> Dim:
-    """The greatest of the dims."""
-    return _extreme("max", dims)
-
-
-def _extreme(function: str, dims: tuple[Dim, ...]) -> Dim:
-    if not dims:
-        raise GraphError(f"{function} of no dims")
-    flat: list[Dim] = []
-    for dim in dims:
-        nested = isinstance(dim, Call) and dim.function == function
-        flat.extend(cast(Call, dim).arguments if nested else [dim])
-    kept: list[Dim] = []
-    for dim in sorted(set(flat), key=_order):
-        if any(_beats(function, other, dim) for other in kept):
-            continue
-        kept = [other for other in kept if not _beats(function, dim, other)]
-        kept.append(dim)
-    return kept[0] if len(kept) == 1 else _call(function, *kept)
-
-
-def _beats(function: str, a: Dim, b: Dim) -> bool:
-    return known_at_least(b, a) if function == "min" else known_at_least(a, b)
-
-
-_APPLY: dict[str, Callable[..., Dim]] = {
-    "floordiv": floordiv,
-    "ceildiv": ceildiv,
-    "mod": mod,
-    "min": minimum,
-    "max": maximum,
-}
-
-
-# ---- questions ---------------------------------------------------------------------------------
+__all__ = [
+    "MAX",
+    "Atom",
+    "Call",
+    "Dim",
+    "Expression",
+    "Monomial",
+    "Polynomial",
+    "Symbol",
+    "affine",
+    "bounds",
+    "ceildiv",
+    "evaluate",
+    "floordiv",
+    "format_dim",
+    "known_at_least",
+    "known_equal",
+    "known_multiple",
+    "maximum",
+    "minimum",
+    "mod",
+    "parse_dim",
+    "product",
+    "scan_dim",
+    "substitute",
+    "symbol",
+    "symbols",
+    "terms_of",
+]
 
 
 def bounds(dim: Dim) -> tuple[int, int | None]:
     """(low, high): every value of the dim lies in between; high None means no bound is known."""
-    return _interval(dim)
-
-
-def _interval(dim: Dim) -> tuple[int, int]:
-    if not isinstance(dim, Expression):
-        return operator.index(dim), operator.index(dim)
-    if isinstance(dim, Symbol):
-        return dim.low, dim.high
-    if isinstance(dim, Call):
-        return _call_interval(dim.function, [_interval(value) for value in dim.arguments])
-    low = high = 0
-    for monomial, value in dim.terms:
-        term = (value, value)
-        for atom, power in monomial:
-            for _ in range(power):
-                term = _corners(operator.mul, term, _interval(atom))
-        low, high = low + term[0], high + term[1]
-    return low, high
-
-
-def _call_interval(function: str, of: list[tuple[int, int]]) -> tuple[int, int]:
-    if function == "min":
-        return min(low for low, _ in of), min(high for _, high in of)
-    if function == "max":
-        return max(low for low, _ in of), max(high for _, high in of)
-    value, divisor = of
-    if function == "mod":
-        low, high = min(divisor[0] + 1, 0), max(divisor[1] - 1, 0)
-        return (low, min(high, value[1])) if value[0] >= 0 and divisor[0] > 0 else (low, high)
-    if divisor[0] <= 0 <= divisor[1]:
-        # a divisor of 0 is refused when evaluated; of the others, 1 and -1 give the extremes
-        reach = max(abs(value[0]), abs(value[1]))
-        return -reach, reach
-    return _corners(operator.floordiv, value, divisor)
-
-
-def _corners(function: Any, a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
-    values = [function(x, y) for x in a for y in b]
-    return min(values), max(values)
-
-
-def _multiple_of(dim: Dim) -> int:
-    """The greatest integer known to divide the dim; 0 for the constant 0."""
-    if not isinstance(dim, Expression):
-        return abs(operator.index(dim))
-    if isinstance(dim, Symbol):
-        return dim.multiple
-    if isinstance(dim, Call):
-        of = [_multiple_of(value) for value in dim.arguments]
-        if dim.function != "floordiv":
-            return math.gcd(*of)
-        divisor = dim.arguments[1]
-        exact = isinstance(divisor, int) and of[0] % divisor == 0
-        return of[0] // cast(int, divisor) if exact else 1
-    return math.gcd(*(abs(v) * math.prod(_multiple_of(a) ** p for a, p in m) for m, v in dim.terms))
-
-
-def symbols(dim: Dim) -> frozenset[Symbol]:
-    """Every symbol that occurs in the dim."""
-    if isinstance(dim, Symbol):
-        return frozenset([dim])
-    return dim.symbols if isinstance(dim, Expression) else frozenset()
+    return interval(dim)
 
 
 def known_equal(a: Dim, b: Dim) -> bool:
     """Whether the two are provably equal (False: unknown or different)."""
-    return a is b or _interval(_add(a, _multiply(b, -1))) == (0, 0)
-
-
-def known_at_least(a: Dim, b: Dim) -> bool:
-    """Whether a >= b for all values of the symbols, provably."""
-    return a is b or _interval(_add(a, _multiply(b, -1)))[0] >= 0
+    return a is b or interval(a - b) == (0, 0)
 
 
 def known_multiple(dim: Dim, n: Dim) -> bool:
     """Whether n provably divides the dim."""
     if isinstance(n, Expression):
-        return _divide_exactly(dim, n) is not None
-    return operator.index(n) != 0 and _multiple_of(dim) % n == 0
+        return divide_exactly(dim, n) is not None
+    return operator.index(n) != 0 and known_divisor(dim) % n == 0
 
 
 def affine(dim: Dim) -> tuple[int, dict[Symbol, int]] | None:
     """(constant, {symbol: coefficient}) if the dim is that sum, else None."""
     constant, coefficients = 0, {}
-    for monomial, value in _terms(dim):
+    for monomial, value in terms_of(dim):
         if not monomial:
             constant = value
         elif len(monomial) == 1 and monomial[0][1] == 1 and isinstance(monomial[0][0], Symbol):
@@ -559,11 +108,11 @@ def substitute(dim: Dim, mapping: Mapping[Any, Dim]) -> Dim:
     if not any(each in mapping or each.name in mapping for each in dim.symbols):
         return dim
     if isinstance(dim, Call):
-        return _APPLY[dim.function](*(substitute(value, mapping) for value in dim.arguments))
+        return APPLY[dim.function](*(substitute(value, mapping) for value in dim.arguments))
     total: Dim = 0
     for monomial, value in dim.terms:
         factors = (substitute(atom, mapping) for atom, power in monomial for _ in range(power))
-        total = _add(total, _multiply(product(factors), value))
+        total = total + product(factors) * value
     return total
 
 
@@ -594,34 +143,7 @@ _EVALUATE: dict[str, Any] = {
 }
 
 
-# ---- text --------------------------------------------------------------------------------------
-
-
-def format_dim(dim: Dim) -> str:
-    """Text such as `tokens*2 + 1`, `ceildiv(tokens, 4)`, `batch*seq`; `parse_dim` reads it."""
-    if not isinstance(dim, Expression):
-        return str(operator.index(dim))
-    if isinstance(dim, Symbol):
-        return dim.name
-    if isinstance(dim, Call):
-        return _format_call(dim)
-    text = ""
-    for monomial, value in dim.terms:
-        factors = [format_dim(atom) for atom, power in monomial for _ in range(power)]
-        if abs(value) != 1 or not factors:
-            factors.append(str(abs(value)))
-        sign = "-" if value < 0 else "+"
-        text += (f" {sign} " if text else sign.strip("+")) + "*".join(factors)
-    return text
-
-
-def _format_call(call: Call) -> str:
-    function, arguments = call.function, call.arguments
-    if function == "floordiv" and isinstance(arguments[1], int):
-        rounded_up = arguments[0] - arguments[1] + 1
-        if isinstance(rounded_up, Expression) and all(monomial for monomial, _ in rounded_up.terms):
-            function, arguments = "ceildiv", (rounded_up, arguments[1])
-    return f"{function}({', '.join(map(format_dim, arguments))})"
+# ---- text ----------------------------------------------------------------------------------------
 
 
 def parse_dim(text: str, symbols: Mapping[str, Dim]) -> Dim:
@@ -638,9 +160,9 @@ def scan_dim(scanner: Scanner, symbols: Mapping[str, Dim]) -> Dim:
     dim = _scan_product(scanner, symbols)
     while True:
         if scanner.accept("+"):
-            dim = _add(dim, _scan_product(scanner, symbols))
+            dim = dim + _scan_product(scanner, symbols)
         elif scanner.accept("-"):
-            dim = _add(dim, _multiply(_scan_product(scanner, symbols), -1))
+            dim = dim - _scan_product(scanner, symbols)
         else:
             return dim
 
@@ -649,7 +171,7 @@ def _scan_product(scanner: Scanner, symbols: Mapping[str, Dim]) -> Dim:
     dim = _scan_factor(scanner, symbols)
     while True:
         if scanner.accept("*"):
-            dim = _multiply(dim, _scan_factor(scanner, symbols))
+            dim = dim * _scan_factor(scanner, symbols)
         elif scanner.accept("//"):
             dim = floordiv(dim, _scan_factor(scanner, symbols))
         elif scanner.accept("%"):
@@ -660,7 +182,7 @@ def _scan_product(scanner: Scanner, symbols: Mapping[str, Dim]) -> Dim:
 
 def _scan_factor(scanner: Scanner, symbols: Mapping[str, Dim]) -> Dim:
     if scanner.accept("-"):
-        return _multiply(_scan_factor(scanner, symbols), -1)
+        return -_scan_factor(scanner, symbols)
     if scanner.accept("("):
         dim = scan_dim(scanner, symbols)
         scanner.expect(")")
@@ -680,4 +202,4 @@ def _scan_factor(scanner: Scanner, symbols: Mapping[str, Dim]) -> Dim:
     scanner.expect(")")
     if name not in ("min", "max") and len(arguments) != 2:
         scanner.fail(f"{name} takes two dims", start)
-    return _APPLY[name](*arguments)
+    return APPLY[name](*arguments)

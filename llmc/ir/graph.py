@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NoReturn, Union
+from typing import Any, NoReturn, TypeAlias
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from llmc.errors import GraphError
@@ -41,10 +41,10 @@ class TensorType:
     __repr__ = __str__
 
 
-Type = Union[TensorType, tuple["Type", ...]]
-Attribute = Union[
-    int, float, bool, str, bytes, Expression, DType, TensorType, tuple["Attribute", ...]
-]
+Type: TypeAlias = "TensorType | tuple[Type, ...]"
+Attribute: TypeAlias = (
+    "int | float | bool | str | bytes | Expression | DType | TensorType | tuple[Attribute, ...]"
+)
 
 
 class Node:
@@ -261,7 +261,7 @@ def walk(nodes: Iterable[Node]) -> Iterator[Node]:
         stack = [root]
         while stack:
             node = stack[-1]
-            waiting = [each for each in node.inputs if each not in done] if node not in done else []
+            waiting = () if node in done else [each for each in node.inputs if each not in done]
             if waiting:
                 stack.extend(reversed(waiting))
                 continue
