@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from llmc.errors import ModelError
 from llmc.frontend.json_file import parse_json, read_json
@@ -123,7 +123,7 @@ def _stored_tensor(path: Path, name: str, entry: Any, start: int, size: int) -> 
     return StoredTensor(name, dtype, tuple(shape), path, start + begin, expected)
 
 
-def _is_list_of_sizes(value: Any) -> bool:
+def _is_list_of_sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 

@@ -55,7 +55,16 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """One more than the largest token id, added tokens included."""
-        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        return 1 + max(self._ids, default=-1)
+
+    @cached_property
+    def _ids(self) -> frozenset[int]:
+        return frozenset(self._tokenizer.get_vocab(with_added_tokens=True).values())
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return frozenset(number for number, token in added.items() if token.special)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids; with the begin-of-text or [CLS], [SEP] tokens that tokenizer.json adds."""
@@ -76,12 +85,13 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; ids outside the vocabulary are a ShapeError."""
         ids = [int(each) for each in ids]
-        size = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        unknown = next((each for each in ids if each < 0 or (
-            each >= size and self._tokenizer.id_to_token(each) is None)), None)
-        if unknown is not None:
-            raise ShapeError(f"token id {unknown} is outside the tokenizer's vocabulary")
-        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        for each in ids:
+            if each not in self._ids:
+                raise ShapeError(f"token id {each} is outside the tokenizer's vocabulary")
+        if skip_special_tokens:
+            # The library's own skipping misses special tokens that are marked as normalized.
+            ids = [each for each in ids if each not in self._special_ids]
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def token_id(self, token: str) -> int | None:
         """The id of a token such as "</s>", None if the vocabulary lacks it."""

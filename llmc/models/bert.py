@@ -62,7 +62,8 @@ class BertConfig(ModelConfig):
 
 
 def bert(config: BertConfig, step: Step) -> dict[str, Tensor]:
-    """`last_hidden_state` f32[tokens, hidden]; with a pooler `pooler_output` f32[sequences, hidden]."""
+    """`last_hidden_state` f32[tokens, hidden]; where the checkpoint has a pooler also
+    `pooler_output` f32[sequences, hidden], made of each sequence's first token."""
     x = encode(config, step)
     outputs = {"last_hidden_state": trace.cast(x, f32)}
     pooler = step.weights.under("bert.pooler.dense")
@@ -96,9 +97,8 @@ def encode(config: BertConfig, step: Step) -> Tensor:
         weights = step.weights.under(f"bert.encoder.layer.{number}")
         attended = attention(config, step, weights.under("attention.self"), x)
         x = add_and_norm(config, weights.under("attention.output"), x, attended)
-        inner = linear(
-            x, weights.under("intermediate.dense"), config.hidden_size, config.intermediate_size, True
-        )
+        widen = weights.under("intermediate.dense")
+        inner = linear(x, widen, config.hidden_size, config.intermediate_size, True)
         x = add_and_norm(config, weights.under("output"), x, config.activation(inner))
     return x
 
