@@ -1,0 +1,168 @@
+"""Rules for ops that move values without changing them: part of simplify."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from llmc.ir.graph import Node
+from llmc.ir.ops import make
+from llmc.passes.match import array_of
+from llmc.passes.rewrite import rule
+
+
+@rule("reshape", "broadcast")
+def needless_view(node: Node) -> Node | None:
+    """reshape(x, own shape) -> x, broadcast(x, own shape) -> x"""
+    inner = node.inputs[0]
+    return inner if inner.type == node.type else None
+
+
+@rule("reshape", "broadcast")
+def view_of_view(node: Node) -> Node | None:
+    """reshape(reshape(x)) -> reshape(x), broadcast(broadcast(x)) -> broadcast(x)"""
+    inner = node.inputs[0]
+    if inner.op != node.op:
+        return None
+    return make(node.op, inner.inputs[0], shape=node.shape)
+
+
+@rule("transpose")
+def needless_transpose(node: Node) -> Node | None:
+    """transpose(x, identity) -> x; a transpose that moves axes of size 1 only -> reshape"""
+    order = tuple(node["permutation"])
+    if order == tuple(range(len(order))):
+        return node.inputs[0]
+    shape = node.inputs[0].shape
+    kept = [axis for axis in order if shape[axis] != 1]
+    return make("reshape", node.inputs[0], shape=node.shape) if kept == sorted(kept) else None
+
+
+@rule("transpose")
+def transpose_of_transpose(node: Node) -> Node | None:
+    """transpose(transpose(x, p), q) -> transpose(x, p[q])"""
+    inner = node.inputs[0]
+    if inner.op != "transpose":
+        return None
+    first = inner["permutation"]
+    return make("transpose", inner.inputs[0],
+                permutation=tuple(first[axis] for axis in node["permutation"]))
+
+
+@rule("slice")
+def whole_slice(node: Node) -> Node | None:
+    """x[0:n] -> x"""
+    source = node.inputs[0]
+    if any(step != 1 for step in node["steps"]) or any(start != 0 for start in node["starts"]):
+        return None
+    return source if source.type == node.type else None
+
+
+@rule("slice")
+def slice_of_slice(node: Node) -> Node | None:
+    """x[a:b][c:d] -> x[a+c:a+d], for steps of 1"""
+    inner = node.inputs[0]
+    if inner.op != "slice" or any(step != 1 for step in (*node["steps"], *inner["steps"])):
+        return None
+    starts = [a + c for a, c in zip(inner["starts"], node["starts"], strict=True)]
+    stops = [start + size for start, size in zip(starts, node.shape, strict=True)]
+    return make("slice", inner.inputs[0], starts=tuple(starts), stops=tuple(stops),
+                steps=tuple(node["steps"]))
+
+
+@rule("slice")
+def slice_of_concat(node: Node) -> Node | None:
+    """concat(x, y)[within y] -> y[...]"""
+    inner = node.inputs[0]
+    if inner.op != "concat" or any(step != 1 for step in node["steps"]):
+        return None
+    axis = inner["axis"] % inner.rank
+    start, size = node["starts"][axis], node.shape[axis]
+    offset = 0
+    for piece in inner.inputs:
+        extent = piece.shape[axis]
+        if not all(isinstance(dim, int) for dim in (start, size, offset, extent)):
+            return None
+        if offset <= start and start + size <= offset + extent:
+            starts, stops = list(node["starts"]), list(node["stops"])
+            starts[axis], stops[axis] = start - offset, start - offset + size
+            return make("slice", piece, starts=tuple(starts), stops=tuple(stops),
+                        steps=tuple(node["steps"]))
+        offset += extent
+    return None
+
+
+@rule("concat")
+def concat_of_one(node: Node) -> Node | None:
+    """concat(x) -> x; operands that are empty along the axis fall out"""
+    axis = node["axis"] % node.rank
+    kept = [each for each in node.inputs if each.shape[axis] != 0] or list(node.inputs[:1])
+    if len(kept) == 1:
+        return kept[0]
+    return make("concat", *kept, axis=axis) if len(kept) < len(node.inputs) else None
+
+
+@rule("concat")
+def concat_of_slices(node: Node) -> Node | None:
+    """concat(x[a:b], x[b:c]) -> x[a:c]"""
+    axis = node["axis"] % node.rank
+    merged = [node.inputs[0]]
+    for each in node.inputs[1:]:
+        joined = _join(merged[-1], each, axis)
+        merged[-1:] = [joined] if joined is not None else [merged[-1], each]
+    if len(merged) == len(node.inputs):
+        return None
+    return merged[0] if len(merged) == 1 else make("concat", *merged, axis=axis)
+
+
+def _join(first: Node, second: Node, axis: int) -> Node | None:
+    """x[.. a:b ..] and x[.. b:c ..], side by side along the axis, as one slice; else None."""
+    if first.op != "slice" or second.op != "slice" or first.inputs != second.inputs:
+        return None
+    if any(step != 1 for step in (*first["steps"], *second["steps"])):
+        return None
+    ends = [start + size for start, size in zip(first["starts"], first.shape, strict=True)]
+    fits = all(
+        ends[i] == second["starts"][i] if i == axis
+        else first["starts"][i] == second["starts"][i] and first.shape[i] == second.shape[i]
+        for i in range(first.rank)
+    )
+    if not fits:
+        return None
+    ends[axis] = second["starts"][axis] + second.shape[axis]
+    return make("slice", first.inputs[0], starts=tuple(first["starts"]), stops=tuple(ends),
+                steps=(1,) * first.rank)
+
+
+@rule("gather")
+def gather_of_constant(node: Node) -> Node | None:
+    """take(x, 3) -> x[3:4] reshaped; take(x, [a, a+1, ...]) -> x[a:...]"""
+    source, index = node.inputs
+    axis = node["axis"] % source.rank
+    extent = source.shape[axis]
+    run = _run_of(index)
+    if run is None or not isinstance(extent, int):
+        return None
+    start = run[0] + extent if run[0] < 0 else run[0]
+    if not 0 <= start <= start + len(run) <= extent:
+        return None
+    starts, stops = [0] * source.rank, list(source.shape)
+    starts[axis], stops[axis] = start, start + len(run)
+    piece = make("slice", source, starts=tuple(starts), stops=tuple(stops), steps=(1,) * source.rank)
+    return make("reshape", piece, shape=node.shape)
+
+
+def _run_of(index: Node) -> Sequence[int] | None:
+    """The indices of a gather, if they are one constant or count up by one."""
+    if index.op == "iota" and index.rank == 1 and isinstance(index.shape[0], int):
+        return range(index.shape[0])
+    if index.op != "constant" or index.rank > 1:
+        return None
+    values = [int(each) for each in array_of(index).reshape(-1)]
+    return values if values and all(b == a + 1 for a, b in pairwise(values)) else None
+
+
+MOVEMENT_RULES = [
+    needless_view, view_of_view, needless_transpose, transpose_of_transpose, whole_slice,
+    slice_of_slice, slice_of_concat, concat_of_one, concat_of_slices, gather_of_constant,
+]

@@ -1,0 +1,59 @@
+"""outline: repeated layers become one `repeat` node, so that compile time does not grow with depth.
+
+Where a model's layers meet, one value alone carries everything on: the residual stream. So the pass
+
+1. finds the *joints*: nodes that every path from a graph input to the output runs through;
+2. describes each segment between two joints by its structure (ops, attributes, types; no names);
+3. finds the longest periodic run of equal segments, with the least period;
+4. checks the turns of the run node by node against the first, and collects what differs: parameters
+   and states (one leaf with `names`), scalar constants (`table`).
+
+Nodes whose value is used far away, such as an embedding that every layer reads again, are no obstacle:
+they become invariants of the loop. A model that gives out a value of every layer (hidden states, or
+the `present_key_values` of an ONNX export) keeps those layers unrolled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from llmc.ir.graph import Graph, merge_origins, rebuild
+from llmc.ir.ops import make
+from llmc.passes.segments import Segments, descendants, find_joints
+from llmc.passes.turns import Turns, match_turns
+
+
+def outline(graph: Graph) -> Graph:
+    """The graph with its repeated layers as `repeat` nodes; several stacks of layers, several nodes."""
+    while True:
+        outlined = _outline_once(graph)
+        if outlined is None:
+            return graph
+        graph = outlined
+
+
+def _outline_once(graph: Graph) -> Graph | None:
+    nodes = graph.nodes()
+    streams = [descendants(nodes, source) for source in graph.inputs]
+    cuts = [(find_joints(stream), stream) for stream in streams]
+    if not cuts:
+        return None
+    joints, stream = max(cuts, key=lambda cut: len(cut[0]))
+    segments = Segments(graph, stream, joints)
+    for run in segments.runs():
+        turns = match_turns(segments, *run)
+        outlined = _replace(graph, turns) if turns is not None else None
+        if outlined is not None:
+            return outlined
+    return None
+
+
+def _replace(graph: Graph, turns: Turns) -> Graph | None:
+    """The graph with the loop in place of its turns; None if a value inside a turn is still wanted."""
+    loop = make("repeat", turns.initial, *turns.invariants, bodies=(turns.body,),
+                count=turns.count, carried=1)
+    result = make("get", loop, index=0)
+    merge_origins(result, turns.final)
+    updates = tuple(update for update in graph.updates if update[0] not in turns.states)
+    outlined = rebuild(replace(graph, updates=updates), {turns.final: result})
+    return None if turns.nodes.intersection(outlined.nodes()) else outlined

@@ -1,0 +1,151 @@
+"""Where a graph's layers meet, and which stretches between the meeting points look alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from llmc.ir.graph import Graph, Node, TensorType
+from llmc.passes.match import LEAVES
+
+
+def descendants(nodes: Sequence[Node], source: Node) -> list[Node]:
+    """The nodes that depend on source, in the order of `nodes`, without source itself."""
+    found = {source}
+    stream = []
+    for node in nodes:
+        if any(each in found for each in node.inputs):
+            found.add(node)
+            stream.append(node)
+    return stream
+
+
+def find_joints(stream: Sequence[Node]) -> list[Node]:
+    """The nodes that every path through the stream meets, in order.
+
+    A node whose value is used more than half the stream away (an embedding that every layer reads
+    again) does not count as a path: it will be an invariant of the loop.
+    """
+    position = {node: index for index, node in enumerate(stream)}
+    last_use = list(range(len(stream)))
+    for index, node in enumerate(stream):
+        for each in node.inputs:
+            if each in position:
+                last_use[position[each]] = index
+    joints, reach = [], -1
+    for index, node in enumerate(stream):
+        if reach <= index and isinstance(node.type, TensorType):
+            joints.append(node)
+        if last_use[index] - index <= len(stream) // 2:
+            reach = max(reach, last_use[index])
+    return joints
+
+
+def without_inputs(graph: Graph) -> set[Node]:
+    """Non-leaf nodes of which every turn may hold a copy: functions of parameters and constants,
+    and scalars of dims."""
+    copied: set[Node] = set()
+    weights: set[Node] = set()
+    for node in graph.nodes():
+        if node.op == "parameter":
+            weights.add(node)
+        elif node.inputs and all(each in copied or each.op in ("parameter", "constant", "iota", "dim")
+                                 for each in node.inputs):
+            weights.update([node] if any(each in weights for each in node.inputs) else [])
+            if node in weights or node.type.shape == ():
+                copied.add(node)
+    return copied
+
+
+class Segments:
+    """The stream cut at its joints. Segment i (i >= 1) lies between joints i - 1 and i."""
+
+    def __init__(self, graph: Graph, stream: Sequence[Node], joints: Sequence[Node]):
+        self.joints = joints
+        self.copied = without_inputs(graph)
+        self.updates = {value: state for state, value in graph.updates}
+        self.index: dict[Node, int] = {}
+        is_joint, index = set(joints), 0
+        for node in stream:
+            self.index[node] = index
+            index += node in is_joint
+        self.roots: list[list[Node]] = [[] for _ in range(index + 1)]
+        for _, value in graph.updates:
+            if value in self.index:
+                self.roots[self.index[value]].append(value)
+        # A segment that gives out a value of its own stays what it is: no turn of a loop.
+        self.fixed = {self.index[value] + (value in is_joint)
+                      for _, value in graph.outputs if value in self.index}
+        self._tokens: dict[tuple, int] = {}
+
+    def token(self, node: Node) -> int:
+        """A number for the node's structure: op, attributes, type and bodies, without names."""
+        if node.op in ("parameter", "state", "constant"):
+            key: tuple = (node.op, node.type)
+        else:
+            key = (node.op, node.attributes, node.type, node.bodies)
+        return self._tokens.setdefault(key, len(self._tokens))
+
+    def is_inside(self, node: Node, index: int) -> bool:
+        """Whether the segment computes the node itself; else it comes from outside."""
+        return node not in self.joints[index - 1:index] and node.op not in LEAVES and (
+            self.index.get(node) == index or node in self.copied)
+
+    def signature(self, index: int) -> tuple:
+        """The structure of a segment: equal for segments that may be turns of one loop."""
+        if index in self.fixed:
+            return ("fixed", index)
+        order: dict[Node, int] = {}
+        parts: list[tuple] = []
+        for root in (self.joints[index], *self.roots[index]):
+            for node in self._post_order(root, index, order):
+                order[node] = len(order)
+                inside = self.is_inside(node, index)
+                operands = tuple(order[each] for each in node.inputs) if inside else ()
+                known = self.token(node) if inside or node.op in LEAVES else str(node.type)
+                parts.append((known, operands))
+            parts.append(("root", order[root]))
+        return tuple(parts)
+
+    def _post_order(self, root: Node, index: int, seen: dict[Node, int]) -> Iterator[Node]:
+        stack = [root]
+        pushed: set[Node] = set()
+        while stack:
+            node = stack[-1]
+            if node in seen:
+                stack.pop()
+            elif node in pushed or not self.is_inside(node, index):
+                stack.pop()
+                yield node
+            else:
+                pushed.add(node)
+                stack.extend(each for each in reversed(node.inputs) if each not in seen)
+
+    def runs(self) -> list[tuple[int, int, int]]:
+        """Periodic runs (first segment, period, count), longest first, then least period."""
+        numbers: dict[tuple, int] = {}
+        signs = [-1] + [numbers.setdefault(self.signature(index), len(numbers))
+                        for index in range(1, len(self.joints))]
+        found = []
+        for period in _candidate_periods(signs):
+            start = 1
+            while start + 2 * period <= len(signs):
+                length = 0
+                while (start + length + period < len(signs)
+                       and signs[start + length] == signs[start + length + period]):
+                    length += 1
+                if length >= period:
+                    found.append((start, period, length // period + 1))
+                start += length + 1
+        return sorted(found, key=lambda run: (-run[1] * run[2], run[1], run[0]))
+
+
+def _candidate_periods(signs: Sequence[int]) -> list[int]:
+    """Distances between equal numbers that are up to eight occurrences apart, least first."""
+    places: dict[int, list[int]] = {}
+    for index, sign in enumerate(signs):
+        places.setdefault(sign, []).append(index)
+    periods = set()
+    for where in places.values():
+        for step in range(1, min(len(where), 9)):
+            periods.update(b - a for a, b in zip(where, where[step:], strict=False))
+    return sorted(period for period in periods if 2 * period < len(signs))[:64]
