@@ -14,18 +14,29 @@ from llmc.frontend.onnx.symbols import SymbolTable
 from llmc.ir import dims
 from llmc.ir.dims import Dim
 from llmc.ir.dtypes import DType, bool_, from_numpy, i64
-from llmc.ir.graph import Node
+from llmc.ir.graph import Node, Origin, origin_of, set_origin
 from llmc.ir.ops import make
 
 Shape = Sequence[Dim]
 
 
 class Builder:
-    """Node makers over one symbol table. `location` names the ONNX node in errors."""
+    """Node makers over one symbol table.
 
-    def __init__(self, symbols: SymbolTable, location: str) -> None:
+    `location` names the ONNX node in errors, `origin` in the nodes that are made.
+    """
+
+    def __init__(self, symbols: SymbolTable, location: str, origin: Origin | None = None) -> None:
         self.symbols = symbols
         self.location = location
+        self.origin = origin
+
+    def make(self, op: str, *inputs: Node, **attributes: Any) -> Node:
+        """A node that remembers which ONNX node it came from (the first, if it is shared)."""
+        node = make(op, *inputs, **attributes)
+        if self.origin is not None and origin_of(node) is None:
+            set_origin(node, self.origin)
+        return node
 
     def error(self, message: str) -> ModelError:
         return ModelError(f"{self.location}: {message}")
@@ -41,7 +52,7 @@ class Builder:
         """A `constant` node of a NumPy array."""
         dtype = dtype or from_numpy(array.dtype)
         data = np.ascontiguousarray(array, dtype=dtype.numpy).tobytes()
-        return make("constant", dtype=dtype, shape=tuple(array.shape), data=data)
+        return self.make("constant", dtype=dtype, shape=tuple(array.shape), data=data)
 
     def scalar(self, value: float, dtype: DType) -> Node:
         """A rank-0 constant."""
@@ -51,11 +62,11 @@ class Builder:
         """A rank-0 tensor holding a dim."""
         if isinstance(value, int):
             return self.scalar(value, dtype)
-        return make("dim", value=value, dtype=dtype)
+        return self.make("dim", value=value, dtype=dtype)
 
     def iota(self, length: Dim, dtype: DType = i64) -> Node:
         """0, 1, 2 ... of that length."""
-        return make("iota", dtype=dtype, shape=(length,), axis=0)
+        return self.make("iota", dtype=dtype, shape=(length,), axis=0)
 
     def full(self, value: float, shape: Shape, dtype: DType) -> Node:
         return self.broadcast(self.scalar(value, dtype), shape)
@@ -80,24 +91,24 @@ class Builder:
     # ---- elementwise ----------------------------------------------------------------------
 
     def unary(self, op: str, x: Node, **attributes: Any) -> Node:
-        return make(op, x, **attributes)
+        return self.make(op, x, **attributes)
 
     def binary(self, op: str, a: Node, b: Node) -> Node:
         """An elementwise op of two tensors of one dtype; broadcasts, unifying symbols."""
         if a.dtype is not b.dtype:
             raise self.error(f"operands are {a.dtype} and {b.dtype}")
         self.broadcast_shapes(a.shape, b.shape)
-        return make(op, a, b)
+        return self.make(op, a, b)
 
     def where(self, condition: Node, a: Node, b: Node) -> Node:
         self.broadcast_shapes(condition.shape, a.shape, b.shape)
-        return make("where", condition, a, b)
+        return self.make("where", condition, a, b)
 
     def clamp(self, x: Node, low: Node, high: Node) -> Node:
-        return make("clamp", x, low, high)
+        return self.make("clamp", x, low, high)
 
     def cast(self, x: Node, dtype: DType) -> Node:
-        return x if x.dtype is dtype else make("cast", x, dtype=dtype)
+        return x if x.dtype is dtype else self.make("cast", x, dtype=dtype)
 
     def scaled(self, x: Node, factor: float) -> Node:
         """x * factor, factor rounded to x's dtype."""
@@ -125,15 +136,17 @@ class Builder:
     # ---- movement -------------------------------------------------------------------------
 
     def broadcast(self, x: Node, shape: Shape) -> Node:
-        return x if tuple(x.shape) == tuple(shape) else make("broadcast", x, shape=tuple(shape))
+        return (
+            x if tuple(x.shape) == tuple(shape) else self.make("broadcast", x, shape=tuple(shape))
+        )
 
     def reshape(self, x: Node, shape: Shape) -> Node:
-        return x if tuple(x.shape) == tuple(shape) else make("reshape", x, shape=tuple(shape))
+        return x if tuple(x.shape) == tuple(shape) else self.make("reshape", x, shape=tuple(shape))
 
     def transpose(self, x: Node, permutation: Sequence[int]) -> Node:
         if list(permutation) == list(range(x.rank)):
             return x
-        return make("transpose", x, permutation=tuple(permutation))
+        return self.make("transpose", x, permutation=tuple(permutation))
 
     def swap_last(self, x: Node) -> Node:
         """x with its last two axes exchanged."""
@@ -153,13 +166,14 @@ class Builder:
 
     def slice_axes(self, x: Node, ranges: dict[int, tuple[Dim, Dim, int]]) -> Node:
         """Slices several axes: {axis: (start, stop, step)}."""
-        starts, stops, steps = [0] * x.rank, list(x.shape), [1] * x.rank
+        starts: list[Dim] = [0] * x.rank
+        stops, steps = list(x.shape), [1] * x.rank
         for axis, (start, stop, step) in ranges.items():
-            starts[axis], stops[axis], steps[axis] = start, stop, step  # type: ignore[call-overload]
+            starts[axis], stops[axis], steps[axis] = start, stop, step
         if not any(starts) and tuple(stops) == tuple(x.shape) and set(steps) <= {1}:
             return x
         attributes = {"starts": tuple(starts), "stops": tuple(stops), "steps": tuple(steps)}
-        return make("slice", x, **attributes)
+        return self.make("slice", x, **attributes)
 
     def concat(self, parts: Sequence[Node], axis: int) -> Node:
         for part in parts[1:]:
@@ -168,15 +182,16 @@ class Builder:
             for place, (dim, first) in enumerate(zip(part.shape, parts[0].shape, strict=True)):
                 if place != axis:
                     self.require_equal(first, dim, f"concat, axis {place}")
-        return parts[0] if len(parts) == 1 else make("concat", *parts, axis=axis)
+        return parts[0] if len(parts) == 1 else self.make("concat", *parts, axis=axis)
 
     def take(self, x: Node, index: Node, axis: int = 0) -> Node:
         """numpy.take along an axis."""
-        return make("gather", x, index, axis=axis)
+        return self.make("gather", x, index, axis=axis)
 
     def split(self, x: Node, axis: int, sizes: Sequence[Dim]) -> list[Node]:
         """Consecutive parts of an axis; the sizes add up to it."""
-        parts, start = [], 0
+        parts: list[Node] = []
+        start: Dim = 0
         for size in sizes:
             parts.append(self.slice_axis(x, axis, start, start + size))
             start = start + size
@@ -187,7 +202,7 @@ class Builder:
     def reduce(self, op: str, x: Node, axes: Iterable[int], keep: bool = True) -> Node:
         """A reduce_* op over sorted, non-negative axes; x itself for no axes."""
         ordered = tuple(sorted(axes))
-        return make(op, x, axes=ordered, keep=keep) if ordered else x
+        return self.make(op, x, axes=ordered, keep=keep) if ordered else x
 
     def matmul(self, a: Node, b: Node, dtype: DType | None = None) -> Node:
         """numpy.matmul; unifies the contracted and the batch dims."""
@@ -196,7 +211,7 @@ class Builder:
         inner = b.shape[-2] if b.rank > 1 else b.shape[-1]
         self.require_equal(a.shape[-1], inner, "contracted axes of matmul")
         self.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-        return make("matmul", a, b, dtype=dtype or a.dtype)
+        return self.make("matmul", a, b, dtype=dtype or a.dtype)
 
     def split_heads(self, x: Node, heads: int) -> Node:
         """[b, s, heads * size] -> [b, heads, s, size]."""

@@ -12,7 +12,7 @@ from llmc.frontend.onnx.registry import Value
 from llmc.frontend.onnx.shape_array import ShapeArray
 from llmc.frontend.onnx.symbols import SymbolTable
 from llmc.ir.dims import Dim, Expression
-from llmc.ir.graph import Node
+from llmc.ir.graph import Node, Origin
 
 
 class Call(Builder):
@@ -26,12 +26,13 @@ class Call(Builder):
         self,
         symbols: SymbolTable,
         location: str,
+        origin: Origin,
         node: NodeProto,
         version: int,
         inputs: Sequence[Value | None],
         attributes: dict[str, Any],
     ) -> None:
-        super().__init__(symbols, location)
+        super().__init__(symbols, location, origin)
         self.node = node
         self.version = version
         self.inputs = list(inputs)

@@ -156,9 +156,7 @@ def power(call: Call) -> Result:
         return result
     base, exponent = call.input(0), call.input(1)
     if base.dtype.is_integer and exponent.dtype.is_float:
-        return call.cast(
-            call.binary("pow", call.cast(base, exponent.dtype), exponent), base.dtype
-        )
+        return call.cast(call.binary("pow", call.cast(base, exponent.dtype), exponent), base.dtype)
     return call.binary("pow", base, call.cast(exponent, base.dtype))
 
 
@@ -324,7 +322,9 @@ def exponential_linear(call: Call) -> Result:
     inner = call.scaled(x, 1 / alpha) if call.op_type == "Celu" else x
     below = call.scaled(call.shifted(call.unary("exp", inner), -1), alpha)
     result = select_positive(call, x, x, below)
-    return call.scaled(result, call.attribute("gamma", 1.050701)) if call.op_type == "Selu" else result
+    return (
+        call.scaled(result, call.attribute("gamma", 1.050701)) if call.op_type == "Selu" else result
+    )
 
 
 @converter("Shrink", inputs=1)

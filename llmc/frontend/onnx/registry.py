@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING
 
 from llmc.frontend.onnx.shape_array import ShapeArray
 from llmc.ir.graph import Node
@@ -12,8 +12,8 @@ from llmc.ir.graph import Node
 if TYPE_CHECKING:
     from llmc.frontend.onnx.call import Call
 
-Value = Union[Node, ShapeArray]
-Result = Union[Value, "Sequence[Value | None]"]
+Value = Node | ShapeArray
+Result = Value | Sequence[Value | None]
 
 AI_ONNX = ""
 MICROSOFT = "com.microsoft"

@@ -71,10 +71,9 @@ def constant_of_shape(call: Call) -> Result:
     if array.size != 1:
         raise call.error(f"value has {array.size} items instead of one")
     value = array.reshape(()).item()
-    if shape_array.is_shape_dtype(dtype) and all(isinstance(extent, int) for extent in extents):
-        total = int(np.prod(extents, dtype=object)) if extents else 1
-        if 0 <= total <= shape_array.LIMIT:
-            return shape_array.from_numpy(np.full([int(e) for e in extents], value), dtype)  # type: ignore[arg-type]
+    constant = shape_array.small_extents(extents)
+    if constant is not None and shape_array.is_shape_dtype(dtype):
+        return shape_array.from_numpy(np.full(constant, value), dtype)
     return call.broadcast(call.constant(array.reshape(()), dtype), extents)
 
 

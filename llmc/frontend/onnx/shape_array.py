@@ -1,8 +1,9 @@
-"""Compile-time integer arrays whose items are dims: what exported shape arithmetic computes with."""
+"""Compile-time integer arrays whose items are dims: the values of exported shape arithmetic."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ LIMIT = 256  # items; a larger array is a tensor, not a shape
 
 @dataclass(frozen=True, eq=False)
 class ShapeArray:
-    """`items` is an object array of dims (bools for dtype bool); `dtype` that of the ONNX tensor."""
+    """`items` is an object array of dims (bools for dtype bool), `dtype` the ONNX tensor's."""
 
     items: np.ndarray[Any, Any]
     dtype: DType
@@ -65,6 +66,13 @@ def object_array(items: Any, shape: tuple[int, ...] = ()) -> np.ndarray[Any, Any
     else:
         array[()] = items
     return array
+
+
+def small_extents(shape: Sequence[Dim]) -> tuple[int, ...] | None:
+    """The shape if it is constant and has at most LIMIT items, else None."""
+    extents = tuple(dim for dim in shape if isinstance(dim, int))
+    constant = len(extents) == len(tuple(shape)) and min(extents, default=0) >= 0
+    return extents if constant and math.prod(extents) <= LIMIT else None
 
 
 def fold(

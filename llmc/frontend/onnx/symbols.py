@@ -19,7 +19,7 @@ from llmc.ir.dims import Dim, Expression, Symbol
 MAX_SOLUTIONS = 64
 
 
-class SymbolSolved(Exception):  # noqa: N818 - control flow of the import, never seen outside
+class SymbolSolved(Exception):
     """An equation gave `name` a value; the import has to start over with it."""
 
     def __init__(self, name: str, value: Dim) -> None:

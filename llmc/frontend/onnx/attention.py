@@ -1,0 +1,178 @@
+"""Attention and RotaryEmbedding of ai.onnx (opset 23 on)."""
+
+from __future__ import annotations
+
+import math
+
+from llmc.frontend.onnx.call import Call
+from llmc.frontend.onnx.registry import Result, converter
+from llmc.ir import dims
+from llmc.ir.dims import Dim
+from llmc.ir.dtypes import bool_, i64
+from llmc.ir.graph import Node
+
+
+def attend(
+    call: Call,
+    q: Node,
+    k: Node,
+    v: Node,
+    mask: Node | None,
+    *,
+    scale: float | None,
+    causal: bool = False,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Node:
+    """The attention op on q[b, h, s, d], k[b, g, t, d], v[b, g, t, e]; scale None is 1/sqrt(d)."""
+    for axis in (0, 2):
+        call.require_equal(k.shape[axis], v.shape[axis], f"keys and values, axis {axis}")
+    call.require_equal(q.shape[0], k.shape[0], "batch of queries and keys")
+    call.require_equal(q.shape[3], k.shape[3], "head size of queries and keys")
+    if scale is None:
+        scale = 1 / math.sqrt(constant_dim(call, q.shape[3], "head size"))
+    if mask is not None:
+        call.broadcast_shapes(mask.shape, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
+    operands = [q, k, v] if mask is None else [q, k, v, mask]
+    options = {"scale": float(scale), "causal": causal, "window": window, "softcap": float(softcap)}
+    return call.make("attention", *operands, **options)
+
+
+def constant_dim(call: Call, dim: Dim, what: str) -> int:
+    if not isinstance(dim, int):
+        raise call.error(f"{what} is symbolic: {dims.format_dim(dim)}")
+    return dim
+
+
+def rotated(call: Call, x: Node, cos: Node, sin: Node, interleaved: bool) -> Node:
+    """rope of x[b, s, h, d] by cos and sin [b, s, r]."""
+    call.require_equal(cos.shape[-1], sin.shape[-1], "cos and sin")
+    return call.make("rope", x, cos, sin, interleaved=interleaved)
+
+
+# ---- RotaryEmbedding ---------------------------------------------------------------------------
+
+
+@converter("RotaryEmbedding", inputs=(3, 4))
+def rotary_embedding(call: Call) -> Result:
+    positions = call.optional(3)
+    cos, sin = call.input(1), call.input(2)
+    if positions is not None:
+        cos, sin = call.take(cos, positions), call.take(sin, positions)
+    return rotate_any_layout(call, call.input(0), cos, sin)
+
+
+def rotate_any_layout(call: Call, x: Node, cos: Node, sin: Node) -> Node:
+    """x as [b, h, s, d] or [b, s, h * d]; the attributes of both RotaryEmbedding operators."""
+    interleaved = bool(call.attribute("interleaved", 0))
+    cos, sin = (rotary_part(call, table) for table in (cos, sin))
+    if x.rank == 4:
+        turned = rotated(call, call.transpose(x, (0, 2, 1, 3)), cos, sin, interleaved)
+        return call.transpose(turned, (0, 2, 1, 3))
+    if x.rank != 3:
+        raise call.error(f"input of rank {x.rank}")
+    heads = call.attribute("num_heads", 0)
+    size = call.divide(x.shape[2], heads) if heads else 2 * cos.shape[-1]
+    heads = heads or dims.floordiv(x.shape[2], size)
+    split = call.reshape(x, (x.shape[0], x.shape[1], heads, size))
+    return call.reshape(rotated(call, split, cos, sin, interleaved), x.shape)
+
+
+def rotary_part(call: Call, table: Node) -> Node:
+    """The first rotary_embedding_dim / 2 columns of a table, where that attribute is given."""
+    width = int(call.attribute("rotary_embedding_dim", 0))
+    return call.slice_axis(table, table.rank - 1, 0, width // 2) if width else table
+
+
+# ---- Attention ---------------------------------------------------------------------------------
+
+
+@converter("Attention", inputs=(3, 7))
+def attention(call: Call) -> Result:
+    call.refuse("softmax_precision", 1)
+    if len(call.node.output) > 3 and call.node.output[3]:
+        raise call.error("the output qk_matmul_output is not supported")
+    flat = call.input(0).rank == 3
+    q, k, v = (split_operand(call, index) for index in range(3))
+    past_key, past_value = call.optional(4), call.optional(5)
+    offset: Dim = 0
+    if past_key is not None and past_value is not None:
+        offset = past_key.shape[2]
+        k, v = call.concat([past_key, k], 2), call.concat([past_value, v], 2)
+    elif past_key is not None or past_value is not None:
+        raise call.error("past_key and past_value go together")
+    mask, causal = combined_mask(call, q.shape[2], k.shape[2], offset)
+    options = {"scale": call.attribute("scale"), "softcap": call.attribute("softcap", 0.0)}
+    result = attend(call, q, k, v, mask, causal=causal, **options)
+    return call.merge_heads(result) if flat else result, k, v
+
+
+def split_operand(call: Call, index: int) -> Node:
+    """Query, key or value as [b, heads, length, size]."""
+    x = call.input(index)
+    if x.rank == 4:
+        return x
+    if x.rank != 3:
+        raise call.error(f"input {index} has rank {x.rank}, not 3 or 4")
+    return call.split_heads(x, call.required("kv_num_heads" if index else "q_num_heads"))
+
+
+def combined_mask(call: Call, queries: Dim, keys: Dim, offset: Dim) -> tuple[Node | None, bool]:
+    """(mask operand or None, whether the op's own causal rule applies)."""
+    mask = padded_mask(call, keys)
+    lengths = call.optional(6)
+    windows = [int(call.attribute(f"{side}_window_size", -1)) for side in ("left", "right")]
+    causal = bool(call.attribute("is_causal", 0))
+    aligned = dims.known_equal(keys, queries + offset)  # the last query sees the last key
+    if lengths is None and max(windows) < 0 and (aligned or not causal):
+        return mask, causal
+    visible = visible_places(call, (queries, keys, offset), lengths, windows)
+    return merged_masks(call, mask, visible), False
+
+
+def padded_mask(call: Call, keys: Dim) -> Node | None:
+    """The mask input; a bool or float mask shorter than the keys hides the rest."""
+    mask = call.optional(3)
+    if mask is None or mask.rank == 0:
+        return mask
+    width = mask.shape[-1]
+    if width == 1 or dims.known_equal(width, keys) or not dims.known_at_least(keys, width):
+        return mask  # equal as it is, or `attend` unifies the two
+    hidden = call.scalar(0 if mask.dtype is bool_ else -math.inf, mask.dtype)
+    zeros = [0] * (mask.rank - 1)
+    return call.make("pad", mask, hidden, low=(*zeros, 0), high=(*zeros, keys - width))
+
+
+def visible_places(
+    call: Call, extents: tuple[Dim, Dim, Dim], lengths: Node | None, windows: list[int]
+) -> Node:
+    """bool[(b, 1,) queries, keys]: what causality, windows and valid key counts leave visible."""
+    queries, keys, offset = extents
+    key = call.iota(keys)
+    position = call.unsqueeze(call.binary("add", call.iota(queries), call.dim(offset)), [1])
+    if lengths is not None:
+        lengths = call.reshape(call.cast(lengths, i64), (lengths.shape[0], 1, 1, 1))
+        if not call.has(4):
+            first = call.binary("sub", lengths, call.dim(queries))
+            position = call.binary("add", call.unsqueeze(call.iota(queries), [1]), first)
+    rules = [] if lengths is None else [call.binary("less", key, lengths)]
+    if call.attribute("is_causal", 0):
+        rules.append(call.binary("less_equal", key, position))
+    left, right = windows
+    if left >= 0:
+        rules.append(call.binary("greater_equal", key, call.shifted(position, -left)))
+    if right >= 0:
+        rules.append(call.binary("less_equal", key, call.shifted(position, right)))
+    result = rules[0]
+    for rule in rules[1:]:
+        result = call.binary("and", result, rule)
+    return result
+
+
+def merged_masks(call: Call, mask: Node | None, visible: Node) -> Node:
+    """Both masks as one operand: bool, or additive if the given mask is."""
+    if mask is None:
+        return visible
+    if mask.dtype is bool_:
+        return call.binary("and", mask, visible)
+    return call.where(visible, mask, call.scalar(-math.inf, mask.dtype))

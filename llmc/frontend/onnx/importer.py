@@ -1,0 +1,361 @@
+"""An ONNX file to an ImportedModel: the nodes in order, each through its converter."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
+from onnx.helper import get_attribute_value
+
+from llmc.errors import GraphError, ModelError, ShapeError
+from llmc.frontend.model import ImportedModel, StoredTensor
+from llmc.frontend.onnx import (  # noqa: F401 - importing a group registers its converters
+    attention,
+    contrib,
+    elementwise,
+    matmul,
+    movement,
+    normalization,
+    quantization,
+    reduction,
+    shape,
+    shape_array,
+)
+from llmc.frontend.onnx.builder import Builder
+from llmc.frontend.onnx.call import Call
+from llmc.frontend.onnx.check import check_model, node_name, opset_versions, unsupported_operators
+from llmc.frontend.onnx.protobuf import (
+    element_dtype,
+    external_files,
+    is_external,
+    read_model,
+    stored_tensor,
+)
+from llmc.frontend.onnx.registry import AI_ONNX, CONVERTERS, Value
+from llmc.frontend.onnx.signature import companion_files, model_info, token_interface
+from llmc.frontend.onnx.symbols import MAX_SOLUTIONS, SymbolSolved, SymbolTable
+from llmc.ir.dims import Dim
+from llmc.ir.graph import Graph, Node, Origin, TensorType
+
+HEADER_BYTES = 1 << 20
+MAX_DEPTH = 64
+
+
+def import_onnx(path: str | Path) -> ImportedModel:
+    """Import an .onnx file; its weights stay where they are and become parameters by name.
+
+    Inputs and outputs keep their names and axes; symbolic axes are unified where operators
+    demand it. ModelError names the file and the node or tensor.
+    """
+    path = Path(path)
+    model = read_model(path)
+    check_model(model, path)
+    solutions: dict[str, Dim] = {}
+    for _ in range(MAX_SOLUTIONS):
+        conversion = Conversion(model, path, SymbolTable(solutions))
+        try:
+            graph = conversion.run()
+        except SymbolSolved as solved:
+            solutions[solved.name] = solved.value
+        else:
+            return _imported(model, path, graph, conversion.parameters)
+    raise ModelError(f"{path}: its symbolic axes cannot be unified: {solutions}")
+
+
+def _imported(
+    model: ModelProto, path: Path, graph: Graph, stored: Mapping[str, StoredTensor]
+) -> ImportedModel:
+    parameters = {node["name"]: stored[node["name"]] for node in graph.parameters()}
+    return ImportedModel(
+        graph=graph,
+        parameters=parameters,
+        kind="onnx",
+        config=model_info(model, path, graph),
+        path=path,
+        fingerprint=_fingerprint(path, external_files(model, path)),
+        companion_files=companion_files(path),
+        token_interface=token_interface(graph),
+    )
+
+
+def _fingerprint(path: Path, others: Sequence[Path]) -> str:
+    """Of names, sizes and times of all files, and the first MiB of the model."""
+    digest = hashlib.sha256()
+    for file in (path, *others):
+        status = os.stat(file)
+        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    with path.open("rb") as opened:
+        digest.update(opened.read(HEADER_BYTES))
+    return digest.hexdigest()
+
+
+@dataclass
+class Scope:
+    """Names of one graph, function body or branch; names not found are looked up in `parent`.
+
+    `prefix` tells nodes and parameters of function bodies apart; `attributes` are the arguments
+    of a function's call.
+    """
+
+    opsets: Mapping[str, int]
+    parent: Scope | None = None
+    prefix: str = ""
+    attributes: Mapping[str, AttributeProto] = field(default_factory=dict)
+    values: dict[str, Value] = field(default_factory=dict)
+    depth: int = 0
+
+    def find(self, name: str) -> Value | None:
+        scope: Scope | None = self
+        while scope is not None:
+            if name in scope.values:
+                return scope.values[name]
+            scope = scope.parent
+        return None
+
+
+class Conversion:
+    """One attempt to convert the graph; `SymbolSolved` ends it when two dims turn out equal."""
+
+    def __init__(self, model: ModelProto, path: Path, symbols: SymbolTable) -> None:
+        self.model, self.path, self.symbols = model, path, symbols
+        self.parameters: dict[str, StoredTensor] = {}
+        self.functions: dict[tuple[str, str], FunctionProto] = {
+            (function.domain, function.name): function for function in model.functions
+        }
+
+    def run(self) -> Graph:
+        graph = self.model.graph
+        scope = Scope(opset_versions(self.model.opset_import))
+        inputs = self._graph_inputs(graph)
+        scope.values.update((node["name"], node) for node in inputs)
+        self._initializers(graph.initializer, scope)
+        self._nodes(graph.node, scope)
+        outputs = tuple((output.name, self._output(output.name, scope)) for output in graph.output)
+        for (_, node), declared in zip(outputs, graph.output, strict=True):
+            self._unify_declared_shape(node, declared)
+        return Graph(graph.name or self.path.stem, tuple(inputs), outputs)
+
+    # ---- inputs, initializers, outputs ------------------------------------------------------
+
+    def _graph_inputs(self, graph: GraphProto) -> list[Node]:
+        initialized = {tensor.name for tensor in graph.initializer}
+        declared = [value for value in graph.input if value.name not in initialized]
+        self._declare_symbols(declared)
+        return [self._input(value) for value in declared]
+
+    def _declare_symbols(self, declared: Iterable[Any]) -> None:
+        """Named axes that only caches have start at 0, others at 1."""
+        cache_only: dict[str, bool] = {}
+        for value in declared:
+            for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+                if dim.dim_param.isidentifier():
+                    cached = axis > 0 and _is_cache(value.name)
+                    cache_only[dim.dim_param] = cache_only.get(dim.dim_param, True) and cached
+        for name, cached in cache_only.items():
+            self.symbols.declare(name, 0 if cached else 1)
+
+    def _input(self, value: Any) -> Node:
+        location = f"{self.path}: input '{value.name}'"
+        tensor = value.type.tensor_type
+        if not value.type.HasField("tensor_type") or not tensor.HasField("shape"):
+            raise ModelError(f"{location}: it must be a tensor of known rank")
+        dtype = element_dtype(tensor.elem_type, location)
+        low = 0 if _is_cache(value.name) else 1
+        shape = [
+            self._input_dim(dim, f"{value.name}.{axis}", low if axis else 1, location)
+            for axis, dim in enumerate(tensor.shape.dim)
+        ]
+        builder = Builder(self.symbols, location, Origin(file=str(self.path), node=value.name))
+        return builder.make("input", name=value.name, type=TensorType(dtype, tuple(shape)))
+
+    def _input_dim(self, dim: Any, name: str, low: int, location: str) -> Dim:
+        if dim.HasField("dim_value") and dim.dim_value >= 0:
+            return int(dim.dim_value)
+        if dim.HasField("dim_value") and dim.dim_value < -1:
+            raise ModelError(f"{location}: dim {dim.dim_value}")
+        text = dim.dim_param
+        known = self.symbols.parse(text) if text else None
+        return (
+            known
+            if known is not None
+            else self.symbols.resolve(self.symbols.declare(text or name, low))
+        )
+
+    def _initializers(self, tensors: Iterable[TensorProto], scope: Scope) -> None:
+        for tensor in tensors:
+            scope.values[tensor.name] = self._weight(tensor.name, tensor, scope)
+
+    def _weight(self, name: str, tensor: TensorProto, scope: Scope) -> Value:
+        """A small integer or single value is a constant, everything else a parameter."""
+        full_name = scope.prefix + name
+        stored = self._stored(full_name, tensor)
+        builder = Builder(self.symbols, f"{self.path}: tensor '{name}'")
+        items = 1
+        for extent in stored.shape:
+            items *= extent
+        if items == 1 or (shape_array.is_shape_dtype(stored.dtype) and items <= shape_array.LIMIT):
+            return shape.constant_value(builder, stored.read(), stored.dtype)
+        origin = Origin(file=str(self.path), node=full_name)
+        builder = Builder(self.symbols, builder.location, origin)
+        kind = TensorType(stored.dtype, stored.shape)
+        return builder.make("parameter", name=full_name, type=kind)
+
+    def _stored(self, name: str, tensor: TensorProto) -> StoredTensor:
+        if name not in self.parameters:
+            self.parameters[name] = stored_tensor(name, tensor, self.path)
+        return self.parameters[name]
+
+    def _output(self, name: str, scope: Scope) -> Node:
+        value = scope.find(name)
+        location = f"{self.path}: output '{name}'"
+        if value is None:
+            raise ModelError(f"{location}: no node produces it")
+        return Builder(self.symbols, location).tensor(value)
+
+    def _unify_declared_shape(self, node: Node, declared: Any) -> None:
+        """Names that outputs share with inputs are equations; unknown names mean nothing."""
+        extents = declared.type.tensor_type.shape.dim
+        if len(extents) != node.rank:
+            return
+        for dim, actual in zip(extents, node.shape, strict=True):
+            wanted = self.symbols.parse(dim.dim_param) if dim.dim_param else dim.dim_value or None
+            if wanted is not None:
+                self.symbols.require_equal(actual, wanted)
+
+    # ---- nodes ------------------------------------------------------------------------------
+
+    def _nodes(self, nodes: Iterable[NodeProto], scope: Scope) -> None:
+        for node in nodes:
+            try:
+                results = self._node(node, scope)
+            except ModelError:
+                raise
+            except (ShapeError, GraphError, ValueError, IndexError, TypeError, OverflowError) as e:
+                raise ModelError(f"{self._location(node, scope)}: {e}") from e
+            for name, result in zip(node.output, results, strict=False):
+                if name and result is not None:
+                    scope.values[name] = result
+
+    def _location(self, node: NodeProto, scope: Scope) -> str:
+        return f"{self.path}: node '{scope.prefix}{node_name(node)}' ({node.op_type})"
+
+    def _node(self, node: NodeProto, scope: Scope) -> Sequence[Value | None]:
+        domain = AI_ONNX if node.domain == "ai.onnx" else node.domain
+        function = self.functions.get((node.domain, node.op_type))
+        if function is not None:
+            return self._inline(function, node, scope)
+        if domain == AI_ONNX and node.op_type == "If":
+            return self._if(node, scope)
+        weight = self._constant_weight(node, scope)
+        if weight is not None:
+            return [weight]
+        entry = CONVERTERS[domain, node.op_type]
+        call = self._call(node, scope, domain)
+        if len(call.inputs) < entry.low or len(call.inputs) > (entry.high or len(call.inputs)):
+            wanted = (
+                entry.low if entry.low == entry.high else f"{entry.low} to {entry.high or 'any'}"
+            )
+            raise call.error(f"it has {len(call.inputs)} inputs, not {wanted}")
+        result = entry.function(call)
+        return result if isinstance(result, (tuple, list)) else [result]  # type: ignore[list-item]
+
+    def _call(self, node: NodeProto, scope: Scope, domain: str) -> Call:
+        location = self._location(node, scope)
+        inputs = [self._find(name, scope, location) if name else None for name in node.input]
+        while inputs and inputs[-1] is None:
+            inputs.pop()
+        origin = Origin(file=str(self.path), node=scope.prefix + node_name(node))
+        attributes = self._attributes(node, scope)
+        version = scope.opsets.get(domain, 1)
+        return Call(self.symbols, location, origin, node, version, inputs, attributes)
+
+    def _find(self, name: str, scope: Scope, location: str) -> Value:
+        value = scope.find(name)
+        if value is None:
+            raise ModelError(
+                f"{location}: nothing before it produces its input '{name}'"
+                " (a name that is missing, a cycle, or nodes out of order)"
+            )
+        return value
+
+    def _attributes(self, node: NodeProto, scope: Scope) -> dict[str, Any]:
+        """Attributes as Python values; references to a function's arguments are looked up."""
+        found: dict[str, Any] = {}
+        for attribute in node.attribute:
+            name = attribute.name
+            if attribute.ref_attr_name:
+                if attribute.ref_attr_name not in scope.attributes:
+                    continue
+                attribute = scope.attributes[attribute.ref_attr_name]
+            value = get_attribute_value(attribute)
+            if isinstance(value, bytes):
+                value = value.decode("utf-8", "replace")
+            found[name] = value
+        return found
+
+    def _constant_weight(self, node: NodeProto, scope: Scope) -> Value | None:
+        """The parameter for a Constant node that is too large to be a constant, else None."""
+        if node.op_type != "Constant" or len(node.attribute) != 1 or not node.output:
+            return None
+        attribute = node.attribute[0]
+        tensor = attribute.t if attribute.name == "value" else None
+        if tensor is None or attribute.ref_attr_name:
+            return None
+        items = 1
+        for extent in tensor.dims:
+            items *= extent
+        if items <= shape_array.LIMIT and not is_external(tensor):
+            return None
+        return self._weight(node.output[0], tensor, scope)
+
+    # ---- functions and branches -------------------------------------------------------------
+
+    def _inline(
+        self, function: FunctionProto, node: NodeProto, scope: Scope
+    ) -> Sequence[Value | None]:
+        """The body of a model-local function with this node's inputs and attributes."""
+        location = self._location(node, scope)
+        if scope.depth >= MAX_DEPTH:
+            raise ModelError(f"{location}: functions are nested too deeply or call themselves")
+        arguments = {attribute.name: attribute for attribute in function.attribute_proto}
+        for attribute in node.attribute:
+            if attribute.ref_attr_name:
+                if attribute.ref_attr_name in scope.attributes:
+                    arguments[attribute.name] = scope.attributes[attribute.ref_attr_name]
+            else:
+                arguments[attribute.name] = attribute
+        prefix = f"{scope.prefix}{node_name(node)}/"
+        opsets = opset_versions(function.opset_import)
+        inner = Scope(opsets, None, prefix, arguments, depth=scope.depth + 1)
+        for name, given in zip(function.input, node.input, strict=False):
+            if given:
+                inner.values[name] = self._find(given, scope, location)
+        self._nodes(function.node, inner)
+        return [inner.find(name) for name in function.output]
+
+    def _if(self, node: NodeProto, scope: Scope) -> Sequence[Value | None]:
+        """Only with a condition that is known at compile time: that branch, in place."""
+        call = self._call(node, scope, AI_ONNX)
+        condition = call.shape_array(0)
+        known = None if condition is None else condition.known()
+        if known is None:
+            raise call.error("its condition depends on data; such an If is not supported")
+        branch: GraphProto = call.required("then_branch" if known.all() else "else_branch")
+        missing = unsupported_operators(branch.node, self.functions)
+        if missing:
+            raise call.error(f"unsupported operators: {', '.join(missing)}")
+        prefix = f"{scope.prefix}{node_name(node)}/"
+        inner = Scope(scope.opsets, scope, prefix, scope.attributes, depth=scope.depth + 1)
+        self._initializers(branch.initializer, inner)
+        self._nodes(branch.node, inner)
+        return [inner.find(output.name) for output in branch.output]
+
+
+def _is_cache(name: str) -> bool:
+    """Whether an input holds what earlier steps left, and may be empty."""
+    return "past" in name or "cache" in name

@@ -1,0 +1,182 @@
+"""Quantised operators, as exact integer arithmetic or as dequantised floats."""
+
+from __future__ import annotations
+
+from llmc.frontend.onnx.call import Call
+from llmc.frontend.onnx.reduction import constant_scalar
+from llmc.frontend.onnx.registry import MICROSOFT, Result, converter
+from llmc.ir import dims
+from llmc.ir.dims import Dim
+from llmc.ir.dtypes import DType, f32, i32, u8
+from llmc.ir.graph import Node
+
+
+def integer_range(dtype: DType) -> tuple[int, int]:
+    """Least and greatest value of an integer dtype."""
+    if dtype.kind == "uint":
+        return 0, (1 << dtype.bits) - 1
+    return -(1 << (dtype.bits - 1)), (1 << (dtype.bits - 1)) - 1
+
+
+def per_axis(call: Call, parameter: Node, x: Node, axis: int, block: int) -> Node:
+    """A scale or zero point shaped to broadcast over x: scalar, one per place of an axis, or one
+    per block of `block` places."""
+    if block:
+        repeated = [*parameter.shape[: axis + 1], block, *parameter.shape[axis + 1 :]]
+        wide = call.broadcast(call.unsqueeze(parameter, [axis + 1]), repeated)
+        flat = [
+            *parameter.shape[:axis],
+            parameter.shape[axis] * block,
+            *parameter.shape[axis + 1 :],
+        ]
+        return call.slice_axis(call.reshape(wide, flat), axis, 0, x.shape[axis])
+    if parameter.rank == 0 or dims.product(parameter.shape) == 1:
+        return call.reshape(parameter, ())
+    if parameter.rank != 1:
+        raise call.error(f"scale of rank {parameter.rank} without block_size")
+    call.require_equal(parameter.shape[0], x.shape[axis], "scales along the axis")
+    return call.reshape(parameter, [x.shape[axis]] + [1] * (x.rank - axis - 1))
+
+
+def centred(call: Call, codes: Node, zero: Node | None, dtype: DType) -> Node:
+    """codes - zero in a wider dtype, exact for the integers that it can hold."""
+    wide = call.cast(codes, dtype)
+    if zero is None or constant_scalar(zero) == 0:
+        return wide
+    return call.binary("sub", wide, call.cast(zero, dtype))
+
+
+def axis_and_block(call: Call, x: Node) -> tuple[int, int]:
+    axis = call.attribute("axis", 1)
+    return (call.axis(axis, x.rank) if -x.rank <= axis < x.rank else 0), call.attribute(
+        "block_size", 0
+    )
+
+
+@converter("DequantizeLinear", inputs=(2, 3))
+@converter("DequantizeLinear", inputs=(2, 3), domain=MICROSOFT)
+def dequantize_linear(call: Call) -> Result:
+    x, scale, zero = call.input(0), call.input(1), call.optional(2)
+    axis, block = axis_and_block(call, x)
+    scale = per_axis(call, scale, x, axis, block)
+    zero = None if zero is None else per_axis(call, zero, x, axis, block)
+    exact = x.dtype.bits > 16  # 32-bit codes are subtracted as integers, the others fit f32
+    values = centred(call, x, zero, i32 if exact else f32)
+    return call.binary("mul", call.cast(values, scale.dtype), scale)
+
+
+@converter("QuantizeLinear", inputs=(2, 3))
+@converter("QuantizeLinear", inputs=(2, 3), domain=MICROSOFT)
+def quantize_linear(call: Call) -> Result:
+    x, scale, zero = call.input(0), call.input(1), call.optional(2)
+    axis, block = axis_and_block(call, x)
+    dtype = u8 if zero is None else zero.dtype
+    if not dtype.is_integer:
+        raise call.error(f"quantising to {dtype} is not supported")
+    scale = per_axis(call, scale, x, axis, block)
+    zero = None if zero is None else per_axis(call, zero, x, axis, block)
+    return quantized(call, call.cast(x, scale.dtype), scale, zero, dtype)
+
+
+def quantized(call: Call, x: Node, scale: Node, zero: Node | None, dtype: DType) -> Node:
+    """round(x / scale) + zero, saturated to an integer dtype."""
+    codes = call.unary("round", call.binary("div", x, scale))
+    if zero is not None and constant_scalar(zero) != 0:
+        codes = call.binary("add", codes, call.cast(zero, codes.dtype))
+    low, high = (call.scalar(limit, codes.dtype) for limit in integer_range(dtype))
+    return call.cast(call.clamp(codes, low, high), dtype)
+
+
+@converter("DynamicQuantizeLinear", inputs=1)
+def dynamic_quantize_linear(call: Call) -> Result:
+    """u8 codes of a whole tensor, with 0 exactly representable; codes, scale, zero point."""
+    x = call.input(0)
+    zero, limit = call.scalar(0, x.dtype), call.scalar(255, x.dtype)
+    low = call.binary("min", call.reduce("reduce_min", x, range(x.rank), keep=False), zero)
+    high = call.binary("max", call.reduce("reduce_max", x, range(x.rank), keep=False), zero)
+    width = call.binary("sub", high, low)
+    flat = call.binary("equal", width, zero)
+    scale = call.where(flat, call.scalar(1, x.dtype), call.binary("div", width, limit))
+    origin = call.unary("neg", call.binary("div", low, scale))
+    point = call.cast(call.unary("round", call.clamp(origin, zero, limit)), u8)
+    return quantized(call, x, scale, point, u8), scale, point
+
+
+@converter("MatMulInteger", inputs=(2, 4))
+def matmul_integer(call: Call) -> Result:
+    """i32 product of centred codes."""
+    a, b, a_zero, b_zero = call.input(0), call.input(1), call.optional(2), call.optional(3)
+    if a_zero is not None and a_zero.rank == 1 and a_zero.shape[0] != 1:
+        a_zero = call.unsqueeze(a_zero, [1])  # one zero point per row
+    a_zero = call.reshape(a_zero, ()) if a_zero is not None and a_zero.rank == 1 else a_zero
+    left, right = centred(call, a, a_zero, i32), centred(call, b, b_zero, i32)
+    return call.matmul(left, right, i32)
+
+
+@converter("MatMulNBits", inputs=(3, 6), domain=MICROSOFT)
+def matmul_n_bits(call: Call) -> Result:
+    """a @ w^T for w of N rows in blocks along K: (codes - zero) * scale."""
+    a, codes, scales = call.input(0), call.input(1), call.input(2)
+    rows, columns = int(call.required("N")), int(call.required("K"))
+    bits, block = int(call.attribute("bits", 4)), int(call.required("block_size"))
+    if bits not in (2, 4, 8) or block < 16 or rows < 1 or columns < 1:
+        raise call.error(f"bits={bits}, block_size={block}, N={rows}, K={columns} is not supported")
+    if call.has(4):
+        raise call.error("g_idx is not supported")
+    blocks = -(-columns // block)
+    codes = call.reshape(unpacked(call, codes, bits), (rows, blocks, block))
+    zero = nbits_zero_point(call, (rows, blocks), bits)
+    centre = call.binary("sub", call.cast(codes, f32), call.cast(zero, f32))
+    weight = call.binary("mul", centre, call.cast(call.reshape(scales, (rows, blocks, 1)), f32))
+    weight = call.slice_axis(call.reshape(weight, (rows, blocks * block)), 1, 0, columns)
+    product = call.matmul(a, call.swap_last(call.cast(weight, a.dtype)))
+    bias = call.optional(5)
+    return product if bias is None else call.binary("add", product, bias)
+
+
+def nbits_zero_point(call: Call, shape: tuple[int, int], bits: int) -> Node:
+    """Zero points of all blocks: given packed or as floats, else the middle of the range."""
+    rows, blocks = shape
+    zero = call.optional(3)
+    if zero is None:
+        return call.scalar(1 << (bits - 1), f32)
+    if zero.dtype is not u8:
+        return call.reshape(zero, (rows, blocks, 1))
+    packed_bytes = (blocks * bits + 7) // 8
+    codes = unpacked(call, call.reshape(zero, (rows, packed_bytes)), bits)
+    return call.unsqueeze(call.slice_axis(codes, 1, 0, blocks), [2])
+
+
+def unpacked(call: Call, packed: Node, bits: int) -> Node:
+    """u8[..., n] holding 8 / bits codes each, first in the low bits -> u8[..., n * 8 / bits]."""
+    if packed.dtype is not u8:
+        raise call.error(f"packed codes are {packed.dtype}, not u8")
+    if bits == 8:
+        return packed
+    parts = []
+    for shift in range(0, 8, bits):
+        part = (
+            packed if shift == 0 else call.binary("floor_div", packed, call.scalar(1 << shift, u8))
+        )
+        last = shift + bits == 8
+        parts.append(part if last else call.binary("mod", part, call.scalar(1 << bits, u8)))
+    stacked = call.concat([call.unsqueeze(part, [packed.rank]) for part in parts], packed.rank)
+    width: Dim = packed.shape[-1] * len(parts)
+    return call.reshape(stacked, [*packed.shape[:-1], width])
+
+
+@converter("QLinearMatMul", inputs=8)
+def quantized_matmul(call: Call) -> Result:
+    """Dequantises both sides, multiplies in f32 and quantises the product."""
+    a, b = (dequantized_operand(call, first, row=first == 0) for first in (0, 3))
+    scale, zero = call.reshape(call.input(6), ()), call.reshape(call.input(7), ())
+    return quantized(call, call.matmul(a, b), call.cast(scale, f32), zero, zero.dtype)
+
+
+def dequantized_operand(call: Call, first: int, row: bool) -> Node:
+    """Codes, scale and zero point from input `first` on; per row or per column if vectors."""
+    codes = call.input(first)
+    axis = codes.rank - 2 if row else codes.rank - 1
+    scale = per_axis(call, call.input(first + 1), codes, axis, 0)
+    zero = per_axis(call, call.input(first + 2), codes, axis, 0)
+    return call.binary("mul", centred(call, codes, zero, f32), call.cast(scale, f32))
