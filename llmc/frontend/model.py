@@ -17,6 +17,7 @@ from llmc.ir.dtypes import DType, from_numpy
 if TYPE_CHECKING:
     import numpy
 
+    from llmc.frontend.onnx.signature import TokenInterface
     from llmc.ir.graph import Graph
 
 ModelKind = Literal["causal_lm", "encoder", "onnx"]
@@ -100,7 +101,8 @@ class ImportedModel:
 
     `parameters` maps each parameter leaf of `graph` to its stored tensor. `fingerprint` (hex)
     changes when the files do; it is cheap, made of sizes, times and headers. `companion_files`
-    are the tokenizer and config files that belong into an artifact.
+    are the tokenizer and config files that belong into an artifact. `token_interface` says how to
+    generate with an ONNX graph; None if it is no language model.
     """
 
     graph: Graph
@@ -110,6 +112,7 @@ class ImportedModel:
     path: Path
     fingerprint: str
     companion_files: tuple[Path, ...] = ()
+    token_interface: TokenInterface | None = None
 
 
 def load_model(path: str | Path, dtype: str | None = None) -> ImportedModel:
