@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -76,6 +75,8 @@ class Builder:
         if isinstance(value, Node):
             return value
         known = value.known()
+        if known is None and value.items.size == 1:
+            return self.reshape(self.dim(value.flat()[0], value.dtype), value.shape)
         if known is None:
             scalars = [self.reshape(self.dim(item, value.dtype), (1,)) for item in value.flat()]
             return self.reshape(self.concat(scalars, 0), value.shape)
@@ -251,8 +252,3 @@ def _progression(values: np.ndarray[Any, Any]) -> int | None:
     steps = np.diff(values.reshape(-1))
     step = int(steps[0])
     return step if step and bool(np.all(steps == step)) else None
-
-
-def is_small(array: np.ndarray[Any, Any]) -> bool:
-    """Whether a constant may stand in the graph (at most 64 KiB) instead of being a parameter."""
-    return math.prod(array.shape) * array.dtype.itemsize <= 64 * 1024

@@ -47,6 +47,7 @@ UNARY_FOLDS: dict[str, Callable[..., Any]] = {
 BINARY = {
     "Add": "add",
     "And": "and",
+    "Div": "div",
     "Equal": "equal",
     "Greater": "greater",
     "GreaterOrEqual": "greater_equal",
@@ -117,22 +118,6 @@ def variadic(call: Call) -> Result:
     for index in range(1, len(call.inputs)):
         total = call.binary(op, total, call.input(index))
     return call.scaled(total, 1 / len(call.inputs)) if call.op_type == "Mean" else total
-
-
-@converter("Div", inputs=2)
-def div(call: Call) -> Result:
-    result = folded(call)
-    if result is not None:
-        return result
-    a, b = call.input(0), call.input(1)
-    if not a.dtype.is_integer:
-        return call.binary("div", a, b)
-    if a.dtype.kind == "uint":
-        return call.binary("floor_div", a, b)
-    # ONNX rounds towards zero: divide magnitudes, then put the sign back
-    sign = call.binary("mul", call.unary("sign", a), call.unary("sign", b))
-    quotient = call.binary("floor_div", call.unary("abs", a), call.unary("abs", b))
-    return call.binary("mul", sign, quotient)
 
 
 @converter("Mod", inputs=2)

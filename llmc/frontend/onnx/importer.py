@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +38,7 @@ from llmc.frontend.onnx.protobuf import (
     stored_tensor,
 )
 from llmc.frontend.onnx.registry import AI_ONNX, CONVERTERS, Value
-from llmc.frontend.onnx.signature import companion_files, model_info, token_interface
+from llmc.frontend.onnx.signature import companion_files, mask_equation, model_info, token_interface
 from llmc.frontend.onnx.symbols import MAX_SOLUTIONS, SymbolSolved, SymbolTable
 from llmc.ir.dims import Dim
 from llmc.ir.graph import Graph, Node, Origin, TensorType
@@ -138,7 +139,12 @@ class Conversion:
         outputs = tuple((output.name, self._output(output.name, scope)) for output in graph.output)
         for (_, node), declared in zip(outputs, graph.output, strict=True):
             self._unify_declared_shape(node, declared)
-        return Graph(graph.name or self.path.stem, tuple(inputs), outputs)
+        name = re.sub(r"\W", "_", graph.name or self.path.stem)
+        result = Graph(name if name[:1].isalpha() else f"graph_{name}", tuple(inputs), outputs)
+        equation = mask_equation(result)
+        if equation is not None:
+            raise SymbolSolved(*equation)
+        return result
 
     # ---- inputs, initializers, outputs ------------------------------------------------------
 

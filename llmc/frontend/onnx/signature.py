@@ -11,6 +11,7 @@ from onnx import ModelProto
 
 from llmc.frontend.model import ModelInfo
 from llmc.ir import dims
+from llmc.ir.dims import Dim, Symbol, symbols
 from llmc.ir.dtypes import DType, f32
 from llmc.ir.graph import Graph, Node
 
@@ -60,6 +61,24 @@ def token_interface(graph: Graph) -> TokenInterface | None:
         position_ids=None if positions is None else "position_ids",
         cache=cache,
     )
+
+
+def mask_equation(graph: Graph) -> tuple[str, Dim] | None:
+    """(symbol, past + seq) for a mask whose length is a name of its own; None if it is not.
+
+    Nothing in the graph may prove that: an exported mask is indexed by key, so a longer one
+    would do. As part of a language model's interface it has one item per key.
+    """
+    interface = token_interface(graph)
+    if interface is None or interface.attention_mask is None or not interface.cache:
+        return None
+    inputs = {node["name"]: node for node in graph.inputs}
+    mask = inputs.pop(interface.attention_mask)
+    length = mask.shape[-1]
+    others = {symbol for node in inputs.values() for dim in node.shape for symbol in symbols(dim)}
+    if mask.rank != 2 or not isinstance(length, Symbol) or length in others:
+        return None
+    return length.name, inputs[interface.cache[0][0]].shape[2] + inputs[interface.ids].shape[1]
 
 
 def _paired_caches(
