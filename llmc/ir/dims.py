@@ -105,7 +105,7 @@ def substitute(dim: Dim, mapping: Mapping[Any, Dim]) -> Dim:
         return mapping.get(dim, mapping.get(dim.name, dim))
     if not isinstance(dim, Expression):
         return dim
-    if not any(each in mapping or each.name in mapping for each in dim.symbols):
+    if not any(each in mapping or each.name in mapping for each in symbols(dim)):
         return dim
     if isinstance(dim, Call):
         return APPLY[dim.function](*(substitute(value, mapping) for value in dim.arguments))

@@ -14,28 +14,31 @@ from typing import Any, NoReturn, Union, cast
 from weakref import WeakValueDictionary
 
 from llmc.errors import GraphError
+from llmc.ir.dtypes import DTYPES
 from llmc.ir.scan import NAME
 
 MAX = 2**31 - 1
 FUNCTIONS = ("ceildiv", "floordiv", "mod", "min", "max")
+# words that mean something else where the text form has a dim
+_RESERVED = {*FUNCTIONS, *DTYPES, "true", "false", "inf", "nan"}
 
 Dim = Union[int, "Expression"]
 Monomial = tuple[tuple["Atom", int], ...]  # (atom, power), sorted by atom.order; () is the constant
 
 _table: "WeakValueDictionary[object, Any]" = WeakValueDictionary()
-_lock = threading.Lock()
+_lock = threading.RLock()
 
 
 class Expression:
     """A non-constant dim. Compare with `is` or `==` (identity); order with `known_at_least`.
 
-    `terms` is a tuple of (monomial, coefficient), leading term first; `symbols` the frozenset of
-    symbols in it; `order` a string that sorts expressions the same way in every process.
+    `terms` is a tuple of (monomial, coefficient), leading term first; `order` a string that sorts
+    expressions the same way in every process.
     """
 
-    __slots__ = ("__weakref__", "order", "symbols")
+    __slots__ = ("__weakref__", "_symbols", "order")
     order: str
-    symbols: frozenset["Symbol"]
+    _symbols: frozenset["Symbol"]  # unset in a symbol: it would be a cycle
 
     @property
     def terms(self) -> tuple[tuple[Monomial, int], ...]:
@@ -143,8 +146,10 @@ class Polynomial(Expression):
 def symbol(name: str, low: int = 1, high: int | None = MAX, multiple: int = 1) -> Symbol:
     """The symbol of this name, range and multiple; high=None stands for MAX. GraphError if bad."""
     high = MAX if high is None else high
-    if NAME.fullmatch(name) is None or name in FUNCTIONS:
-        raise GraphError(f"{name!r} is no symbol name: letters, digits, '_' and '.' only")
+    if NAME.fullmatch(name) is None or name in _RESERVED:
+        raise GraphError(
+            f"{name!r} is no symbol name: not a word of '_', letters, digits, or taken"
+        )
     if multiple < 1 or low > high or low > high // multiple * multiple:
         raise GraphError(f"symbol {name}: no multiple of {multiple} in {low}..{high}")
     low, high = -(-low // multiple) * multiple, high // multiple * multiple
@@ -155,7 +160,6 @@ def symbol(name: str, low: int = 1, high: int | None = MAX, multiple: int = 1) -
             found = Symbol()
             found.name, found.low, found.high, found.multiple = name, low, high, multiple
             found.order = f"{name}[{low}..{high}%{multiple}]"
-            found.symbols = frozenset()
             _table[key] = found
     return cast(Symbol, found)
 
@@ -168,7 +172,7 @@ def _call(function: str, *arguments: Dim) -> Call:
             found = Call()
             found.function, found.arguments = function, arguments
             found.order = f"~{function}({','.join(map(_order, arguments))})"
-            found.symbols = frozenset().union(*map(symbols, arguments))
+            found._symbols = frozenset().union(*map(symbols, arguments))
             _table[key] = found
     return cast(Call, found)
 
@@ -213,7 +217,9 @@ def _build(terms: Mapping[Monomial, int]) -> Dim:
             found = Polynomial()
             found._terms = ordered
             found.order = "+".join(f"{'*'.join(_rank(m)[1])}*{value}" for m, value in ordered)
-            found.symbols = frozenset().union(*(symbols(atom) for m, _ in ordered for atom, _ in m))
+            found._symbols = frozenset().union(
+                *(symbols(atom) for m, _ in ordered for atom, _ in m)
+            )
             _table[key] = found
     return cast(Polynomial, found)
 
@@ -515,7 +521,7 @@ def symbols(dim: Dim) -> frozenset[Symbol]:
     """Every symbol that occurs in the dim."""
     if isinstance(dim, Symbol):
         return frozenset([dim])
-    return dim.symbols if isinstance(dim, Expression) else frozenset()
+    return dim._symbols if isinstance(dim, Expression) else frozenset()
 
 
 def known_at_least(a: Dim, b: Dim) -> bool:

@@ -7,6 +7,7 @@ from llmc.errors import GraphError
 
 _SPACE = re.compile(r"(?:\s|#[^\n]*)*")
 _INTEGER = re.compile(r"\d+")
+_WORD_GOES_ON = re.compile(r"[A-Za-z0-9_.]")
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
 
 
@@ -35,7 +36,7 @@ class Scanner:
             return False
         end = self.position + len(literal)
         is_word = literal[-1].isalnum() or literal[-1] == "_"
-        return not (is_word and re.compile(r"[A-Za-z0-9_.]").match(self.text, end))
+        return not (is_word and _WORD_GOES_ON.match(self.text, end))
 
     def accept(self, literal: str) -> bool:
         """Consumes `literal` if it comes next; says whether it did."""
@@ -65,11 +66,15 @@ class Scanner:
         digits = self.match(_INTEGER)
         return int(digits) if digits is not None else self.fail("expected an integer")
 
+    def place(self, position: int | None = None) -> str:
+        """`line 3, column 14` of a position (default: here)."""
+        where = self.position if position is None else position
+        line = self.text.count("\n", 0, where) + 1
+        return f"line {line}, column {where - self.text.rfind(chr(10), 0, where)}"
+
     def fail(self, message: str, position: int | None = None) -> NoReturn:
         """Raises GraphError for the text at `position` (default: here)."""
-        where = min(self.position if position is None else position, len(self.text))
-        line = self.text.count("\n", 0, where) + 1
-        column = where - (self.text.rfind("\n", 0, where) + 1) + 1
+        where = self.position if position is None else position
         found = self.text[where : where + 20].split("\n")[0]
         found = f"found {found!r}" if found else "found the end of the line"
-        raise GraphError(f"line {line}, column {column}: {message}, {found}")
+        raise GraphError(f"{self.place(where)}: {message}, {found}")
