@@ -1,0 +1,55 @@
+"""The closed table of ops: `OPS`, and `make`, which builds every node.
+
+Each op has its type rule, NumPy reference and (composites) decomposition in one place, the file of
+its group: ops_leaves, ops_structure, ops_elementwise, ops_movement, ops_reduce, ops_matmul,
+ops_attention.
+"""
+
+from __future__ import annotations
+
+from llmc.ir import (
+    ops_attention,
+    ops_elementwise,
+    ops_leaves,
+    ops_matmul,
+    ops_movement,
+    ops_reduce,
+    ops_structure,
+)
+from llmc.ir.ops_attention import PAGE
+from llmc.ir.ops_core import OPS, Context, Op, broadcast_shape, make, promote, same_dim, same_shape
+from llmc.ir.ops_elementwise import BINARY, ELEMENTWISE, UNARY, cast
+from llmc.ir.ops_leaves import CONSTANT_BYTES, constant, constant_value
+
+for _group in (
+    ops_leaves,
+    ops_structure,
+    ops_elementwise,
+    ops_movement,
+    ops_reduce,
+    ops_matmul,
+    ops_attention,
+):
+    OPS.update((op.name, op) for op in _group.TABLE)
+
+LEAVES = frozenset(op.name for op in ops_leaves.TABLE)
+
+__all__ = [
+    "BINARY",
+    "CONSTANT_BYTES",
+    "ELEMENTWISE",
+    "LEAVES",
+    "OPS",
+    "PAGE",
+    "UNARY",
+    "Context",
+    "Op",
+    "broadcast_shape",
+    "cast",
+    "constant",
+    "constant_value",
+    "make",
+    "promote",
+    "same_dim",
+    "same_shape",
+]

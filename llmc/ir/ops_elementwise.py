@@ -1,0 +1,263 @@
+"""Elementwise ops: unary, binary and ternary, `where`, `clamp`, `cast`. They broadcast like NumPy;
+operands share one dtype (casts are explicit)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from llmc.ir import dtypes
+from llmc.ir.dtypes import DType
+from llmc.ir.graph import Node, TensorType, Type
+from llmc.ir.ops_core import (
+    Array,
+    Attribute,
+    Attributes,
+    Bodies,
+    Context,
+    Inputs,
+    Op,
+    broadcast_shape,
+    choice,
+    compute_dtype,
+    element_type,
+    make,
+    reject,
+    require_same_dtype,
+    round_to,
+    widen,
+    widened,
+)
+from llmc.ir.ops_leaves import constant
+
+# ---- NumPy formulas NumPy has no function for --------------------------------------------------
+
+
+def erf(x: Array) -> Array:
+    """The error function, by libm in f64, rounded to the array's dtype."""
+    flat = np.fromiter(map(math.erf, x.ravel().tolist()), np.float64, x.size)
+    return flat.reshape(x.shape).astype(x.dtype)
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x))."""
+    return 1 / (1 + np.exp(-x))
+
+
+def silu(x: Array) -> Array:
+    """x * sigmoid(x)."""
+    return x / (1 + np.exp(-x))
+
+
+def softplus(x: Array) -> Array:
+    """log(1 + exp(x)), without overflow."""
+    return np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x)))
+
+
+def gelu(x: Array, approximate: str) -> Array:
+    """x * normal_cdf(x), by erf or by the tanh approximation."""
+    if approximate == "none":
+        return x * 0.5 * (1 + erf(x * x.dtype.type(math.sqrt(0.5))))
+    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+    return 0.5 * x * (1 + np.tanh(inner))
+
+
+def divide(a: Array, b: Array) -> Array:
+    """a / b; integers truncate toward zero, and division by zero gives 0."""
+    if a.dtype.kind not in "iu":
+        return a / b
+    floor = floor_divide(a, b)
+    inexact = floor * b != a
+    return np.where(b == 0, 0, floor + (inexact & ((a < 0) != (b < 0)))).astype(a.dtype)
+
+
+def floor_divide(a: Array, b: Array) -> Array:
+    """floor(a / b); integer division by zero gives 0."""
+    return np.floor_divide(a, b)
+
+
+def _not(x: Array) -> Array:
+    return np.logical_not(x) if x.dtype == np.bool_ else np.invert(x)
+
+
+# ---- type rules --------------------------------------------------------------------------------
+
+_CLASSES: dict[str, Callable[[DType], bool]] = {
+    "float": lambda dtype: dtype.is_float,
+    "number": lambda dtype: dtype.is_float or dtype.is_integer,
+    "bool or integer": lambda dtype: not dtype.is_float,
+    "any": lambda dtype: True,
+}
+
+
+def _infer(op: str, allowed: str, result: DType | None = None):
+    def infer(inputs: Inputs, attributes: Attributes, bodies: Bodies) -> Type:
+        shape = broadcast_shape(op, inputs, [each.shape for each in inputs])
+        dtype = require_same_dtype(op, inputs)
+        if not _CLASSES[allowed](dtype):
+            reject(op, f"operands must be of type {allowed}, not {dtype}", inputs)
+        return TensorType(result or dtype, shape)
+
+    return infer
+
+
+def _reference(function: Callable[..., Array]):
+    def reference(node: Node, arrays: Sequence[Array], context: Context) -> Array:
+        with np.errstate(all="ignore"):
+            result = function(*widened(node, arrays, context))
+            return round_to(result, node.dtype, context.exact)
+
+    return reference
+
+
+def _infer_where(inputs: Inputs, attributes: Attributes, bodies: Bodies) -> Type:
+    if inputs[0].dtype is not dtypes.bool_:
+        reject("where", f"the condition must be bool, not {inputs[0].dtype}", inputs)
+    if inputs[1].dtype is not inputs[2].dtype:
+        reject("where", f"the values are {inputs[1].dtype} and {inputs[2].dtype}; cast one", inputs)
+    shape = broadcast_shape("where", inputs, [each.shape for each in inputs])
+    return TensorType(inputs[1].dtype, shape)
+
+
+def _infer_cast(inputs: Inputs, attributes: Attributes, bodies: Bodies) -> Type:
+    return TensorType(attributes["dtype"], inputs[0].shape)
+
+
+def _cast(node: Node, arrays: Sequence[Array], context: Context) -> Array:
+    """float to integer truncates toward zero (out of range: undefined); to bool is x != 0."""
+    source, target = node.inputs[0].dtype, node.dtype
+    if target.is_float and not context.exact:
+        return np.asarray(arrays[0]).astype(target.numpy)
+    wide = widen(arrays[0], source, context.exact)
+    with np.errstate(all="ignore"):
+        if target is dtypes.bool_:
+            return wide != 0
+        if target.is_integer and target.bits < 64 and source.is_float:
+            wide = wide.astype(np.int64)
+        return round_to(wide, target, context.exact)
+
+
+def _gelu(node: Node, arrays: Sequence[Array], context: Context) -> Array:
+    with np.errstate(all="ignore"):
+        [x] = widened(node, arrays, context)
+        return round_to(gelu(x, node["approximate"]), node.dtype, context.exact)
+
+
+# ---- decompositions ----------------------------------------------------------------------------
+
+
+def scalar(value: float, like: Node) -> Node:
+    """The constant scalar of the node's dtype."""
+    return constant(value, like.dtype)
+
+
+def cast(x: Node, dtype: DType) -> Node:
+    """`cast`, or x itself when it has the dtype."""
+    return x if x.dtype is dtype else make("cast", x, dtype=dtype)
+
+
+def _in_compute_type(build: Callable[[Node, Node], Node]) -> Callable[[Node], Node]:
+    """A decomposition that builds in f32 (f64 for f64) and rounds once, like the reference."""
+
+    def decompose(node: Node) -> Node:
+        x = node.inputs[0]
+        return cast(build(node, cast(x, compute_dtype(x.dtype))), x.dtype)
+
+    return decompose
+
+
+def _build_sigmoid(node: Node, x: Node) -> Node:
+    return make("reciprocal", make("add", make("exp", make("neg", x)), scalar(1, x)))
+
+
+def _build_silu(node: Node, x: Node) -> Node:
+    return make("div", x, make("add", make("exp", make("neg", x)), scalar(1, x)))
+
+
+def _build_softplus(node: Node, x: Node) -> Node:
+    tail = make("exp", make("neg", make("abs", x)))
+    return make("add", make("max", x, scalar(0, x)), make("log", make("add", tail, scalar(1, x))))
+
+
+def _build_gelu(node: Node, x: Node) -> Node:
+    half = make("mul", x, scalar(0.5, x))
+    if node["approximate"] == "none":
+        inner = make("erf", make("mul", x, scalar(math.sqrt(0.5), x)))
+    else:
+        cube = make("mul", make("mul", x, x), make("mul", x, scalar(0.044715, x)))
+        inner = make("tanh", make("mul", make("add", x, cube), scalar(math.sqrt(2 / math.pi), x)))
+    return make("mul", half, make("add", inner, scalar(1, x)))
+
+
+# ---- the table ---------------------------------------------------------------------------------
+
+_UNARY = {
+    "neg": ("number", np.negative),
+    "abs": ("number", np.abs),
+    "sign": ("number", np.sign),
+    "relu": ("number", lambda x: np.maximum(x, x.dtype.type(0))),
+    "exp": ("float", np.exp),
+    "log": ("float", np.log),
+    "sqrt": ("float", np.sqrt),
+    "rsqrt": ("float", lambda x: 1 / np.sqrt(x)),
+    "reciprocal": ("float", lambda x: 1 / x),
+    "sin": ("float", np.sin),
+    "cos": ("float", np.cos),
+    "tanh": ("float", np.tanh),
+    "erf": ("float", erf),
+    "floor": ("float", np.floor),
+    "ceil": ("float", np.ceil),
+    "round": ("float", np.rint),  # halves to even
+    "not": ("bool or integer", _not),  # logical for bool, bitwise for integers
+}
+_COMPOSITE = {
+    "sigmoid": (sigmoid, _build_sigmoid),
+    "silu": (silu, _build_silu),
+    "softplus": (softplus, _build_softplus),
+}
+_BINARY = {
+    "add": ("number", np.add),
+    "sub": ("number", np.subtract),
+    "mul": ("number", np.multiply),
+    "div": ("number", divide),  # integers truncate toward zero
+    "floor_div": ("number", floor_divide),
+    "mod": ("number", np.mod),  # the sign of the divisor, as floor_div
+    "pow": ("number", np.power),
+    "max": ("number", np.maximum),  # NaN if either is
+    "min": ("number", np.minimum),
+    "and": ("bool or integer", np.bitwise_and),
+    "or": ("bool or integer", np.bitwise_or),
+    "xor": ("bool or integer", np.bitwise_xor),
+}
+_COMPARISON = {
+    "equal": ("any", np.equal),
+    "not_equal": ("any", np.not_equal),
+    "less": ("number", np.less),
+    "less_equal": ("number", np.less_equal),
+    "greater": ("number", np.greater),
+    "greater_equal": ("number", np.greater_equal),
+}
+
+UNARY = (*_UNARY, *_COMPOSITE, "gelu", "is_nan")
+BINARY = (*_BINARY, *_COMPARISON)
+ELEMENTWISE = frozenset((*UNARY, *BINARY, "where", "clamp", "cast"))
+
+TABLE = [
+    *(Op(name, _infer(name, kind), _reference(function), arity=(1, 1))
+      for name, (kind, function) in _UNARY.items()),
+    *(Op(name, _infer(name, "float"), _reference(function), _in_compute_type(build), arity=(1, 1))
+      for name, (function, build) in _COMPOSITE.items()),
+    *(Op(name, _infer(name, kind), _reference(function), arity=(2, 2))
+      for name, (kind, function) in _BINARY.items()),
+    *(Op(name, _infer(name, kind, dtypes.bool_), _reference(function), arity=(2, 2))
+      for name, (kind, function) in _COMPARISON.items()),
+    Op("is_nan", _infer("is_nan", "float", dtypes.bool_), _reference(np.isnan), arity=(1, 1)),
+    Op("gelu", _infer("gelu", "float"), _gelu, _in_compute_type(_build_gelu), arity=(1, 1),
+       attributes={"approximate": Attribute(choice("none", "tanh"), "none")}),
+    Op("where", _infer_where, _reference(np.where), arity=(3, 3)),
+    Op("clamp", _infer("clamp", "number"), arity=(3, 3),
+       reference=_reference(lambda x, low, high: np.minimum(np.maximum(x, low), high))),
+    Op("cast", _infer_cast, _cast, arity=(1, 1), attributes={"dtype": Attribute(element_type)}),
+]
