@@ -1,0 +1,257 @@
+"""a @ w with w a packed weight: the two forms of the host's matmul.
+
+few rows    The left operand lies in rows; what comes before it (a norm, a conversion) is computed
+            by each worker into its scratch. A tile is one panel: the weight is streamed once, at
+            memory bandwidth. Floor: bytes of the weight / read bandwidth.
+blocked     The left operand was packed into row blocks by an earlier stage. A tile is a group of
+            row blocks x a group of panels. Floor: 2 * rows * n * k flops / peak.
+
+Both leave a register tile of sums in memory that fits the L1 cache, from where the epilogue takes
+it: one copy of the epilogue's code, whatever the tile's shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import llvmlite.ir as ir
+
+from llmc.codegen.host.epilogue import Epilogue
+from llmc.codegen.host.kernel import Frame, Kernel, Worker
+from llmc.codegen.host.microkernel import LeftRows, PanelReader, Tile, tile_product
+from llmc.codegen.host.prologue import RowsInPlace, RowsInScratch
+from llmc.codegen.llvm import F64, Emitter, i64
+from llmc.codegen.target import Target
+from llmc.ir.dims import Dim, bounds
+from llmc.ir.dims import product as product_of
+from llmc.ir.dtypes import DType, dtype, f32, f64
+from llmc.ir.graph import Node
+from llmc.ir.layouts import Panels, RowBlocks, Rows
+from llmc.ir.program import Buffer, Program, Stage, unsupported
+
+PANEL_GROUP_BYTES = 256 << 10  # panels of a group stay in half of an L2 cache of 512 KB
+ROW_GROUP_BYTES = 4 << 20  # row blocks of a group stay in this worker's share of L3
+LEAST_PANEL_GROUPS = 64  # so many tiles along n at least, where n allows it: balance
+PREFETCH_BYTES = 4096  # ahead of a streamed panel: one page, beyond the hardware's prefetcher
+
+
+@dataclass(frozen=True)
+class Product:
+    """The matmul of a stage: a[rows..., k] @ w[k, n]."""
+
+    stage: Stage
+    node: Node
+    weight: Buffer
+    reader: PanelReader
+
+    @property
+    def left(self) -> Node:
+        return self.node.inputs[0]
+
+    @property
+    def rows(self) -> Dim:
+        return product_of(self.left.shape[:-1])
+
+    @property
+    def k(self) -> int:
+        return self.weight.type.shape[0]
+
+    @property
+    def panels(self) -> int:
+        return self.reader.layout.panels(self.weight.type.shape)
+
+    @property
+    def panel_bytes(self) -> int:
+        return -(-self.k // self.reader.layout.interleave) * self.reader.group_bytes
+
+    def panel(self, e: Emitter, frame: Frame, index: ir.Value) -> ir.Value:
+        """Address of a panel."""
+        return e.offset(frame.pointer(self.weight), e.b.mul(index, i64(self.panel_bytes)))
+
+    @property
+    def left_dtype(self) -> DType:
+        """What the arithmetic reads: bf16 for dot products, f64 for f64, else f32."""
+        return dtype("bf16") if self.reader.dot else (f64 if self.reader.element == F64 else f32)
+
+    @property
+    def left_bytes(self) -> int:
+        return self.left_dtype.bits // 8
+
+
+def matmul(stage: Stage, program: Program, target: Target) -> Kernel:
+    """The kernel of a matmul stage; CompileError where its body is no such product."""
+    found = find_product(stage, program)
+    buffer = operand_buffer(stage, program, found.left)
+    if buffer is not None and isinstance(buffer.layout, RowBlocks):
+        return BlockedMatmul(found, buffer, program)
+    return FewRowsMatmul(found, buffer, program)
+
+
+def find_product(stage: Stage, program: Program) -> Product:
+    """The one matmul of the stage's body, whose right operand is a packed weight."""
+    found = [node for node in stage.body.nodes() if node.op == "matmul"]
+    if len(found) != 1:
+        raise unsupported(stage, f"its body holds {len(found)} products, not one")
+    weight = operand_buffer(stage, program, found[0].inputs[1])
+    if weight is None or not isinstance(weight.layout, Panels):
+        raise unsupported(stage, "its right operand is not a packed weight")
+    return Product(stage, found[0], weight, panel_reader(stage, program, found[0], weight))
+
+
+def panel_reader(stage: Stage, program: Program, node: Node, weight: Buffer) -> PanelReader:
+    """How the weight is read on this target; CompileError for what has no kernel."""
+    own = weight.type.dtype
+    if own.name not in ("f64", "f32", "bf16", "f16"):
+        raise unsupported(stage, f"no kernel for weights of {own}")
+    if not all(isinstance(size, int) for size in weight.type.shape):
+        raise unsupported(stage, f"the shape of its weight is symbolic: {weight.type}")
+    capabilities = program.capabilities
+    packed = capabilities.packed_activation(own, node.inputs[0].dtype)
+    lanes = capabilities.vector_lanes // (2 if packed == "f64" else 1)
+    return PanelReader(own, weight.layout, lanes, packed == "bf16")
+
+
+def operand_buffer(stage: Stage, program: Program, node: Node) -> Buffer | None:
+    """The buffer of a body input; None for a computed value."""
+    for own, name in zip(stage.body.inputs, stage.operands, strict=True):
+        if own is node:
+            return program.buffers[name]
+    return None
+
+
+class BlockedMatmul:
+    """Many rows: a tile of accumulators per (row block, panel); the left operand is packed."""
+
+    scratch_bytes = 0
+
+    def __init__(self, product: Product, blocks: Buffer, program: Program):
+        self.product, self.blocks = product, blocks
+        self.layout = blocks.layout
+        groups = -(-product.k // self.layout.interleave)
+        self.block_bytes = (groups * self.layout.interleave * self.layout.rows
+                            * product.left_bytes)
+        self.panel_group = max(1, min(PANEL_GROUP_BYTES // max(1, product.panel_bytes),
+                                      product.panels // LEAST_PANEL_GROUPS))
+        self.panel_groups = -(-product.panels // self.panel_group)
+        self.row_group = max(1, ROW_GROUP_BYTES // max(1, self.block_bytes))
+        self.epilogue = Epilogue(product.stage, program, product.node, product.reader,
+                                 self.layout.rows)
+
+    def tiles(self, e: Emitter, frame: Frame) -> ir.Value:
+        return e.b.mul(self._row_groups(e, self._blocks(e, frame)), i64(self.panel_groups))
+
+    def setup(self, e: Emitter, frame: Frame, worker: Worker) -> None:
+        """Nothing: an earlier stage packed the rows."""
+
+    def tile(self, e: Emitter, frame: Frame, worker: Worker, tile: ir.Value) -> None:
+        """Each row block of a group past the panels of a group; the block stays in L1 or L2.
+
+        Tiles count panel groups first: workers share the row group in L3 and split the weight.
+        """
+        blocks = self._blocks(e, frame)
+        size = e.ceildiv(blocks, self._row_groups(e, blocks))
+        row_group = e.b.udiv(tile, i64(self.panel_groups))
+        panel_group = e.b.sub(tile, e.b.mul(row_group, i64(self.panel_groups)))
+        first_block = e.b.mul(row_group, size)
+        last_block = e.minimum(e.b.add(first_block, size), blocks)
+        first_panel = e.b.mul(panel_group, i64(self.panel_group))
+        last_panel = e.minimum(e.b.add(first_panel, i64(self.panel_group)),
+                               i64(self.product.panels))
+        sums = self.epilogue.reserve(e)
+        with (e.loop(first_block, last_block, name="block") as block,
+              e.loop(first_panel, last_panel, name="panel") as panel):
+            self._block_panel(e, frame, sums, block, panel)
+
+    def _block_panel(self, e: Emitter, frame: Frame, sums: ir.Value, block: ir.Value,
+                     panel: ir.Value) -> None:
+        start = e.offset(frame.pointer(self.blocks), e.b.mul(block, i64(self.block_bytes)))
+        tile = tile_product(e, self.product.reader, self._left(e, start),
+                            self.product.panel(e, frame, panel), self.product.k)
+        rows = i64(self.layout.rows)
+        first_row = e.b.mul(block, rows)
+        count = e.minimum(rows, e.b.sub(frame.dim(self.product.rows), first_row))
+        self.epilogue.keep(e, sums, tile)
+        self.epilogue.emit(e, frame, sums, first_row, count, panel)
+
+    def _left(self, e: Emitter, block: ir.Value) -> LeftRows:
+        """Rows of a block, [k / interleave][rows][interleave]: f32 of one k, or pairs of bf16."""
+        lane = self.layout.interleave * self.product.left_bytes
+        step = self.layout.rows * lane
+        return LeftRows(tuple(e.offset(block, row * lane) for row in range(self.layout.rows)),
+                        group_bytes=step * self.product.reader.steps, step_bytes=step)
+
+    def _blocks(self, e: Emitter, frame: Frame) -> ir.Value:
+        return e.ceildiv(frame.dim(self.product.rows), i64(self.layout.rows))
+
+    def _row_groups(self, e: Emitter, blocks: ir.Value) -> ir.Value:
+        return e.maximum(i64(1), e.ceildiv(blocks, i64(self.row_group)))
+
+
+class FewRowsMatmul:
+    """Few rows: every worker holds the rows and streams its own panels past them."""
+
+    def __init__(self, product: Product, source: Buffer | None, program: Program):
+        self.product = product
+        high = bounds(product.rows)[1]
+        largest = program.capabilities.matmul_rows if high is None else max(
+            1, min(program.capabilities.matmul_rows, high))
+        self.bodies = sorted({min(size, largest) for size in (1, 2, 4, 8, largest)})
+        self.prologue = self._prologue(source, program, high)
+        self.scratch_bytes = self.prologue.scratch_bytes
+        self.epilogue = Epilogue(product.stage, program, product.node, product.reader, largest)
+
+    def _prologue(self, source: Buffer | None, program: Program,
+                  high: int | None) -> RowsInPlace | RowsInScratch:
+        product = self.product
+        if (source is not None and source.layout == Rows()
+                and source.type.dtype == product.left_dtype):
+            return RowsInPlace(source, product.k)
+        if high is None:
+            raise unsupported(product.stage, "its rows are without bound and not packed")
+        return RowsInScratch(product.stage, program, product.node, product.left_dtype, high)
+
+    def tiles(self, e: Emitter, frame: Frame) -> ir.Value:
+        return i64(self.product.panels)
+
+    def setup(self, e: Emitter, frame: Frame, worker: Worker) -> None:
+        self.prologue.emit(e, frame, worker)
+
+    def tile(self, e: Emitter, frame: Frame, worker: Worker, tile: ir.Value) -> None:
+        """All rows, as many at a time as fit the registers, past one panel."""
+        most = self.bodies[-1]
+        panel = self.product.panel(e, frame, tile)
+        rows = frame.dim(self.product.rows)
+        sums = self.epilogue.reserve(e)
+        with e.loop(0, rows, most, name="rows") as first:
+            count = e.minimum(i64(most), e.b.sub(rows, first))
+            for size in self._choose(e, count):
+                self.epilogue.keep(e, sums, self._sums(e, frame, worker, panel, first, size))
+            self.epilogue.emit(e, frame, sums, first, count, tile)
+
+    def _choose(self, e: Emitter, count: ir.Value) -> Iterator[int]:
+        """Branch to the body of the smallest size that suffices; the caller emits each."""
+        done = e.b.append_basic_block("rows.done")
+        for size in self.bodies[:-1]:
+            fits = e.b.append_basic_block(f"rows.{size}")
+            more = e.b.append_basic_block(f"rows.above.{size}")
+            e.b.cbranch(e.b.icmp_signed("<=", count, i64(size)), fits, more)
+            e.b.position_at_end(fits)
+            yield size
+            e.b.branch(done)
+            e.b.position_at_end(more)
+        yield self.bodies[-1]
+        e.b.branch(done)
+        e.b.position_at_end(done)
+
+    def _sums(self, e: Emitter, frame: Frame, worker: Worker, panel: ir.Value, first: ir.Value,
+              size: int) -> Tile:
+        """Rows beyond the end stand for the last row again; their sums are not used."""
+        reader, element = self.product.reader, self.product.left_bytes
+        last = e.b.sub(frame.dim(self.product.rows), i64(1))
+        pointers = tuple(
+            self.prologue.row(e, frame, worker, e.minimum(e.b.add(first, i64(row)), last))
+            for row in range(size))
+        left = LeftRows(pointers, group_bytes=reader.layout.interleave * element,
+                        step_bytes=element)
+        return tile_product(e, reader, left, panel, self.product.k, PREFETCH_BYTES)

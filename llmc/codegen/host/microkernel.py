@@ -1,0 +1,232 @@
+"""The matmul's inner loop on CPUs: a tile of accumulators in registers, streamed over k.
+
+A tile is `rows` x `vectors` accumulators of f32 lanes. Per k it loads the panel's vectors once and
+one element per row, broadcast; per element and vector one fused multiply-add (or, on bf16 dot
+hardware, one dot product of pairs). Floors: 2 FMA per cycle; 6 x 2 vectors of 8 lanes hide the
+FMA's latency of 4 cycles, take 12 of the 16 registers of AVX2 and 7 loads per 6 cycles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import llvmlite.ir as ir
+
+from llmc.codegen.llvm import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    I16,
+    I32,
+    POINTER,
+    VOID,
+    Emitter,
+    i32,
+    i64,
+    splat_constant,
+    vector,
+)
+from llmc.ir.dtypes import DType
+from llmc.ir.layouts import Panels
+
+Tile = list[list[ir.Value]]  # [row][vector] -> <lanes x f32> (f64 for f64)
+
+
+@dataclass(frozen=True)
+class PanelReader:
+    """Reads a packed weight's panels. A group is `interleave` consecutive k of all columns.
+
+    lanes: of an accumulator. dot: bf16 pairs stay packed for the dot instruction; else every
+    element is widened to f32 in registers.
+    """
+
+    dtype: DType
+    layout: Panels
+    lanes: int
+    dot: bool = False
+
+    @property
+    def vectors(self) -> int:
+        return self.layout.columns // self.lanes
+
+    @property
+    def element(self) -> ir.Type:
+        """Type of accumulators and of the left operand."""
+        return F64 if self.dtype.name == "f64" else F32
+
+    @property
+    def groupi64(self) -> int:
+        return self.layout.columns * self.layout.interleave * self.dtype.bits // 8
+
+    @property
+    def steps(self) -> int:
+        """Multiply-adds per group and accumulator."""
+        return 1 if self.dot else self.layout.interleave
+
+    def group(self, e: Emitter, pointer: ir.Value, offset: int) -> Tile:
+        """The vectors [step][vector] of the group at pointer + offset bytes."""
+        if self.dtype.name in ("f32", "f64"):
+            return [self._load(e, pointer, offset, self.element)]
+        if self.layout.interleave == 1:
+            return [self._narrow(e, pointer, offset)]
+        even = self._load(e, pointer, offset, I32)
+        if self.dot:
+            return [even]
+        if self.dtype.name == "f16":
+            return [[_half(e, bits, shift) for bits in even] for shift in (0, 16)]
+        # Loading the odd elements anew (the no-op asm keeps LLVM from merging the loads) frees
+        # the registers that would hold the pairs meanwhile: 6 x 2 tiles of AVX2 would spill.
+        hidden = e.b.asm(ir.FunctionType(POINTER, [POINTER]), "", "=r,0", [pointer], False)
+        odd = self._load(e, hidden, offset, I32)
+        wide = vector(F32, self.lanes)
+        sixteen = splat_constant(even[0].type, 16)
+        high_half = splat_constant(even[0].type, 0xFFFF0000)
+        return [[e.b.bitcast(e.b.shl(bits, sixteen), wide) for bits in even],
+                [e.b.bitcast(e.b.and_(bits, high_half), wide) for bits in odd]]
+
+    def _load(self, e: Emitter, pointer, offset: int, element: ir.Type) -> list[ir.Value]:
+        size = self.lanes * (8 if element is F64 else 4)
+        return [e.load(e.offset(pointer, offset + v * size), vector(element, self.lanes))
+                for v in range(self.vectors)]
+
+    def _narrow(self, e: Emitter, pointer, offset: int) -> list[ir.Value]:
+        """16-bit elements that are not interleaved."""
+        element = F16 if self.dtype.name == "f16" else I16
+        loaded = [e.load(e.offset(pointer, offset + v * self.lanes * 2),
+                         vector(element, self.lanes)) for v in range(self.vectors)]
+        if self.dtype.name == "f16":
+            return [e.b.fpext(value, vector(F32, self.lanes)) for value in loaded]
+        return [e.bf16_to_f32(value) for value in loaded]
+
+
+def _half(e: Emitter, pairs: ir.Value, shift: int) -> ir.Value:
+    """One f16 of every 32-bit lane, as f32."""
+    if shift:
+        pairs = e.b.lshr(pairs, splat_constant(pairs.type, shift))
+    lanes = pairs.type.count
+    halves = e.b.bitcast(e.b.trunc(pairs, vector(I16, lanes)), vector(F16, lanes))
+    return e.b.fpext(halves, vector(F32, lanes))
+
+
+@dataclass(frozen=True)
+class LeftRows:
+    """The left operand of a tile: element (row, k) as f32, or the pair at k as 32 bits for dot.
+
+    pointers: one per row, at the first k. Per group of k they advance by group_bytes; step s of
+    the group lies s * step_bytes further.
+    """
+
+    pointers: tuple[ir.Value, ...]
+    group_bytes: int
+    step_bytes: int
+
+    def broadcast(self, e: Emitter, row: int, base: ir.Value, offset: int, step: int,
+                  reader: PanelReader, last_of_pair: bool = False) -> ir.Value:
+        """last_of_pair: k ends inside this pair; what follows it in memory is not to be read."""
+        address = e.offset(e.offset(self.pointers[row], base), offset + step * self.step_bytes)
+        if not reader.dot:
+            return e.splat(e.load(address, reader.element), reader.lanes)
+        if last_of_pair:
+            return e.splat(e.b.zext(e.load(address, I16), I32), reader.lanes)
+        return e.splat(e.load(address, I32), reader.lanes)
+
+
+def tile_product(e: Emitter, reader: PanelReader, left: LeftRows, panel: ir.Value, k: int,
+                 prefetch: int = 0) -> Tile:
+    """left @ panel over all k, accumulated in registers in a fixed order.
+
+    prefetch: bytes ahead of the panel's reads, 0 for none. A k that is no multiple of the unrolled
+    groups ends in straight code, which reads the left operand up to k only: what lies behind it may
+    be anything.
+    """
+    rows, interleave = len(left.pointers), reader.layout.interleave
+    unroll = _unroll(reader, rows)
+    whole = k // interleave // unroll * unroll
+    tile = _zeros(reader, rows)
+    if whole:
+        tile = _stream(e, reader, left, panel, whole, unroll, prefetch)
+    for group in range(whole, -(-k // interleave)):
+        steps = reader.group(e, panel, group * reader.group_bytes)
+        for step, columns in enumerate(steps[:k - group * interleave]):
+            half = reader.dot and k - group * interleave == 1
+            factors = [left.broadcast(e, row, i64(0), group * left.group_bytes, step, reader, half)
+                       for row in range(rows)]
+            _accumulate(e, reader, tile, factors, columns)
+    return tile
+
+
+def _unroll(reader: PanelReader, rows: int) -> int:
+    """Groups per turn of the loop: some 48 multiply-adds hide its overhead; 8 k at most."""
+    wanted = 48 // (rows * reader.vectors * reader.steps)
+    largest = max(1, 8 // reader.layout.interleave)
+    return 1 << max(0, min(wanted, largest).bit_length() - 1)
+
+
+def _stream(e: Emitter, reader: PanelReader, left: LeftRows, panel: ir.Value, groups: int,
+            unroll: int, prefetch: int) -> Tile:
+    """The loop over k. Tiles of few accumulators get several chains per accumulator, so that 8
+    additions are in flight; the chains are added up in the end."""
+    rows, vectors = len(left.pointers), reader.vectors
+    size = rows * vectors
+    chains = max(1, min(unroll * reader.steps, 8 // size))
+    with e.fold(0, groups, _flatten(_zeros(reader, rows * chains)), unroll, "k") as (
+            group, flat, finish):
+        tiles = [_unflatten(flat[c * size:(c + 1) * size], vectors) for c in range(chains)]
+        columns_at = e.offset(panel, e.b.mul(group, i64(reader.group_bytes)))
+        base = e.b.mul(group, i64(left.group_bytes))
+        if prefetch:
+            _prefetch(e, e.offset(columns_at, prefetch), unroll * reader.group_bytes)
+        for u in range(unroll):
+            for step, columns in enumerate(reader.group(e, columns_at, u * reader.group_bytes)):
+                tile = tiles[(u * reader.steps + step) % chains]
+                for row in range(rows):
+                    factor = left.broadcast(e, row, base, u * left.group_bytes, step, reader)
+                    _accumulate(e, reader, tile[row:row + 1], [factor], columns)
+        finish([value for tile in tiles for value in _flatten(tile)])
+    total = finish.results[:size]
+    for c in range(1, chains):
+        chain = finish.results[c * size:(c + 1) * size]
+        total = [e.b.fadd(a, b) for a, b in zip(total, chain, strict=True)]
+    return _unflatten(total, vectors)
+
+
+def _accumulate(e: Emitter, reader: PanelReader, tile: Tile, factors: Sequence[ir.Value],
+                columns: Sequence[ir.Value]) -> None:
+    """tile[row][vector] += factors[row] * columns[vector], in place."""
+    multiply_add = dot_product if reader.dot else _fused
+    for accumulators, factor in zip(tile, factors, strict=True):
+        for v, column in enumerate(columns):
+            accumulators[v] = multiply_add(e, accumulators[v], factor, column)
+
+
+def _fused(e: Emitter, accumulator: ir.Value, factor: ir.Value, column: ir.Value) -> ir.Value:
+    return e.fma(factor, column, accumulator)
+
+
+def dot_product(e: Emitter, accumulator: ir.Value, pairs: ir.Value,
+                column: ir.Value) -> ir.Value:
+    """accumulator + the dot products of bf16 pairs, lane by lane (32-bit lanes of two bf16)."""
+    type_ = vector(BF16, 2 * accumulator.type.count)
+    bits = 32 * accumulator.type.count
+    return e.call(f"llvm.x86.avx512bf16.dpbf16ps.{bits}", accumulator.type, accumulator,
+                  e.b.bitcast(pairs, type_), e.b.bitcast(column, type_))
+
+
+def _prefetch(e: Emitter, pointer: ir.Value, count: int) -> None:
+    for line in range(0, count, 64):
+        e.call("llvm.prefetch.p0", VOID, e.offset(pointer, line), i32(0), i32(3), i32(1))
+
+
+def _zeros(reader: PanelReader, rows: int) -> Tile:
+    zero = splat_constant(vector(reader.element, reader.lanes), 0.0)
+    return [[zero] * reader.vectors for _ in range(rows)]
+
+
+def _flatten(tile: Tile) -> list[ir.Value]:
+    return [value for row in tile for value in row]
+
+
+def _unflatten(values: Sequence[ir.Value], vectors: int) -> Tile:
+    return [list(values[i:i + vectors]) for i in range(0, len(values), vectors)]
