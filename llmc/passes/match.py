@@ -90,7 +90,7 @@ def last_axis_slice(node: Node) -> tuple[Dim, Dim] | None:
     return (node["starts"][-1], node["stops"][-1]) if whole and source else None
 
 
-def slice_last(node: Node, start: int, stop: int) -> Node:
+def slice_last(node: Node, start: Dim, stop: Dim) -> Node:
     """node[..., start:stop]"""
     rank = node.rank
     return make("slice", node, starts=(0,) * (rank - 1) + (start,),

@@ -7,8 +7,8 @@ from itertools import pairwise
 
 from llmc.ir.graph import Node
 from llmc.ir.ops import make
-from llmc.passes.match import array_of
-from llmc.passes.rewrite import rule
+from llmc.passes.match import ELEMENTWISE, array_of, last_axis_slice, slice_last
+from llmc.passes.rewrite import rule, with_inputs
 
 
 @rule("reshape", "broadcast")
@@ -160,6 +160,21 @@ def _run_of(index: Node) -> Sequence[int] | None:
         return None
     values = [int(each) for each in array_of(index).reshape(-1)]
     return values if values and all(b == a + 1 for a, b in pairwise(values)) else None
+
+
+@rule("slice")
+def slice_of_elementwise(node: Node) -> Node | None:
+    """op(x, y)[..., a:b] -> op(x[..., a:b], y[..., a:b]); operands broadcast along the axis stay
+
+    No simplification (it makes more nodes): a matmul's epilogue wants slices of the product itself.
+    """
+    bounds, inner = last_axis_slice(node), node.inputs[0]
+    if bounds is None or inner.op not in ELEMENTWISE:
+        return None
+    width = inner.shape[-1]
+    inputs = [slice_last(each, *bounds) if each.rank and each.shape[-1] == width else each
+              for each in inner.inputs]
+    return with_inputs(inner, inputs)
 
 
 MOVEMENT_RULES = [

@@ -52,8 +52,7 @@ def _replace(graph: Graph, turns: Turns) -> Graph | None:
     """The graph with the loop in place of its turns; None if a value inside a turn is still wanted."""
     loop = make("repeat", turns.initial, *turns.invariants, bodies=(turns.body,),
                 count=turns.count, carried=1)
-    result = make("get", loop, index=0)
-    merge_origins(result, turns.final)
+    merge_origins(loop, turns.final)
     updates = tuple(update for update in graph.updates if update[0] not in turns.states)
-    outlined = rebuild(replace(graph, updates=updates), {turns.final: result})
+    outlined = rebuild(replace(graph, updates=updates), {turns.final: loop})
     return None if turns.nodes.intersection(outlined.nodes()) else outlined

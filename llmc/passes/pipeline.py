@@ -1,0 +1,47 @@
+"""The pipeline: every pass from a frontend's graph to fusions, in order, on one page.
+
+Each takes a valid graph and returns one that computes the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llmc.ir.graph import Graph
+from llmc.ir.program import Capabilities
+from llmc.passes.fuse import fuse
+from llmc.passes.legalize import legalize
+from llmc.passes.merge_matmuls import merge_matmuls
+from llmc.passes.outline import outline
+from llmc.passes.prelude import split_prelude
+from llmc.passes.raise_patterns import raise_patterns
+from llmc.passes.simplify import simplify
+
+Pass = Callable[[Graph, Capabilities], Graph]
+Callback = Callable[[str, Graph, Graph], None]
+
+PIPELINE: list[tuple[str, Pass]] = [
+    ("simplify", lambda graph, _: simplify(graph)),
+    # Layers first, so that what follows sees one of them.
+    ("outline", lambda graph, _: outline(graph)),
+    # Decomposed norms, activations, rope and attention -> the composite ops.
+    ("raise_patterns", lambda graph, _: raise_patterns(graph)),
+    # Q, K, V -> one matmul; gate, up -> one matmul.
+    ("merge_matmuls", lambda graph, _: merge_matmuls(graph)),
+    ("simplify_again", lambda graph, _: simplify(graph)),
+    # After this, only ops that the target has kernels for.
+    ("legalize", legalize),
+    # After this, whatever depends on parameters only is a parameter.
+    ("split_prelude", lambda graph, _: split_prelude(graph)),
+    # After this, only fusions, repeats, gets, views and leaves.
+    ("fuse", lambda graph, _: fuse(graph)),
+]
+
+
+def optimize(graph: Graph, capabilities: Capabilities, callback: Callback | None = None) -> Graph:
+    """The graph after every pass. callback(name, before, after) may print, time or verify."""
+    for name, apply in PIPELINE:
+        before, graph = graph, apply(graph, capabilities)
+        if callback is not None:
+            callback(name, before, graph)
+    return graph
