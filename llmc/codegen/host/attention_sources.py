@@ -1,0 +1,374 @@
+"""Where attention's queries and keys come from: pages, packed sequences or dense batches.
+
+A source answers, for the kernel in attention.py: which blocks of queries there are, where a query
+lies, which keys it sees, and how 32 keys and values come into place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import llvmlite.ir as ir
+
+from llmc.codegen.elements import memory_type
+from llmc.codegen.host.attention_blocks import (
+    Matrix,
+    add,
+    copy_row,
+    load_float,
+    load_index,
+    multiply,
+    transpose,
+)
+from llmc.codegen.host.attention_views import View, operand_view
+from llmc.codegen.host.kernel import Frame, operand_buffers
+from llmc.codegen.llvm import F32, I32, I64, Emitter, i64
+from llmc.ir.dims import Dim
+from llmc.ir.dtypes import DType, f32
+from llmc.ir.graph import Node
+from llmc.ir.layouts import KeyPages, Rows, ValuePages
+from llmc.ir.ops import PAGE
+from llmc.ir.program import Buffer, Program, Stage, unsupported
+
+
+def dim_value(frame: Frame, dim: Dim):
+    """A dim as an int where it is one, else as an i64 value."""
+    return dim if isinstance(dim, int) else frame.dim(dim)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor operand: a buffer seen through movement."""
+
+    buffer: Buffer
+    view: View
+
+    @classmethod
+    def of(cls, stage: Stage, program: Program, node: Node) -> Operand:
+        source, view = operand_view(stage, node)
+        buffer = operand_buffers(stage, program)[source["name"]]
+        if buffer.layout != Rows():
+            raise unsupported(stage, f"{buffer.name} does not lie in rows")
+        return cls(buffer, view)
+
+    @property
+    def dtype(self) -> DType:
+        return self.buffer.type.dtype
+
+    def offset(self, e: Emitter, frame: Frame, *index):
+        """Elements from the buffer's base to an element; axes that are not given are 0."""
+        total = dim_value(frame, self.view.offset)
+        for position, stride in zip(index, self.view.strides, strict=False):
+            total = add(e, total, multiply(e, position, dim_value(frame, stride)))
+        return total
+
+    def stride(self, frame: Frame, axis: int):
+        return dim_value(frame, self.view.strides[axis])
+
+    def index(self, e: Emitter, frame: Frame, *index) -> ir.Value:
+        """An element of an integer tensor, as i64."""
+        return load_index(e, frame.pointer(self.buffer), self.offset(e, frame, *index), self.dtype)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of one attention, and of its blocks. A tile handles `rows` = query_block * group rows of
+    scores: the queries of all heads that share a kv head, so that keys are read once for them."""
+
+    heads: int
+    kv_heads: int
+    size: int
+    lanes: int
+    window: int
+    causal: bool
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
+
+    @property
+    def query_block(self) -> int:
+        return max(3, 48 // self.group // 3 * 3)
+
+    @property
+    def rows(self) -> int:
+        return self.query_block * self.group
+
+    @property
+    def padded(self) -> int:
+        """The head's size rounded up to whole vectors."""
+        return -(-self.size // self.lanes) * self.lanes
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive queries of one sequence, and the kv head; i64 values."""
+
+    sequence: ir.Value
+    first: ir.Value  # on the axis of queries
+    count: ir.Value
+    head: ir.Value
+
+
+@dataclass(frozen=True)
+class KeyBlock:
+    """Up to PAGE keys from `start` on; those in low..high (relative to start) are needed."""
+
+    start: ir.Value
+    low: ir.Value
+    high: ir.Value
+
+
+class PagedSource:
+    """paged_attention: keys [size][PAGE] and values [PAGE][size] of a kv head in each page."""
+
+    def __init__(self, stage: Stage, program: Program, node: Node, geometry: Geometry):
+        query, key, value, table, _, positions, offsets = node.inputs
+        self.geometry = geometry
+        self.query = Operand.of(stage, program, query)
+        self.page_table = Operand.of(stage, program, table)
+        self.positions = Operand.of(stage, program, positions)
+        self.packing = _Packing(Operand.of(stage, program, offsets), query.shape[0],
+                                geometry.query_block)
+        buffers = operand_buffers(stage, program)
+        if key.op != "input" or value.op != "input":
+            raise unsupported(stage, "caches must be operands as they are")
+        self.key, self.value = buffers[key["name"]], buffers[value["name"]]
+        if self.key.layout != KeyPages() or self.value.layout != ValuePages():
+            raise unsupported(stage, "caches must lie in KeyPages and ValuePages")
+
+    def visible(self, e: Emitter, frame: Frame, block: Block, query) -> tuple:
+        """(first, last + 1) of the keys that a query sees; query counts from the block's first."""
+        position = self.positions.index(e, frame, e.b.add(block.first, query))
+        high = e.b.add(position, i64(1))
+        return _window_start(e, high, self.geometry.window), high
+
+    def _page(self, e: Emitter, frame: Frame, block: Block, keys: KeyBlock):
+        """Elements from the pool's base to the block's kv head in the page."""
+        number = e.b.udiv(keys.start, i64(PAGE))
+        page = self.page_table.index(e, frame, block.sequence, number)
+        head = e.b.add(e.b.mul(page, i64(self.geometry.kv_heads)), block.head)
+        return e.b.mul(head, i64(self.geometry.size * PAGE))
+
+    def keys(self, e: Emitter, frame: Frame, block: Block, keys: KeyBlock, scratch: ir.Value,
+             direct: bool) -> Matrix:
+        """Keys as [size][PAGE]: in place, or widened to f32 in scratch."""
+        pointer = e.offset(frame.pointer(self.key), self._page(e, frame, block, keys),
+                           memory_type(self.key.type.dtype))
+        source = Matrix(pointer, self.key.type.dtype, PAGE)
+        if direct or source.dtype is f32:
+            return source
+        copy = Matrix(scratch, f32, PAGE)
+        with e.loop(0, self.geometry.size * PAGE, self.geometry.lanes) as i:
+            copy.store(e, source.load(e, 0, i, self.geometry.lanes), 0, i)
+        return copy
+
+    def values(self, e: Emitter, frame: Frame, block: Block, keys: KeyBlock, scratch: ir.Value,
+               direct: bool) -> Matrix:
+        """Values as [PAGE][padded]: in place, or widened to f32 in scratch."""
+        geometry, dtype = self.geometry, self.value.type.dtype
+        pointer = e.offset(frame.pointer(self.value), self._page(e, frame, block, keys),
+                           memory_type(dtype))
+        if geometry.padded == geometry.size and (direct or dtype is f32):
+            return Matrix(pointer, dtype, geometry.size)
+        with e.loop(keys.low, keys.high) as token:
+            row = e.b.mul(token, i64(geometry.size))
+            target = e.offset(scratch, e.b.mul(token, i64(geometry.padded)), F32)
+            copy_row(e, pointer, row, 1, dtype, target, geometry.size, geometry.lanes)
+        return Matrix(scratch, f32, geometry.padded)
+
+
+class _RowSource:
+    """Keys and values in rows [..., size] that strides reach: transposed or used in place."""
+
+    geometry: Geometry
+    key: Operand
+    value: Operand
+
+    def row(self, e: Emitter, frame: Frame, operand: Operand, block: Block, key):
+        """Elements from the operand's base to a key's row for the block's kv head."""
+        raise NotImplementedError
+
+    def keys(self, e: Emitter, frame: Frame, block: Block, keys: KeyBlock, scratch: ir.Value,
+             direct: bool) -> Matrix:
+        """Keys transposed to [size][PAGE] in scratch; only those in keys.low..high are read."""
+        lanes, matrix = self.geometry.lanes, Matrix(scratch, f32, PAGE)
+        first = e.b.sub(keys.low, e.b.urem(keys.low, i64(lanes)))
+        whole = e.b.sub(keys.high, e.b.urem(keys.high, i64(lanes)))
+        with e.loop(first, whole, lanes) as token:
+            self._transpose_lanes(e, frame, block, keys, token, matrix)
+        with e.loop(e.maximum(whole, first), keys.high) as token:
+            self._transpose_one(e, frame, block, keys, token, matrix, 0)
+        return matrix
+
+    def _transpose_lanes(self, e, frame, block, keys, token, matrix: Matrix) -> None:
+        lanes, size = self.geometry.lanes, self.geometry.size
+        whole = size // lanes * lanes if self.key.view.strides[-1] == 1 else 0
+        pointer = frame.pointer(self.key.buffer)
+        rows = [self.row(e, frame, self.key, block,
+                         e.b.add(keys.start, e.b.add(token, i64(i)))) for i in range(lanes)]
+        with e.loop(0, whole, lanes) as component:
+            vectors = [load_float(e, pointer, add(e, row, component), self.key.dtype, lanes)
+                       for row in rows]
+            for i, vector in enumerate(transpose(e, vectors)):
+                matrix.store(e, vector, e.b.add(component, i64(i)), token)
+        if whole < size:
+            with e.loop(0, lanes) as i:
+                self._transpose_one(e, frame, block, keys, e.b.add(token, i), matrix, whole)
+
+    def _transpose_one(self, e, frame, block, keys, token, matrix: Matrix, start: int) -> None:
+        pointer = frame.pointer(self.key.buffer)
+        row = self.row(e, frame, self.key, block, e.b.add(keys.start, token))
+        stride = self.key.stride(frame, -1)
+        with e.loop(start, self.geometry.size) as component:
+            place = add(e, row, multiply(e, component, stride))
+            matrix.store(e, load_float(e, pointer, place, self.key.dtype), component, token)
+
+    def values(self, e: Emitter, frame: Frame, block: Block, keys: KeyBlock, scratch: ir.Value,
+               direct: bool) -> Matrix:
+        """Values as [PAGE][padded]: in place, or as f32 in scratch."""
+        geometry, dtype = self.geometry, self.value.dtype
+        pointer = frame.pointer(self.value.buffer)
+        step = self.value.stride(frame, -1)
+        if dtype is f32 and geometry.padded == geometry.size and step == 1:
+            place = self.row(e, frame, self.value, block, keys.start)
+            return Matrix(e.offset(pointer, place, F32), dtype, self.value.stride(frame, self.axis))
+        with e.loop(keys.low, keys.high) as token:
+            row = self.row(e, frame, self.value, block, e.b.add(keys.start, token))
+            target = e.offset(scratch, e.b.mul(token, i64(geometry.padded)), F32)
+            copy_row(e, pointer, row, step, dtype, target, geometry.size, geometry.lanes)
+        return Matrix(scratch, f32, geometry.padded)
+
+    axis: int  # of the operands, along which keys are counted
+
+
+class PackedSource(_RowSource):
+    """packed_attention: sequences one after the other on the axis of tokens."""
+
+    axis = 0
+
+    def __init__(self, stage: Stage, program: Program, node: Node, geometry: Geometry):
+        self.geometry = geometry
+        self.query, self.key, self.value, self.offsets = (
+            Operand.of(stage, program, value) for value in node.inputs)
+        self.packing = _Packing(self.offsets, node.inputs[0].shape[0], geometry.query_block)
+
+    def row(self, e, frame, operand, block, key):
+        start = self.offsets.index(e, frame, block.sequence)
+        return operand.offset(e, frame, e.b.add(start, key), block.head)
+
+    def visible(self, e: Emitter, frame: Frame, block: Block, query) -> tuple:
+        start = self.offsets.index(e, frame, block.sequence)
+        end = self.offsets.index(e, frame, e.b.add(block.sequence, i64(1)))
+        position = e.b.sub(e.b.add(block.first, query), start)
+        length = e.b.sub(end, start)
+        high = e.b.add(position, i64(1)) if self.geometry.causal else length
+        return _window_start(e, e.b.add(position, i64(1)), self.geometry.window), high
+
+
+class DenseSource(_RowSource):
+    """attention: [batch, heads, queries, size] against [batch, kv_heads, keys, size]."""
+
+    axis = 2
+
+    def __init__(self, stage: Stage, program: Program, node: Node, geometry: Geometry):
+        self.geometry = geometry
+        self.query, self.key, self.value = (
+            Operand.of(stage, program, value) for value in node.inputs[:3])
+        self.queries, self.key_count = node.inputs[0].shape[2], node.inputs[1].shape[2]
+        self.packing = _Batch(node.inputs[0].shape[0], self.queries, geometry.query_block)
+
+    def row(self, e, frame, operand, block, key):
+        return operand.offset(e, frame, block.sequence, block.head, key)
+
+    def visible(self, e: Emitter, frame: Frame, block: Block, query) -> tuple:
+        count = frame.dim(self.key_count)
+        position = e.b.add(block.first, query)
+        ahead = e.b.sub(count, frame.dim(self.queries))
+        end = e.b.add(e.b.add(position, ahead), i64(1))
+        high = e.maximum(end, i64(0)) if self.geometry.causal else count
+        return _window_start(e, end, self.geometry.window), high
+
+
+def _window_start(e: Emitter, end, window: int) -> ir.Value:
+    """First key that a query sees whose own key is end - 1."""
+    return e.maximum(e.b.sub(end, i64(window)), i64(0)) if window else i64(0)
+
+
+class _Packing:
+    """Blocks of queries of packed sequences, listed in a table that each worker makes.
+
+    The table: i64 count, then from byte 8 on pairs of i32 (first token, sequence).
+    """
+
+    def __init__(self, offsets: Operand, tokens: Dim, query_block: int):
+        self.offsets, self.tokens, self.query_block = offsets, tokens, query_block
+        self.sequences = offsets.view.shape[0] - 1
+        self.bound = tokens // query_block + self.sequences
+
+    @property
+    def table_bytes(self) -> Dim:
+        return 8 + 8 * self.bound
+
+    def blocks(self, e: Emitter, frame: Frame) -> ir.Value:
+        """Upper bound of the number of blocks."""
+        return frame.dim(self.bound)
+
+    def fill_table(self, e: Emitter, frame: Frame, table: ir.Value) -> None:
+        with e.fold(0, frame.dim(self.sequences), [i64(0)], name="sequence") as (
+                sequence, (count,), finish):
+            start = self.offsets.index(e, frame, sequence)
+            end = self.offsets.index(e, frame, e.b.add(sequence, i64(1)))
+            with e.fold(start, end, [count], self.query_block, "block") as (
+                    token, (entry,), finish_block):
+                pair = e.offset(table, e.b.add(entry, i64(1)), I64)
+                e.store(e.b.trunc(token, I32), pair)
+                e.store(e.b.trunc(sequence, I32), e.offset(pair, 4))
+                finish_block([e.b.add(entry, i64(1))])
+            finish(finish_block.results)
+        e.store(finish.results[0], table)
+
+    def block(self, e: Emitter, frame: Frame, table: ir.Value, index) -> tuple:
+        """(sequence, first, count) of a block, count 0 past the last one."""
+        exists = e.b.icmp_signed("<", index, e.load(table, I64))
+        slot = e.b.select(exists, index, i64(0))
+        pair = e.offset(table, e.b.add(slot, i64(1)), I64)
+        first = e.b.sext(e.load(pair, I32), I64)
+        sequence = e.b.sext(e.load(e.offset(pair, 4), I32), I64)
+        sequence = e.b.select(exists, sequence, i64(0))
+        end = self.offsets.index(e, frame, e.b.add(sequence, i64(1)))
+        count = e.minimum(e.b.sub(end, first), i64(self.query_block))
+        return sequence, first, e.b.select(exists, count, i64(0))
+
+    def place(self, block: Block, query, head) -> tuple:
+        """Index of a query's row in the operand, and of its result."""
+        return query, head
+
+
+class _Batch:
+    """Blocks of queries of a dense batch."""
+
+    table_bytes: Dim = 0
+
+    def __init__(self, batch: Dim, queries: Dim, query_block: int):
+        self.batch, self.queries, self.query_block = batch, queries, query_block
+        self.per_sequence = (queries + (query_block - 1)) // query_block
+
+    def blocks(self, e: Emitter, frame: Frame) -> ir.Value:
+        return frame.dim(self.batch * self.per_sequence)
+
+    def fill_table(self, e: Emitter, frame: Frame, table: ir.Value) -> None:
+        """Nothing to list: blocks are computed."""
+
+    def block(self, e: Emitter, frame: Frame, table: ir.Value, index) -> tuple:
+        blocks = frame.dim(self.per_sequence)
+        sequence = e.b.udiv(index, blocks)
+        first = e.b.mul(e.b.urem(index, blocks), i64(self.query_block))
+        rest = e.b.sub(frame.dim(self.queries), first)
+        return sequence, first, e.minimum(rest, i64(self.query_block))
+
+    def place(self, block: Block, query, head) -> tuple:
+        return block.sequence, head, query
+
+
+Source = PagedSource | PackedSource | DenseSource
