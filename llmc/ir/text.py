@@ -8,7 +8,8 @@
 
 Values: `1`, `1.0`, `true`, `"text"`, `x"00ff"` or `b64"..."` (bytes), `tokens*2 + 1`, `bf16`,
 `f32[2, tokens]`, `(1, 2)`. A parameter's, state's or input's attribute `type` is the type after the
-colon. The outermost graph declares all symbols. Types are believed: `verify` checks them.
+colon. Attributes at their default are not printed. The outermost graph declares all symbols.
+When reading, types are inferred and compared with those written; they may be left out.
 """
 
 import base64
@@ -21,7 +22,8 @@ from typing import Any
 from llmc.errors import GraphError
 from llmc.ir.dims import MAX, Dim, Expression, Symbol, format_dim, scan_dim, symbol
 from llmc.ir.dtypes import DTYPES, DType, dtype
-from llmc.ir.graph import Graph, Node, TensorType, Type, format_type, intern_node
+from llmc.ir.graph import Graph, Node, TensorType, Type, attribute_key, format_type, intern_node
+from llmc.ir.ops import OPS, make
 from llmc.ir.scan import NAME, Scanner
 
 LEAVES_WITH_TYPE = ("input", "parameter", "state")  # their attribute `type` is the node's type
@@ -142,9 +144,18 @@ def _format_attributes(node: Node) -> str:
     for name, value in sorted(node.attributes, key=lambda item: (item[0] == "data", item[0])):
         if name == "type" and node.op in LEAVES_WITH_TYPE and value == node.type:
             continue
+        if _is_default(node.op, name, value):
+            continue
         readable = _readable_data(node) if node.op == "constant" and name == "data" else None
         parts.append(f"{name}={readable or format_value(value)}")
     return f"[{', '.join(parts)}]" if parts else ""
+
+
+def _is_default(op: str, name: str, value: Any) -> bool:
+    attribute = OPS[op].attributes.get(name) if op in OPS else None
+    if attribute is None or callable(attribute.default):
+        return False
+    return bool(attribute_key(value) == attribute_key(attribute.default))
 
 
 def _readable_data(node: Node) -> str | None:
@@ -369,15 +380,21 @@ def _scan_node(scanner: Scanner, named: dict[str, Node], symbols: Mapping[str, D
     if scanner.accept("("):
         inputs = _scan_list(scanner, lambda: _scan_reference(scanner, named))
         scanner.expect(")")
-    scanner.expect(":")
-    type = scan_type(scanner, symbols)
+    type_start = scanner.position
+    type = scan_type(scanner, symbols) if scanner.accept(":") else None
     bodies = []
     if scanner.accept("{"):
         while not scanner.accept("}"):
             bodies.append(scan_graph(scanner, symbols))
-    if op in LEAVES_WITH_TYPE:
+    if op in LEAVES_WITH_TYPE and type is not None:
         attributes.setdefault("type", type)
-    named[number] = intern_node(op, attributes, inputs, bodies, type)
+    try:
+        node = make(op, *inputs, bodies=bodies, **attributes)
+    except (GraphError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise GraphError(f"{scanner.place(start)}: {error}") from error
+    if type is not None and type != node.type:
+        scanner.fail(f"the type should be {format_type(node.type)}", type_start)
+    named[number] = node
 
 
 def _scan_attributes(scanner: Scanner, symbols: Mapping[str, Dim]) -> dict[str, Any]:

@@ -4,10 +4,9 @@ from typing import NoReturn
 
 from llmc.errors import GraphError
 from llmc.ir.graph import Graph, Node, format_type, origin_of
-from llmc.ir.ops import OPS
+from llmc.ir.ops import OPS, make
 from llmc.ir.text import format_lines
 
-MAX_CONSTANT_BYTES = 64 * 1024
 _CONTEXT_LINES = 5
 
 
@@ -32,7 +31,6 @@ class _Verifier:
                 self.turn(node, turns)
             inner = node["count"] if node.op == "repeat" else turns
             for body in node.bodies:
-                self.body(node, body)
                 self.graph(body, inner, in_prelude)
         self.states(graph)
         for _, maker in graph.prelude:
@@ -57,17 +55,15 @@ class _Verifier:
         if node.op == "input" and node not in graph.inputs:
             self.fail(node, f"input '{node['name']}' is not among the inputs of graph {graph.name}")
         try:
-            inferred = OPS[node.op].infer(node.inputs, dict(node.attributes), node.bodies)
+            made = make(node.op, *node.inputs, bodies=node.bodies, **dict(node.attributes))
         except GraphError as error:
             self.fail(node, str(error))
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            # text may leave attributes or inputs out, or give them other types
-            self.fail(node, f"wrong attributes or inputs: {type(error).__name__} {error}")
-        if inferred != node.type:
-            self.fail(node, f"type {format_type(node.type)} should be {format_type(inferred)}")
-        if node.op == "constant" and len(node["data"]) > MAX_CONSTANT_BYTES:
-            size = len(node["data"])
-            self.fail(node, f"a constant of {size} bytes; {MAX_CONSTANT_BYTES} is the limit")
+        except (TypeError, ValueError, IndexError, AttributeError) as error:
+            self.fail(node, f"malformed attributes: {type(error).__name__}, {error}")
+        if made.type != node.type:
+            self.fail(node, f"type {format_type(node.type)} should be {format_type(made.type)}")
+        if made is not node:
+            self.fail(node, f"attributes {node.attributes} should be {made.attributes}")
 
     def turn(self, node: Node, turns: int | None) -> None:
         """What differs from turn to turn of a repeat stands inside one of as many turns."""
@@ -77,15 +73,6 @@ class _Verifier:
             self.fail(node, "outside a repeat nothing differs by turn")
         if values and len(values) != turns:
             self.fail(node, f"{len(values)} {attribute} in a repeat of {turns} turns")
-
-    def body(self, node: Node, body: Graph) -> None:
-        expected = [format_type(each.type) for each in node.inputs]
-        found = [format_type(each.type) for each in body.inputs]
-        if expected != found:
-            self.fail(
-                node,
-                f"its body takes ({', '.join(found)}), its operands are ({', '.join(expected)})",
-            )
 
     def states(self, graph: Graph) -> None:
         """Updates are linear: what an update overwrites has no other reader."""
