@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from llmc import knobs
 from llmc.codegen import generate
 from llmc.codegen.target import Target
 from llmc.errors import CompileError, LlmcError
@@ -33,6 +36,7 @@ from llmc.runtime.artifact import (
     TensorInfo,
     VariantInfo,
     WeightInfo,
+    hash_files,
     write_manifest,
 )
 from llmc.runtime.progress import Progress, silent
@@ -77,13 +81,16 @@ class Compiled:
             shutil.copyfile(source, directory / "files" / source.name)
         started = time.perf_counter()
         program = next(iter(self.programs.values()))
-        with open(directory / WEIGHTS, "wb") as file:
+        with open(directory / WEIGHTS, "wb") as stream:
+            file = WeightFile(stream)
             weights = tuple(write_weights(program, self.model, file, progress))
-            size = file.tell()
+            hashes = {WEIGHTS: file.close(), **hash_files(directory / "variants"),
+                      **hash_files(directory / "files")}
         self.timings["weights"] = time.perf_counter() - started
-        write_manifest(directory, self._manifest(program, weights, size))
+        write_manifest(directory, self._manifest(program, weights, file.size, hashes))
 
-    def _manifest(self, program: Program, weights: tuple[WeightInfo, ...], size: int) -> Manifest:
+    def _manifest(self, program: Program, weights: tuple[WeightInfo, ...], size: int,
+                  hashes: dict[str, str]) -> Manifest:
         variants = tuple(
             VariantInfo(name, {s: (low, high) for s, low, high in other.symbols},
                         format_dim(other.arena_bytes), self.codes[name].scratch_bytes,
@@ -96,7 +103,7 @@ class Compiled:
             self.model.kind, self.graph.name, self.target.text(), compute_dtype(self.graph),
             self.model.fingerprint, _plain(self.model.config), symbols,
             _tensors(program, "input"), _tensors(program, "output"), _tensors(program, "state"),
-            weights, variants, size, _plain(interface) if interface else None, self.timings)
+            weights, variants, size, _plain(interface) if interface else None, self.timings, hashes)
 
 
 def compile_model(path: str | os.PathLike[str], target: Target, dtype: str | None = None,
@@ -145,21 +152,57 @@ def variant_keys(graph: Graph, capabilities: Capabilities, limits: dict) -> dict
     return keys
 
 
-def write_weights(program: Program, model: ImportedModel, file, progress: Progress
+class WeightFile:
+    """Appends packed weights to a file: aligned, hashed, by a thread of its own, so that writing one
+    tensor and packing the next overlap."""
+
+    def __init__(self, file):
+        self.file = file
+        self.size = 0
+        self.hash = hashlib.sha256()
+        self._writer = ThreadPoolExecutor(1)
+        self._pending: Future | None = None
+
+    def append(self, packed: np.ndarray) -> int:
+        """Write raw bytes; returns their offset. At most one tensor waits."""
+        align = ALIGNMENT if packed.nbytes >= ALIGNMENT else 64
+        padding = -self.size % align
+        offset = self.size + padding
+        self.size = offset + packed.nbytes
+        self.flush()
+        self._pending = self._writer.submit(self._write, b"\0" * padding, packed)
+        return offset
+
+    def _write(self, padding: bytes, packed: np.ndarray) -> None:
+        for part in (padding, memoryview(packed)):
+            self.file.write(part)
+            self.hash.update(part)
+
+    def flush(self) -> None:
+        """Wait for what was appended; raises its OSError."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def close(self) -> str:
+        """Finish; the contents' SHA-256."""
+        self.flush()
+        self._writer.shutdown()
+        return self.hash.hexdigest()
+
+
+def write_weights(program: Program, model: ImportedModel, file: WeightFile, progress: Progress
                   ) -> Iterator[WeightInfo]:
     """Evaluate, pack and append every weight, tensor by tensor."""
     total = sum(w_bytes(program, w) * program.buffers[w.buffer].count
                 for w in program.weights.values())
-    threads = os.cpu_count() or 1
+    threads = knobs.threads()
     for weight in program.weights.values():
         buffer = program.buffers[weight.buffer]
         offsets = []
         for names in weight.names:
-            packed = pack_weight(weight, names, buffer.layout, model, threads)
-            file.write(b"\0" * (-file.tell() % (ALIGNMENT if packed.nbytes >= ALIGNMENT else 64)))
-            offsets.append(file.tell())
-            file.write(memoryview(packed).cast("B"))
-            progress("weights", file.tell() / max(total, 1))
+            offsets.append(file.append(pack_weight(weight, names, buffer.layout, model, threads)))
+            progress("weights", file.size / max(total, 1))
         yield WeightInfo(
             buffer.name, str(buffer.type.dtype), tuple(buffer.type.shape),
             format_layout(buffer.layout), w_bytes(program, weight), tuple(offsets),

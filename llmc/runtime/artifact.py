@@ -11,6 +11,7 @@ against the files before anything is mapped; an artifact for another CPU is refu
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 import os
@@ -78,7 +79,8 @@ class SymbolInfo:
 @dataclass(frozen=True)
 class Manifest:
     """kind: causal_lm, encoder or onnx. config: the model's facts (vocabulary, limits, end ids ...).
-    fingerprint: identity of the source files; dtype: compute dtype; target: CPU and features."""
+    fingerprint: identity of the source files; dtype: compute dtype; target: CPU and features.
+    hashes: SHA-256 of every other file, by its name relative to the artifact."""
 
     kind: str
     name: str
@@ -95,6 +97,7 @@ class Manifest:
     weight_bytes: int
     token_interface: dict[str, Any] | None = None
     timings: dict[str, float] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
 
@@ -163,6 +166,18 @@ class Artifact:
         start = weight.offsets[copy]
         return self._mapping[start:start + weight.bytes]
 
+    def verify(self) -> None:
+        """Compare every file with its hash; ModelError names the first that differs."""
+        for name, expected in self.manifest.hashes.items():
+            path = self.directory / name
+            try:
+                found = hash_file(path)
+            except OSError as error:
+                raise ModelError(f"{path}: {error.strerror}") from None
+            if found != expected:
+                raise ModelError(f"{path} is not what was written: its SHA-256 is {found}, the "
+                                 f"manifest says {expected}; compile the model again")
+
     def _read(self, name: str) -> bytes:
         path = self.directory / "variants" / name
         try:
@@ -188,6 +203,17 @@ class Artifact:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         mapping.madvise(mmap.MADV_WILLNEED)
         return np.frombuffer(mapping, np.uint8)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's contents."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_files(directory: Path) -> dict[str, str]:
+    """Hashes of a folder's files, by `folder/name`."""
+    return {f"{directory.name}/{path.name}": hash_file(path) for path in sorted(directory.iterdir())}
 
 
 def is_artifact(path: str | os.PathLike[str]) -> bool:

@@ -20,10 +20,11 @@ class OnnxLanguageModel:
     """interface: names of ids, attention_mask, position_ids (or None), logits, and cache: pairs of
     (past input, present output)."""
 
-    def __init__(self, executor: Executor, interface: dict[str, Any]):
+    def __init__(self, executor: Executor, interface: dict[str, Any],
+                 max_context: int):
         self.executor = executor
         self.interface = interface
-        self.max_context = self._limit()
+        self.max_context = max_context or self._limit()
         self._tokens: dict[int, np.ndarray] = {}
         self._caches: dict[int, dict[str, np.ndarray]] = {}
 

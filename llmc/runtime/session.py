@@ -104,7 +104,8 @@ class Runtime:
 
     def _make_model(self) -> LanguageModel | Encoder | OnnxLanguageModel | None:
         limit = self.config.get("max_context") or 0
-        context = min(self.options.max_context or limit, limit or (1 << 31))
+        context = min(self.options.max_context or limit, limit) if limit else (
+            self.options.max_context or 0)
         if self.manifest.kind == "causal_lm":
             logit_rows = LOGIT_BYTES // (4 * max(1, self.config["vocab_size"]))
             return LanguageModel(self.executor, context, self._pool_pages(context),
@@ -112,7 +113,7 @@ class Runtime:
         if self.manifest.kind == "encoder":
             return Encoder(self.executor, context, CHUNK_TOKENS)
         if self.manifest.token_interface:
-            return OnnxLanguageModel(self.executor, self.manifest.token_interface)
+            return OnnxLanguageModel(self.executor, self.manifest.token_interface, context)
         return None
 
     def _pool_pages(self, context: int) -> int:

@@ -1,0 +1,105 @@
+"""llmc inspect: look at a model at any stage of its way through the compiler."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from llmc.cli import add_command
+from llmc.cli.generate import EMBEDDED
+from llmc.errors import LlmcError
+
+STAGES = ("imported", "optimized", "program", "llvm", "asm")
+
+
+def add(subparsers) -> None:
+    parser = add_command(
+        subparsers, "inspect", run, "Look inside a model: graph, program, LLVM, assembly.",
+        "llmc inspect model.onnx --stage optimized")
+    parser.add_argument("model", nargs="?", default=str(EMBEDDED), metavar="MODEL",
+                        help="default: the embedded model")
+    parser.add_argument("--stage", choices=STAGES, default="program")
+    parser.add_argument("--variant", choices=("few", "generic"), default=None,
+                        help="which variant's program or code (default: few, where there is one)")
+    parser.add_argument("--text", action="store_true",
+                        help="with --stage program: the full text that parses back")
+    parser.add_argument("--html", metavar="FILE",
+                        help="write one self-contained page instead: the graph before and after "
+                             "fusion, and bytes, flops and arena stage by stage")
+    parser.add_argument("--verify", action="store_true",
+                        help="artifact: check every file against its full hash")
+    parser.add_argument("--target", default="host")
+    parser.add_argument("--dtype", default=None)
+    parser.add_argument("--json", action="store_true", help="artifact: print its manifest")
+
+
+def run(arguments) -> int:
+    from llmc.runtime.artifact import is_artifact
+
+    if is_artifact(arguments.model):
+        return _inspect_artifact(arguments)
+    if arguments.verify:
+        raise LlmcError(f"{arguments.model} is no artifact: --verify checks artifacts")
+    if arguments.stage == "imported" and not arguments.html:
+        from llmc.frontend.model import load_model
+        from llmc.ir.text import format_graph
+
+        print(format_graph(load_model(arguments.model, arguments.dtype).graph), end="")
+        return 0
+    return _inspect_model(arguments)
+
+
+def _inspect_model(arguments) -> int:
+    from llmc.codegen.target import Target
+    from llmc.driver import compile_model
+    from llmc.ir.text import format_graph
+
+    compiled = compile_model(arguments.model, Target.parse(arguments.target), arguments.dtype)
+    name = arguments.variant or ("few" if "few" in compiled.programs else "generic")
+    if name not in compiled.programs:
+        raise LlmcError(f"this model has no variant {name!r}: {', '.join(compiled.programs)}")
+    if arguments.html:
+        from llmc.cli.inspect_page import write_page
+
+        write_page(Path(arguments.html), compiled, name)
+        print(arguments.html)
+    elif arguments.stage == "optimized":
+        print(format_graph(compiled.graph), end="")
+    elif arguments.stage == "program":
+        _print_program(compiled.programs[name], arguments.text)
+    else:
+        code = compiled.codes[name]
+        print(code.llvm if arguments.stage == "llvm" else code.asm, end="")
+    return 0
+
+
+def _print_program(program, whole: bool) -> None:
+    if whole:
+        from llmc.ir.program_text import format_program
+
+        print(format_program(program), end="")
+        return
+    print(program.summary())
+
+
+def _inspect_artifact(arguments) -> int:
+    from llmc.runtime.artifact import Artifact
+
+    artifact = Artifact(arguments.model)
+    if arguments.verify:
+        artifact.verify()
+        print(f"{arguments.model}: every file is as it was written")
+        return 0
+    if arguments.json:
+        print((artifact.directory / "manifest.json").read_text())
+        return 0
+    if arguments.stage != "program":
+        raise LlmcError(f"an artifact holds programs and object code: inspect the model it was "
+                        f"made from for --stage {arguments.stage}")
+    names = [variant.name for variant in artifact.manifest.variants]
+    name = arguments.variant or ("few" if "few" in names else names[0])
+    (variant,) = (v for v in artifact.manifest.variants if v.name == name)
+    from llmc.ir.program_text import parse_program
+
+    _print_program(parse_program(artifact.program_text(variant)), arguments.text)
+    return 0
