@@ -11,7 +11,7 @@ from math import gcd
 from typing import Any, Union
 
 import llmc.codegen.llvm as ll
-from llmc.codegen.llvm import Emitter, i64
+from llmc.codegen.llvm import Emitter
 
 Index = Union[int, "Integer"]
 
@@ -203,7 +203,8 @@ class Integers:
         if isinstance(a, int) and isinstance(b, int):
             return min(a, b)
         for one, other in ((a, b), (b, a)):
-            if isinstance(other, int) and high_of(one) is not None and high_of(one) <= other:
+            high = high_of(one)
+            if isinstance(other, int) and high is not None and high <= other:
                 return one
         bounds = [high for high in (high_of(a), high_of(b)) if high is not None]
         return self._make("min", (a, b), gcd(multiple_of(a), multiple_of(b)),
@@ -213,7 +214,8 @@ class Integers:
         """Whether a < b, where that is known."""
         if isinstance(a, int) and isinstance(b, int):
             return a < b
-        if isinstance(b, int) and high_of(a) is not None and high_of(a) < b:
+        high = high_of(a)
+        if isinstance(b, int) and high is not None and high < b:
             return True
         if b == 0:
             return False
@@ -241,7 +243,3 @@ def emit_operation(e: Emitter, integer: Integer, arguments: list) -> ll.ir.Value
     if integer.op in ("div", "mod"):
         return (e.b.udiv if integer.op == "div" else e.b.urem)(*arguments)
     return {"add": e.b.add, "sub": e.b.sub, "mul": e.b.mul}[integer.op](*arguments, flags=["nsw"])
-
-
-def constant(value: int) -> ll.ir.Constant:
-    return i64(value)

@@ -7,7 +7,7 @@ the last axis of the input too, they are fetched lane by lane.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import llvmlite.ir as ir
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from llmc.codegen.expr import Expression
 
 Position = tuple[Index, ...]
-Mask = ir.Value | None
+Mask: TypeAlias = ir.Value | None
 
 
 def _broadcast(x: Expression, node: Node, index: Position, lanes: int, mask: Mask) -> ir.Value:
@@ -46,9 +46,9 @@ def _slice(x: Expression, node: Node, index: Position, lanes: int, mask: Mask) -
     if lanes > 1 and steps[-1] != 1:
         return x.per_lane(node, index, lanes, mask)
     moved = []
-    for start, step, i in zip(node["starts"], steps, index, strict=True):
-        first = x.dim(start)
-        moved.append(first + i * step if step > 0 else first - i * -step)
+    for axis, (start, step, i) in enumerate(zip(node["starts"], steps, index, strict=True)):
+        forward = i if step > 0 else x.dim(node.shape[axis]) - 1 - i
+        moved.append(x.dim(start) + forward * abs(step))
     return x.value(node.inputs[0], moved, lanes, mask)
 
 
@@ -184,16 +184,15 @@ def _pad(x: Expression, node: Node, index: Position, lanes: int, mask: Mask) -> 
 
 
 def _position(x: Expression, node: Node, index: Sequence[Index], size: Dim) -> Index:
-    """An element of an integer tensor as a position on an axis: negative ones count from the end,
-    and what lies outside is moved to the nearest end, so that no other memory is read."""
+    """An element of an integer tensor as a position on an axis. What lies outside is moved to the
+    nearest end: other memory is never read."""
     value = x.value(node, index)
     depth = x.value_depth(node, index)
     with x.scopes.at(depth):
         b, limit = x.e.b, x.emit_index(x.dim(size))
         if value.type != I64:
             value = (b.sext if node.dtype.kind == "int" else b.zext)(value, I64)
-        wrapped = b.select(b.icmp_signed("<", value, i64(0)), b.add(value, limit), value)
-        inside = x.e.maximum(x.e.minimum(wrapped, b.sub(limit, i64(1))), i64(0))
+        inside = x.e.maximum(x.e.minimum(value, b.sub(limit, i64(1))), i64(0))
     high = size - 1 if isinstance(size, int) else None
     return x.scopes.integers.leaf(inside, depth, 1, high)
 
@@ -236,9 +235,7 @@ def _gather_nd(x: Expression, node: Node, index: Position, lanes: int, mask: Mas
 
 def _rope(x: Expression, node: Node, index: Position, lanes: int, mask: Mask) -> ir.Value:
     """x * cos + partner * (-sin or sin) on the first 2r components of a head, x beyond."""
-    half, size, d = node.inputs[1].shape[-1], node.shape[-1], index[-1]
-    if not isinstance(half, int) or not isinstance(size, int):
-        raise x.unsupported(node, "its head size is not a fixed number")
+    half, d = _rotated_half(x, node), index[-1]
     if node["interleaved"]:
         if lanes > 1:
             return x.per_lane(node, index, lanes, mask)
@@ -254,20 +251,27 @@ def _rope(x: Expression, node: Node, index: Position, lanes: int, mask: Mask) ->
     return _rotate(x, node, index, lanes, mask, (partner, angle, first))
 
 
+def _rotated_half(x: Expression, node: Node) -> int:
+    half = node.inputs[1].shape[-1]
+    if not isinstance(half, int) or not isinstance(node.shape[-1], int):
+        raise x.unsupported(node, "its head size is not a fixed number")
+    return half
+
+
 def _rotate(x: Expression, node: Node, index: Position, lanes: int, mask: Mask,
             places: tuple[Index, Index, ir.Value]) -> ir.Value:
     source, cosine, sine = node.inputs
     partner, angle, first = places
     outer, d, b = index[:-1], index[-1], x.e.b
-    rotated = 2 * cosine.shape[-1]
+    rotated = 2 * _rotated_half(x, node)
     covers_all = rotated == node.shape[-1]
     if not covers_all:  # components beyond 2r read any valid place, and ignore it
         partner = x.scopes.integers.select_less(d, rotated, partner, 0)
         angle = x.scopes.integers.select_less(d, rotated, angle, 0)
     own = x.value(source, index, lanes, mask)
     other = x.value(source, (*outer, partner), lanes, mask)
-    c = x.value(cosine, (*outer[:-1], angle), lanes, mask)
-    s = x.value(sine, (*outer[:-1], angle), lanes, mask)
+    c, s = (_angle(x, node, source, (*outer[:-1], angle), lanes, mask)
+            for source in (cosine, sine))
     sign = b.select(first, splat_constant(other.type, -1.0), splat_constant(other.type, 1.0))
     result = x.e.fma(b.fmul(other, sign), s, b.fmul(own, c))
     if covers_all:
@@ -275,8 +279,39 @@ def _rotate(x: Expression, node: Node, index: Position, lanes: int, mask: Mask,
     return b.select(x.less(d, rotated), result, own)
 
 
+def _angle(x: Expression, node: Node, source: Node, index: Position, lanes: int,
+           mask: Mask) -> ir.Value:
+    """cos or sin, whose leading axes broadcast to those of tokens."""
+    own = index[len(index) - source.rank:]
+    place = [0 if size == 1 and axis < source.rank - 1 else i
+             for axis, (size, i) in enumerate(zip(source.shape, own, strict=True))]
+    value = x.value(source, place, lanes, mask)
+    return elements.convert(x.e, value, source.dtype, node.dtype)
+
+
 def _is_zero(x: Expression, i: Index) -> ir.Value:
     return x.e.b.icmp_signed("==", x.emit_index(i), i64(0))
+
+
+# ---- dequantised weights ---------------------------------------------------------------------
+
+
+def _dequantize(x: Expression, node: Node, index: Position, lanes: int, mask: Mask) -> ir.Value:
+    """(code - zero) * scale, one zero and scale for `group` elements along the last axis."""
+    group = node["group"]
+    if lanes > 1 and not (group % lanes == 0 and multiple_of(index[-1]) % lanes == 0):
+        return x.per_lane(node, index, lanes, mask)
+
+    def operand(number: int, place: Position, lanes: int, mask: Mask) -> ir.Value:
+        source = node.inputs[number]
+        value = x.value(source, place, lanes, mask)
+        return elements.convert(x.e, value, source.dtype, node.dtype)
+
+    value = operand(0, index, lanes, mask)
+    place = (*index[:-1], index[-1] // group)
+    if len(node.inputs) == 3:
+        value = x.e.b.fsub(value, x.e.splat(operand(2, place, 1, None), lanes))
+    return x.e.b.fmul(value, x.e.splat(operand(1, place, 1, None), lanes))
 
 
 MOVEMENT = {
@@ -290,4 +325,5 @@ MOVEMENT = {
     "gather_elements": _gather_elements,
     "gather_nd": _gather_nd,
     "rope": _rope,
+    "dequantize": _dequantize,
 }

@@ -1,7 +1,7 @@
 """Where an expression's instructions go: each value at the outermost loop in which it is known.
 
 Every loop of an expression opens a scope. The block before the loop stays open until the loop's
-end, so that a value found to be invariant while the body is emitted still lands before the loop, once.
+end, so that a value found to be invariant while the body is emitted still lands before the loop.
 """
 
 from __future__ import annotations

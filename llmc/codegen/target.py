@@ -1,0 +1,166 @@
+"""Targets: which machine code is generated for, and what lowering may ask of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import llvmlite.binding as llvm
+
+from llmc.errors import CompileError
+from llmc.ir.program import Capabilities
+
+# Ops beyond the plain elementwise and movement ones that host kernels compute themselves.
+HOST_KERNELS = frozenset("""
+    sigmoid silu softplus gelu rope softmax rms_norm layer_norm matmul packed_attention attention
+    paged_attention cache_append dequantize cumsum argmax argmin top_k scatter_nd scatter_elements
+""".split())
+
+_TRIPLES = {"x86_64": "x86_64-unknown-linux-gnu", "aarch64": "aarch64-unknown-linux-gnu"}
+
+# One function whose instructions tell what a CPU has, without a table of CPUs. (An intrinsic that the
+# CPU lacks would abort the process; plain operations are always legal.)
+_PROBE = """
+define void @f(ptr %a, ptr %b) {
+  %x = load <16 x float>, ptr %a, align 4
+  %y = call <16 x float> @llvm.fma.v16f32(<16 x float> %x, <16 x float> %x, <16 x float> %x)
+  store <16 x float> %y, ptr %b, align 4
+  ret void
+}
+define void @g(ptr %a, ptr %b) {
+  %x = load <8 x i32>, ptr %a, align 4
+  %y = mul <8 x i32> %x, %x
+  store <8 x i32> %y, ptr %b, align 4
+  ret void
+}
+declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
+"""
+_PROBE_BF16 = """
+define void @f(ptr %a, ptr %b) {
+  %x = load <16 x float>, ptr %a, align 4
+  %y = fptrunc <16 x float> %x to <16 x bfloat>
+  store <16 x bfloat> %y, ptr %b, align 2
+  ret void
+}
+"""
+
+
+@dataclass(frozen=True)
+class Target:
+    """kind: "host". features: LLVM's, each with + or -, on top of what the cpu has.
+
+    Text form: `x86_64:znver5` or `x86_64:znver5:+avx512bf16,-avx512f`.
+    """
+
+    kind: str
+    triple: str
+    cpu: str
+    features: tuple[str, ...] = ()
+
+    @staticmethod
+    def host() -> Target:
+        """The CPU that runs this."""
+        _initialise()
+        features = llvm.get_host_cpu_features()
+        named = tuple(("+" if has else "-") + name for name, has in sorted(features.items()))
+        return Target("host", llvm.get_process_triple(), llvm.get_host_cpu_name(), named)
+
+    @staticmethod
+    def parse(text: str) -> Target:
+        """The inverse of `text()`; "host" is this CPU. CompileError names what is unknown."""
+        if text == "host":
+            return Target.host()
+        processor, _, rest = text.partition(":")
+        if processor not in _TRIPLES:
+            raise CompileError(f"unknown target {text!r}: it must be 'host' or PROCESSOR:CPU with "
+                               f"a processor of {', '.join(_TRIPLES)}, as in x86_64:znver5")
+        cpu, _, features = rest.partition(":")
+        names = tuple(name for name in features.split(",") if name)
+        if any(name[0] not in "+-" for name in names):
+            raise CompileError(f"target {text!r}: features are written +name or -name")
+        target = Target("host", _TRIPLES[processor], cpu or "generic", names)
+        if not _is_known_cpu(processor, target.cpu):
+            raise CompileError(f"target {text!r}: unknown {processor} cpu {target.cpu!r}")
+        return target
+
+    @property
+    def processor(self) -> str:
+        """x86_64 or aarch64."""
+        return self.triple.split("-")[0]
+
+    def text(self) -> str:
+        """One word; `parse` is its inverse."""
+        suffix = ":" + ",".join(self.features) if self.features else ""
+        return f"{self.processor}:{self.cpu}{suffix}"
+
+    def machine(self) -> llvm.TargetMachine:
+        """A new LLVM target machine: position-independent, -O3."""
+        _initialise()
+        try:
+            target = llvm.Target.from_triple(self.triple)
+        except RuntimeError as error:
+            raise CompileError(f"LLVM has no target for {self.triple}: {error}") from None
+        return target.create_target_machine(cpu=self.cpu, features=",".join(self.features), opt=3,
+                                            reloc="pic", codemodel="default")
+
+    # ---- what it has ------------------------------------------------------------------------
+
+    @cached_property
+    def vector_lanes(self) -> int:
+        """f32 lanes of a vector register."""
+        probe = _assembly(self, _PROBE)
+        if "zmm" in probe:
+            return 16
+        return 8 if "ymm" in probe and "vpmulld" in probe else 4
+
+    @cached_property
+    def bf16_dot(self) -> bool:
+        """Whether pairs of bf16 can be multiplied and added to f32 in one instruction."""
+        return "vcvtneps2bf16" in _assembly(self, _PROBE_BF16) and self.vector_lanes == 16
+
+    def capabilities(self) -> Capabilities:
+        """What lowering asks; the matmul tile fills the registers: 6x2, 12x2 with 32 of them."""
+        lanes = self.vector_lanes
+        many = lanes == 16 or self.processor == "aarch64"
+        name = f"{self.processor}-{32 * lanes}" + ("-bf16" if self.bf16_dot else "")
+        return Capabilities(
+            name=name, vector_lanes=lanes, matmul_rows=12 if many else 6, panel_columns=2 * lanes,
+            few_rows=4, bf16_dot=self.bf16_dot, kernels=HOST_KERNELS)
+
+
+@cache
+def _initialise() -> None:
+    """LLVM's targets, once a process."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+
+
+@cache
+def _assembly(target: Target, text: str) -> str:
+    return target.machine().emit_assembly(llvm.parse_assembly(text))
+
+
+@cache
+def _is_known_cpu(processor: str, cpu: str) -> bool:
+    """LLVM only warns about unknown names (and compiles for the least one), so they are looked up."""
+    return cpu == "generic" or cpu in CPUS[processor]
+
+
+CPUS = {
+    "x86_64": frozenset("""
+        x86-64 x86-64-v2 x86-64-v3 x86-64-v4 nehalem westmere sandybridge ivybridge haswell
+        broadwell skylake skylake-avx512 cascadelake cooperlake cannonlake icelake-client
+        icelake-server tigerlake rocketlake alderlake raptorlake meteorlake arrowlake lunarlake
+        sapphirerapids emeraldrapids graniterapids graniterapids-d sierraforest grandridge
+        clearwaterforest diamondrapids pantherlake novalake wildcatlake gracemont knl knm
+        bdver1 bdver2 bdver3 bdver4 znver1 znver2 znver3 znver4 znver5 btver2
+    """.split()),
+    "aarch64": frozenset("""
+        cortex-a53 cortex-a55 cortex-a57 cortex-a72 cortex-a73 cortex-a75 cortex-a76 cortex-a77
+        cortex-a78 cortex-a510 cortex-a520 cortex-a710 cortex-a715 cortex-a720 cortex-a725
+        cortex-x1 cortex-x2 cortex-x3 cortex-x4 cortex-x925 neoverse-e1 neoverse-n1 neoverse-n2
+        neoverse-n3 neoverse-v1 neoverse-v2 neoverse-v3 neoverse-512tvb ampere1 ampere1a ampere1b
+        apple-a12 apple-a13 apple-a14 apple-a15 apple-a16 apple-a17 apple-m1 apple-m2 apple-m3
+        apple-m4 a64fx thunderx2t99 tsv110 grace oryon-1 kryo carmel
+    """.split()),
+}
