@@ -46,7 +46,8 @@ def constant_dim(call: Call, dim: Dim, what: str) -> int:
 
 def rotated(call: Call, x: Node, cos: Node, sin: Node, interleaved: bool) -> Node:
     """rope of x[b, s, h, d] by cos and sin [b, s, r]."""
-    call.require_equal(cos.shape[-1], sin.shape[-1], "cos and sin")
+    call.symbols.same_shape(cos.shape, sin.shape)
+    call.broadcast_shapes(cos.shape[:-1], x.shape[:-2])
     return call.make("rope", x, cos, sin, interleaved=interleaved)
 
 
@@ -101,9 +102,9 @@ def attention(call: Call) -> Result:
         k, v = call.concat([past_key, k], 2), call.concat([past_value, v], 2)
     elif past_key is not None or past_value is not None:
         raise call.error("past_key and past_value go together")
-    mask, causal = combined_mask(call, q.shape[2], k.shape[2], offset)
+    mask, causal, window = combined_mask(call, q.shape[2], k.shape[2], offset)
     options = {"scale": call.attribute("scale"), "softcap": call.attribute("softcap", 0.0)}
-    result = attend(call, q, k, v, mask, causal=causal, **options)
+    result = attend(call, q, k, v, mask, causal=causal, window=window, **options)
     return call.merge_heads(result) if flat else result, k, v
 
 
@@ -117,17 +118,21 @@ def split_operand(call: Call, index: int) -> Node:
     return call.split_heads(x, call.required("kv_num_heads" if index else "q_num_heads"))
 
 
-def combined_mask(call: Call, queries: Dim, keys: Dim, offset: Dim) -> tuple[Node | None, bool]:
-    """(mask operand or None, whether the op's own causal rule applies)."""
+def combined_mask(
+    call: Call, queries: Dim, keys: Dim, offset: Dim
+) -> tuple[Node | None, bool, int]:
+    """(mask operand or None, whether the op's own causal rule applies, the op's window)."""
     mask = padded_mask(call, keys)
     lengths = call.optional(6)
     windows = [int(call.attribute(f"{side}_window_size", -1)) for side in ("left", "right")]
     causal = bool(call.attribute("is_causal", 0))
     aligned = dims.known_equal(keys, queries + offset)  # the last query sees the last key
-    if lengths is None and max(windows) < 0 and (aligned or not causal):
-        return mask, causal
+    if lengths is None and aligned and causal:
+        return mask, True, windows[0] + 1  # the causal rule is tighter than any right window
+    if lengths is None and max(windows) < 0 and not causal:
+        return mask, False, 0
     visible = visible_places(call, (queries, keys, offset), lengths, windows)
-    return merged_masks(call, mask, visible), False
+    return merged_masks(call, mask, visible), False, 0
 
 
 def padded_mask(call: Call, keys: Dim) -> Node | None:

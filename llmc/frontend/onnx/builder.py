@@ -186,8 +186,18 @@ class Builder:
         return parts[0] if len(parts) == 1 else self.make("concat", *parts, axis=axis)
 
     def take(self, x: Node, index: Node, axis: int = 0) -> Node:
-        """numpy.take along an axis."""
+        """numpy.take along an axis; ids that a caller gives to look up weights count from 0."""
+        lookup = x.op == "parameter" and index.op == "input"
+        index = index if lookup else self.from_front(index, x.shape[axis])
         return self.make("gather", x, index, axis=axis)
+
+    def from_front(self, index: Node, extent: Dim) -> Node:
+        """The index with negative values, which ONNX counts from the end, made positive."""
+        if is_nonnegative(index):
+            return index
+        negative = self.binary("less", index, self.scalar(0, index.dtype))
+        wrapped = self.binary("add", index, self.dim(extent, index.dtype))
+        return self.where(negative, wrapped, index)
 
     def split(self, x: Node, axis: int, sizes: Sequence[Dim]) -> list[Node]:
         """Consecutive parts of an axis; the sizes add up to it."""
@@ -236,6 +246,29 @@ class Builder:
         if not -rank <= value < rank:
             raise self.error(f"axis {value} of a tensor of rank {rank}")
         return value % rank if rank else 0
+
+
+SIGN_PRESERVING = frozenset(
+    [
+        *("add", "mul", "min", "max", "floor_div", "cumsum", "cast", "broadcast", "reshape"),
+        *("transpose", "slice", "concat", "gather", "gather_elements", "gather_nd"),
+    ]
+)
+
+
+def is_nonnegative(node: Node, depth: int = 12) -> bool:
+    """Whether an integer tensor is provably free of negative values."""
+    if node.dtype.kind in ("uint", "bool") or node.op in ("iota", "argmax", "argmin"):
+        return True
+    if node.op == "dim":
+        return dims.bounds(node["value"])[0] >= 0
+    if node.op == "constant":
+        return not (np.frombuffer(node["data"], node.dtype.numpy) < 0).any()
+    if node.op not in SIGN_PRESERVING or depth == 0:
+        return False
+    operands = node.inputs[:1] if node.op.startswith("gather") else node.inputs
+    enough = any if node.op == "max" else all
+    return enough(is_nonnegative(operand, depth - 1) for operand in operands)
 
 
 def _shapes(shapes: Iterable[Shape]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from llmc.frontend.onnx import shape_array
-from llmc.frontend.onnx.builder import Builder
+from llmc.frontend.onnx.builder import Builder, is_nonnegative
 from llmc.frontend.onnx.call import Call
 from llmc.frontend.onnx.registry import Result, Value, converter
 from llmc.frontend.onnx.shape import normalized
@@ -260,6 +260,8 @@ def reversed_slice(call: Call, x: Node, axis: int, bounds: tuple[Dim, Dim, int])
     extent = x.shape[axis]
     first = dims.minimum(normalized(start, extent), extent - 1)
     end = dims.maximum(normalized(stop, extent), -1) if dims.bounds(stop)[0] > -(2**31) else -1
+    if step == -1 and dims.known_at_least(first, end):
+        return call.slice_axes(x, {axis: (end + 1, first + 1, -1)})
     length = dims.maximum(dims.ceildiv(first - end, -step), 0)
     index = call.binary("add", call.scaled(call.iota(length), step), call.dim(first))
     return call.take(x, index, axis)
@@ -294,27 +296,41 @@ def gather(call: Call) -> Result:
 @converter("GatherElements", inputs=2)
 def gather_elements(call: Call) -> Result:
     x = call.input(0)
-    return call.make(
-        "gather_elements", x, call.input(1), axis=call.axis(call.attribute("axis", 0), x.rank)
-    )
+    axis = call.axis(call.attribute("axis", 0), x.rank)
+    index = call.from_front(call.input(1), x.shape[axis])
+    return call.make("gather_elements", x, index, axis=axis)
 
 
 @converter("GatherND", inputs=2)
 def gather_nd(call: Call) -> Result:
     batch_dims = call.attribute("batch_dims", 0)
-    return call.make("gather_nd", call.input(0), call.input(1), batch_dims=batch_dims)
+    x = call.input(0)
+    index = index_from_front(call, call.input(1), x.shape[batch_dims:])
+    return call.make("gather_nd", x, index, batch_dims=batch_dims)
+
+
+def index_from_front(call: Call, index: Node, extents: tuple[Dim, ...]) -> Node:
+    """An index of tuples (last axis) with negative items made positive."""
+    depth = index.shape[-1]
+    if is_nonnegative(index) or not isinstance(depth, int):
+        return index
+    sizes = call.tensor(shape_array.from_items(extents[:depth], index.dtype))
+    negative = call.binary("less", index, call.scalar(0, index.dtype))
+    return call.where(negative, call.binary("add", index, sizes), index)
 
 
 @converter("ScatterND", inputs=3)
 def scatter_nd(call: Call) -> Result:
-    return call.make("scatter_nd", *(call.input(k) for k in range(3)), reduction=reduction(call))
+    x = call.input(0)
+    index = index_from_front(call, call.input(1), x.shape)
+    return call.make("scatter_nd", x, index, call.input(2), reduction=reduction(call))
 
 
 @converter("ScatterElements", "Scatter", inputs=3)
 def scatter_elements(call: Call) -> Result:
     x = call.input(0)
     axis = call.axis(call.attribute("axis", 0), x.rank)
-    inputs = (x, call.input(1), call.input(2))
+    inputs = (x, call.from_front(call.input(1), x.shape[axis]), call.input(2))
     return call.make("scatter_elements", *inputs, axis=axis, reduction=reduction(call))
 
 

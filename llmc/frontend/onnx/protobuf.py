@@ -60,7 +60,30 @@ def read_model(path: Path) -> ModelProto:
         raise ModelError(f"{path}: no ONNX model, or damaged: {error}") from error
     if not model.HasField("graph") or not model.graph.output:
         raise ModelError(f"{path}: no ONNX model, or damaged: it has no graph with outputs")
+    _check_text(model, path)
     return model
+
+
+def _check_text(message: Any, path: Path) -> None:
+    """ModelError for a string that is not UTF-8, which protobuf hands out as bytes."""
+    if isinstance(message, TensorProto):
+        strings = [message.name]  # its other fields may be large
+    else:
+        strings = []
+        for descriptor, value in message.ListFields():
+            items = (
+                [value]
+                if isinstance(value, (str, bytes)) or hasattr(value, "ListFields")
+                else value
+            )
+            if descriptor.type == descriptor.TYPE_MESSAGE:
+                for item in items:
+                    _check_text(item, path)
+            elif descriptor.type == descriptor.TYPE_STRING:
+                strings += items
+    for text in strings:
+        if not isinstance(text, str):
+            raise ModelError(f"{path}: damaged: the name {text!r} is not UTF-8")
 
 
 def element_dtype(code: int, location: str) -> DType:

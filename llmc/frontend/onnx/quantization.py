@@ -124,27 +124,26 @@ def matmul_n_bits(call: Call) -> Result:
     if call.has(4):
         raise call.error("g_idx is not supported")
     blocks = -(-columns // block)
-    codes = call.reshape(unpacked(call, codes, bits), (rows, blocks, block))
-    zero = nbits_zero_point(call, (rows, blocks), bits)
-    centre = call.binary("sub", call.cast(codes, f32), call.cast(zero, f32))
-    weight = call.binary("mul", centre, call.cast(call.reshape(scales, (rows, blocks, 1)), f32))
-    weight = call.slice_axis(call.reshape(weight, (rows, blocks * block)), 1, 0, columns)
-    product = call.matmul(a, call.swap_last(call.cast(weight, a.dtype)))
+    codes = call.reshape(unpacked(call, codes, bits), (rows, blocks * block))
+    codes = call.slice_axis(codes, 1, 0, columns)
+    scales = call.reshape(scales, (rows, blocks))
+    zeros = nbits_zero_points(call, (rows, blocks), bits)
+    weight = call.make("dequantize", codes, scales, zeros, group=block, dtype=a.dtype)
+    product = call.matmul(a, call.swap_last(weight))
     bias = call.optional(5)
     return product if bias is None else call.binary("add", product, bias)
 
 
-def nbits_zero_point(call: Call, shape: tuple[int, int], bits: int) -> Node:
+def nbits_zero_points(call: Call, shape: tuple[int, int], bits: int) -> Node:
     """Zero points of all blocks: given packed or as floats, else the middle of the range."""
     rows, blocks = shape
-    zero = call.optional(3)
-    if zero is None:
-        return call.scalar(1 << (bits - 1), f32)
-    if zero.dtype is not u8:
-        return call.reshape(zero, (rows, blocks, 1))
-    packed_bytes = (blocks * bits + 7) // 8
-    codes = unpacked(call, call.reshape(zero, (rows, packed_bytes)), bits)
-    return call.unsqueeze(call.slice_axis(codes, 1, 0, blocks), [2])
+    zeros = call.optional(3)
+    if zeros is None:
+        return call.full(1 << (bits - 1), shape, u8)
+    if zeros.dtype is not u8:
+        return call.reshape(zeros, shape)
+    packed = call.reshape(zeros, (rows, (blocks * bits + 7) // 8))
+    return call.slice_axis(unpacked(call, packed, bits), 1, 0, blocks)
 
 
 def unpacked(call: Call, packed: Node, bits: int) -> Node:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from llmc.frontend.onnx import shape_array
-from llmc.frontend.onnx.shape_array import ShapeArray, from_items, fold, scalar
+from llmc.frontend.onnx.shape_array import ShapeArray, fold, from_items, scalar
 from llmc.ir import dims
 from llmc.ir.dtypes import bool_, i64
 
@@ -38,13 +38,16 @@ def test_equal(a, b, expected):
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "expected"), [(0, SEQ, True), (SEQ, 0, False), (1, SEQ, None), (PAST, PAST + SEQ, True)]
+    ("a", "b", "expected"),
+    [(0, SEQ, True), (SEQ, 0, False), (1, SEQ, None), (PAST, PAST + SEQ, True)],
 )
 def test_less(a, b, expected):
     assert shape_array.less(a, b) is expected
 
 
-@pytest.mark.parametrize(("a", "b", "expected"), [(-7, 2, -3), (7, -2, -3), (7, 2, 3), (7, 0, None)])
+@pytest.mark.parametrize(
+    ("a", "b", "expected"), [(-7, 2, -3), (7, -2, -3), (7, 2, 3), (7, 0, None)]
+)
 def test_division_truncates(a, b, expected):
     assert shape_array.truncating_divide(a, b) == expected
 
