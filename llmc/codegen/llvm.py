@@ -97,6 +97,7 @@ class Emitter:
         with self.b.goto_entry_block():
             slot = self.b.alloca(type_, size=i32(count))
         slot.align = align
+        slot.type = POINTER  # llvmlite would give it a typed pointer, which only scalars fit
         return slot
 
     # ---- control flow ---------------------------------------------------------------------
