@@ -13,14 +13,14 @@ from llmc.codegen.host.kernel import Worker
 from llmc.codegen.llvm import I64, POINTER, VOID, define, emit_object, i64
 from llmc.ir.dims import ceildiv, evaluate
 from llmc.ir.dtypes import dtype
-from llmc.ir.graph import Graph, TensorType, intern_node
+from llmc.ir.graph import Graph, TensorType
 from llmc.ir.layouts import KeyPages, Rows, ValuePages, pack
+from llmc.ir.ops import OPS, PAGE, Context, make
 from llmc.ir.program import Buffer, Capabilities, Program, Stage
 
 llvm.initialize_native_target()
 llvm.initialize_native_asmprinter()
 
-PAGE = 32
 LANES = 8
 WORKERS = 3
 
@@ -31,16 +31,16 @@ def machine():
         reloc="pic", codemodel="small")
 
 
-def node(op, type_, *inputs, **attributes):
-    return intern_node(op, attributes, inputs, (), type_)
-
-
-def tensor(dtype_name, *shape):
-    return TensorType(dtype(dtype_name), shape)
-
-
 def leaf(name, dtype_name, *shape):
-    return node("input", tensor(dtype_name, *shape), name=name, type=tensor(dtype_name, *shape))
+    return make("input", name=name, type=TensorType(dtype(dtype_name), shape))
+
+
+def evaluate_exactly(node, arrays, dims):
+    """The reference value of a node, in f64."""
+    if node.op == "input":
+        return arrays[node["name"]]
+    operands = [evaluate_exactly(source, arrays, dims) for source in node.inputs]
+    return OPS[node.op].reference(node, operands, Context(exact=True, dims=dims))
 
 
 class Frame:
@@ -172,8 +172,7 @@ def paged_case(sequences, heads, kv_heads, size, dtype_name="f32", seed=0, **att
               leaf("v", dtype_name, pool, PAGE, kv_heads, size),
               leaf("page_table", "i32", len(sequences), width), leaf("sequence", "i32", tokens),
               leaf("positions", "i32", tokens), leaf("offsets", "i32", len(sequences) + 1)]
-    options = {"scale": size**-0.5, "window": 0, "softcap": 0.0, **attributes}
-    result = node("paged_attention", tensor(dtype_name, tokens, heads, size), *inputs, **options)
+    result = make("paged_attention", *inputs, **attributes)
     return inputs, result, {"k": KeyPages(), "v": ValuePages()}, arrays, dense
 
 

@@ -33,12 +33,11 @@ from llmc.codegen.host.attention_blocks import (
 )
 from llmc.codegen.host.attention_sources import (
     Block,
-    DenseSource,
     Geometry,
     KeyBlock,
     Operand,
-    PackedSource,
     PagedSource,
+    make_source,
 )
 from llmc.codegen.host.attention_views import result_view
 from llmc.codegen.host.kernel import Frame, Worker
@@ -50,8 +49,7 @@ from llmc.ir.graph import Node
 from llmc.ir.ops import PAGE
 from llmc.ir.program import Program, Stage, unsupported
 
-_SOURCES = {"paged_attention": PagedSource, "packed_attention": PackedSource,
-            "attention": DenseSource}
+_OPS = ("paged_attention", "packed_attention", "attention")
 _LOG2_E = math.log2(math.e)
 
 
@@ -91,18 +89,17 @@ class AttentionKernel:
 
     def __init__(self, stage: Stage, program: Program, target: object):
         self.stage = stage
-        nodes = [node for node in stage.body.nodes() if node.op in _SOURCES]
+        nodes = [node for node in stage.body.nodes() if node.op in _OPS]
         if len(nodes) != 1:
             raise unsupported(stage, f"holds {len(nodes)} attention ops, not one")
         self.node = node = nodes[0]
         lanes = program.capabilities.vector_lanes
         self.geometry = g = _geometry(stage, node, lanes)
-        self.source = _SOURCES[node.op](stage, program, node, g)
+        self.source = make_source(stage, program, node, g)
         self.result = Operand(program.buffers[stage.results[0]],
                               result_view(stage, stage.body, node))
-        self.mask = None
-        if node.op == "attention" and len(node.inputs) == 4:
-            self.mask = _mask_operand(stage, program, node)
+        has_mask = node.op == "attention" and len(node.inputs) == 4
+        self.mask = _mask_operand(stage, program, node) if has_mask else None
         self.multiplier = Multiplier(lanes)
         self.layout = _Scratch.of(g)
         self.scratch_bytes: int | Dim = self.layout.table + self.source.packing.table_bytes
@@ -119,7 +116,7 @@ class AttentionKernel:
     def setup(self, e: Emitter, frame: Frame, worker: Worker) -> None:
         """Lists the blocks, and clears what pads values to whole vectors."""
         self.source.packing.fill_table(e, frame, e.offset(worker.scratch, self.layout.table))
-        if self.geometry.padded != self.geometry.size:
+        if self.geometry.padded != self.geometry.value_size:
             values = e.offset(worker.scratch, self.layout.values)
             fill(e, values, PAGE * self.geometry.padded, 0.0, self.geometry.lanes)
 
@@ -130,7 +127,7 @@ class AttentionKernel:
         head = e.b.udiv(tile, blocks)
         table = e.offset(worker.scratch, self.layout.table)
         number = _fold_over(e, e.b.urem(tile, blocks), blocks)
-        block = Block(*packing.block(e, frame, table, number), head)
+        block = packing.block(e, frame, table, number, head)
         few = e.b.icmp_signed("==", block.count, i64(1))
         if isinstance(self.source, PagedSource):
             with e.b.if_then(few):
@@ -156,23 +153,28 @@ def _geometry(stage: Stage, node: Node, lanes: int) -> Geometry:
     head_axis = 1 if node.op != "paged_attention" else 2
     heads, size = query.shape[1], query.shape[-1]
     kv_heads = key.shape[head_axis]
-    if not all(isinstance(dim, int) for dim in (heads, size, kv_heads)):
+    value_size = value.shape[-1]
+    if not (isinstance(heads, int) and isinstance(kv_heads, int) and isinstance(size, int)
+            and isinstance(value_size, int)):
         raise unsupported(stage, "the number of heads and their size must be constants")
-    if value.shape[-1] != size:
-        raise unsupported(stage, f"keys of size {size} with values of size {value.shape[-1]}")
     if heads % kv_heads:
         raise unsupported(stage, f"{heads} heads over {kv_heads} kv heads")
     for tensor in (query, key, value):
-        if tensor.dtype.bits > 32 or not tensor.dtype.is_float:
-            raise unsupported(stage, f"attention in {tensor.dtype}")
+        if tensor.dtype.bits > 32:
+            raise unsupported(stage, f"attention sums in f32: no {tensor.dtype} operands")
     causal = node.op == "paged_attention" or node["causal"]
-    return Geometry(heads, kv_heads, size, lanes, node["window"], causal)
+    return Geometry(heads, kv_heads, size, value_size, lanes, node["window"], causal)
 
 
 def _mask_operand(stage: Stage, program: Program, node: Node) -> Operand:
     mask = Operand.of(stage, program, node.inputs[3])
     return replace(mask, view=mask.view.broadcast(
         (*node.inputs[0].shape[:3], node.inputs[1].shape[2])))
+
+
+def _is_shared(mask: Operand) -> bool:
+    """Whether all queries and heads of a sequence see the same mask."""
+    return mask.view.strides[1:3] == (0, 0)
 
 
 class _Tile:
@@ -251,8 +253,9 @@ class _Tile:
         keys = source.keys(e, self.frame, self.block, needed, self.key_scratch, self.direct)
         self.kernel.multiplier.run(e, self.scores, self.queries, keys, self.rows, PAGE,
                                    (0, g.size))
-        if self.kernel.mask is not None and self._mask_is_shared():
-            self._load_mask(needed, i64(0), i64(0))
+        mask = self.kernel.mask
+        if mask is not None and _is_shared(mask):
+            self._load_mask(mask, needed, i64(0), i64(0))
         with e.loop(0, self.rows, name="row") as row:
             self._weights(row, needed)
         values = source.values(e, self.frame, self.block, needed, self.value_scratch, self.direct)
@@ -264,9 +267,10 @@ class _Tile:
         e, lanes = self.e, self.g.lanes
         columns = range(0, PAGE, lanes)
         scores = [self._score(row, column) for column in columns]
-        if self.kernel.mask is not None:
-            if not self._mask_is_shared():
-                self._load_mask(needed, *self._query_and_member(row))
+        mask = self.kernel.mask
+        if mask is not None:
+            if not _is_shared(mask):
+                self._load_mask(mask, needed, *self._query_and_member(row))
             scores = [e.b.fadd(score, self.mask_row.load(e, 0, column, lanes))
                       for score, column in zip(scores, columns, strict=True)]
         scores = self._hide(scores, row, needed)
@@ -316,17 +320,13 @@ class _Tile:
 
     # ---- masks ------------------------------------------------------------------------------
 
-    def _mask_is_shared(self) -> bool:
-        """Whether all queries and heads of a sequence see the same mask."""
-        return self.kernel.mask.view.strides[1:3] == (0, 0)
-
     def _query_and_member(self, row) -> tuple:
         group = i64(self.g.group)
         return self.e.b.udiv(row, group), self.e.b.urem(row, group)
 
-    def _load_mask(self, needed: KeyBlock, query, member) -> None:
+    def _load_mask(self, mask: Operand, needed: KeyBlock, query, member) -> None:
         """A row of the mask for this block of keys, in additive form, into scratch."""
-        e, mask = self.e, self.kernel.mask
+        e = self.e
         place = self._place(query, member)
         base = mask.offset(e, self.frame, *place, needed.start)
         stride = mask.stride(self.frame, 3)
@@ -346,6 +346,9 @@ class _Tile:
         pointer, stride = self.frame.pointer(operand.buffer), operand.stride(self.frame, -1)
         with e.loop(0, self.rows, name="row") as row:
             total = e.reduce_add(self.totals.load(e, row, 0, g.lanes))
+            # A query that sees no key gives zeros.
+            nothing = e.b.fcmp_ordered("==", total, float_constant(0.0))
+            total = e.b.select(nothing, float_constant(1.0), total)
             inverse = e.b.fdiv(float_constant(1.0), total)
             base = operand.offset(e, self.frame, *self._place(*self._query_and_member(row)))
 
@@ -356,8 +359,8 @@ class _Tile:
                             operand.dtype)
 
             if stride == 1:
-                for_each_chunk(g.size, g.lanes, write)
+                for_each_chunk(g.value_size, g.lanes, write)
             else:
-                with e.loop(0, g.size) as column:
+                with e.loop(0, g.value_size) as column:
                     write(column, 1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import llvmlite.ir as ir
 
@@ -13,7 +14,7 @@ from llmc.ir.dtypes import DType
 from llmc.ir.dtypes import f32 as single
 from llmc.ir.dtypes import i64 as long
 
-Rows = int | ir.Value  # a number of rows, known at compile time or not
+Rows: TypeAlias = int | ir.Value  # a number of rows, known at compile time or not
 
 
 def load_float(e: Emitter, pointer, index, dtype: DType, lanes: int = 1) -> ir.Value:
@@ -111,7 +112,7 @@ class Multiplier:
         return 12 if self.lanes == 8 else 24
 
     def block_rows(self, rows: Rows) -> tuple[int, ...]:
-        """Block heights to try, largest first. Fixed small rows get the height that divides best."""
+        """Block heights to try, largest first; few, known rows get the height that divides best."""
         if isinstance(rows, int):
             return (4, 3, 2, 1) if rows % 4 in (0, 3) else (3, 2, 1)
         return (6, 3, 2, 1) if self.lanes == 16 else (3, 2, 1)

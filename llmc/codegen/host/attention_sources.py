@@ -72,12 +72,13 @@ class Operand:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of one attention, and of its blocks. A tile handles `rows` = query_block * group rows of
-    scores: the queries of all heads that share a kv head, so that keys are read once for them."""
+    """Sizes of one attention, and of its blocks. A tile handles `rows` rows of scores: its queries
+    in all heads that share a kv head, so that keys are read once for them."""
 
     heads: int
     kv_heads: int
     size: int
+    value_size: int
     lanes: int
     window: int
     causal: bool
@@ -96,8 +97,18 @@ class Geometry:
 
     @property
     def padded(self) -> int:
-        """The head's size rounded up to whole vectors."""
-        return -(-self.size // self.lanes) * self.lanes
+        """The size of a value rounded up to whole vectors."""
+        return -(-self.value_size // self.lanes) * self.lanes
+
+    def visible(self, e: Emitter, position: ir.Value, count: ir.Value) -> tuple:
+        """(first, last + 1) of the keys, of `count`, that a query at a position sees."""
+        low, high = i64(0), count
+        if self.window:
+            low = e.maximum(e.b.sub(position, i64(self.window - 1)), low)
+        if self.causal or self.window:
+            reach = 1 if self.causal else self.window
+            high = e.maximum(e.minimum(e.b.add(position, i64(reach)), count), i64(0))
+        return low, high
 
 
 @dataclass(frozen=True)
@@ -106,7 +117,7 @@ class Block:
 
     sequence: ir.Value
     first: ir.Value  # on the axis of queries
-    count: ir.Value
+    count: ir.Value  # 0: a tile that finds nothing to do
     head: ir.Value
 
 
@@ -128,8 +139,8 @@ class PagedSource:
         self.query = Operand.of(stage, program, query)
         self.page_table = Operand.of(stage, program, table)
         self.positions = Operand.of(stage, program, positions)
-        self.packing = _Packing(Operand.of(stage, program, offsets), query.shape[0],
-                                geometry.query_block)
+        self.packing: _Packing | _Batch = _Packing(
+            Operand.of(stage, program, offsets), query.shape[0], geometry.query_block)
         buffers = operand_buffers(stage, program)
         if key.op != "input" or value.op != "input":
             raise unsupported(stage, "caches must be operands as they are")
@@ -140,21 +151,21 @@ class PagedSource:
     def visible(self, e: Emitter, frame: Frame, block: Block, query) -> tuple:
         """(first, last + 1) of the keys that a query sees; query counts from the block's first."""
         position = self.positions.index(e, frame, e.b.add(block.first, query))
-        high = e.b.add(position, i64(1))
-        return _window_start(e, high, self.geometry.window), high
+        end = e.b.add(position, i64(1))
+        return self.geometry.visible(e, position, end)
 
-    def _page(self, e: Emitter, frame: Frame, block: Block, keys: KeyBlock):
+    def _page(self, e: Emitter, frame: Frame, block: Block, keys: KeyBlock, size: int):
         """Elements from the pool's base to the block's kv head in the page."""
         number = e.b.udiv(keys.start, i64(PAGE))
         page = self.page_table.index(e, frame, block.sequence, number)
         head = e.b.add(e.b.mul(page, i64(self.geometry.kv_heads)), block.head)
-        return e.b.mul(head, i64(self.geometry.size * PAGE))
+        return e.b.mul(head, i64(size * PAGE))
 
     def keys(self, e: Emitter, frame: Frame, block: Block, keys: KeyBlock, scratch: ir.Value,
              direct: bool) -> Matrix:
         """Keys as [size][PAGE]: in place, or widened to f32 in scratch."""
-        pointer = e.offset(frame.pointer(self.key), self._page(e, frame, block, keys),
-                           memory_type(self.key.type.dtype))
+        place = self._page(e, frame, block, keys, self.geometry.size)
+        pointer = e.offset(frame.pointer(self.key), place, memory_type(self.key.type.dtype))
         source = Matrix(pointer, self.key.type.dtype, PAGE)
         if direct or source.dtype is f32:
             return source
@@ -167,14 +178,15 @@ class PagedSource:
                direct: bool) -> Matrix:
         """Values as [PAGE][padded]: in place, or widened to f32 in scratch."""
         geometry, dtype = self.geometry, self.value.type.dtype
-        pointer = e.offset(frame.pointer(self.value), self._page(e, frame, block, keys),
-                           memory_type(dtype))
-        if geometry.padded == geometry.size and (direct or dtype is f32):
-            return Matrix(pointer, dtype, geometry.size)
+        size = geometry.value_size
+        place = self._page(e, frame, block, keys, size)
+        pointer = e.offset(frame.pointer(self.value), place, memory_type(dtype))
+        if geometry.padded == size and (direct or dtype is f32):
+            return Matrix(pointer, dtype, size)
         with e.loop(keys.low, keys.high) as token:
-            row = e.b.mul(token, i64(geometry.size))
+            row = e.b.mul(token, i64(size))
             target = e.offset(scratch, e.b.mul(token, i64(geometry.padded)), F32)
-            copy_row(e, pointer, row, 1, dtype, target, geometry.size, geometry.lanes)
+            copy_row(e, pointer, row, 1, dtype, target, size, geometry.lanes)
         return Matrix(scratch, f32, geometry.padded)
 
 
@@ -184,6 +196,7 @@ class _RowSource:
     geometry: Geometry
     key: Operand
     value: Operand
+    axis: int  # of the operands, along which keys are counted
 
     def row(self, e: Emitter, frame: Frame, operand: Operand, block: Block, key):
         """Elements from the operand's base to a key's row for the block's kv head."""
@@ -230,16 +243,14 @@ class _RowSource:
         geometry, dtype = self.geometry, self.value.dtype
         pointer = frame.pointer(self.value.buffer)
         step = self.value.stride(frame, -1)
-        if dtype is f32 and geometry.padded == geometry.size and step == 1:
+        if dtype is f32 and geometry.padded == geometry.value_size and step == 1:
             place = self.row(e, frame, self.value, block, keys.start)
             return Matrix(e.offset(pointer, place, F32), dtype, self.value.stride(frame, self.axis))
         with e.loop(keys.low, keys.high) as token:
             row = self.row(e, frame, self.value, block, e.b.add(keys.start, token))
             target = e.offset(scratch, e.b.mul(token, i64(geometry.padded)), F32)
-            copy_row(e, pointer, row, step, dtype, target, geometry.size, geometry.lanes)
+            copy_row(e, pointer, row, step, dtype, target, geometry.value_size, geometry.lanes)
         return Matrix(scratch, f32, geometry.padded)
-
-    axis: int  # of the operands, along which keys are counted
 
 
 class PackedSource(_RowSource):
@@ -251,7 +262,8 @@ class PackedSource(_RowSource):
         self.geometry = geometry
         self.query, self.key, self.value, self.offsets = (
             Operand.of(stage, program, value) for value in node.inputs)
-        self.packing = _Packing(self.offsets, node.inputs[0].shape[0], geometry.query_block)
+        self.packing: _Packing | _Batch = _Packing(
+            self.offsets, node.inputs[0].shape[0], geometry.query_block)
 
     def row(self, e, frame, operand, block, key):
         start = self.offsets.index(e, frame, block.sequence)
@@ -261,9 +273,7 @@ class PackedSource(_RowSource):
         start = self.offsets.index(e, frame, block.sequence)
         end = self.offsets.index(e, frame, e.b.add(block.sequence, i64(1)))
         position = e.b.sub(e.b.add(block.first, query), start)
-        length = e.b.sub(end, start)
-        high = e.b.add(position, i64(1)) if self.geometry.causal else length
-        return _window_start(e, e.b.add(position, i64(1)), self.geometry.window), high
+        return self.geometry.visible(e, position, e.b.sub(end, start))
 
 
 class DenseSource(_RowSource):
@@ -276,7 +286,8 @@ class DenseSource(_RowSource):
         self.query, self.key, self.value = (
             Operand.of(stage, program, value) for value in node.inputs[:3])
         self.queries, self.key_count = node.inputs[0].shape[2], node.inputs[1].shape[2]
-        self.packing = _Batch(node.inputs[0].shape[0], self.queries, geometry.query_block)
+        self.packing: _Packing | _Batch = _Batch(
+            node.inputs[0].shape[0], self.queries, geometry.query_block)
 
     def row(self, e, frame, operand, block, key):
         return operand.offset(e, frame, block.sequence, block.head, key)
@@ -285,14 +296,7 @@ class DenseSource(_RowSource):
         count = frame.dim(self.key_count)
         position = e.b.add(block.first, query)
         ahead = e.b.sub(count, frame.dim(self.queries))
-        end = e.b.add(e.b.add(position, ahead), i64(1))
-        high = e.maximum(end, i64(0)) if self.geometry.causal else count
-        return _window_start(e, end, self.geometry.window), high
-
-
-def _window_start(e: Emitter, end, window: int) -> ir.Value:
-    """First key that a query sees whose own key is end - 1."""
-    return e.maximum(e.b.sub(end, i64(window)), i64(0)) if window else i64(0)
+        return self.geometry.visible(e, e.b.add(position, ahead), count)
 
 
 class _Packing:
@@ -328,8 +332,8 @@ class _Packing:
             finish(finish_block.results)
         e.store(finish.results[0], table)
 
-    def block(self, e: Emitter, frame: Frame, table: ir.Value, index) -> tuple:
-        """(sequence, first, count) of a block, count 0 past the last one."""
+    def block(self, e: Emitter, frame: Frame, table: ir.Value, index, head) -> Block:
+        """A block by its number; count 0 past the last one."""
         exists = e.b.icmp_signed("<", index, e.load(table, I64))
         slot = e.b.select(exists, index, i64(0))
         pair = e.offset(table, e.b.add(slot, i64(1)), I64)
@@ -338,7 +342,7 @@ class _Packing:
         sequence = e.b.select(exists, sequence, i64(0))
         end = self.offsets.index(e, frame, e.b.add(sequence, i64(1)))
         count = e.minimum(e.b.sub(end, first), i64(self.query_block))
-        return sequence, first, e.b.select(exists, count, i64(0))
+        return Block(sequence, first, e.b.select(exists, count, i64(0)), head)
 
     def place(self, block: Block, query, head) -> tuple:
         """Index of a query's row in the operand, and of its result."""
@@ -360,15 +364,25 @@ class _Batch:
     def fill_table(self, e: Emitter, frame: Frame, table: ir.Value) -> None:
         """Nothing to list: blocks are computed."""
 
-    def block(self, e: Emitter, frame: Frame, table: ir.Value, index) -> tuple:
+    def block(self, e: Emitter, frame: Frame, table: ir.Value, index, head) -> Block:
         blocks = frame.dim(self.per_sequence)
         sequence = e.b.udiv(index, blocks)
         first = e.b.mul(e.b.urem(index, blocks), i64(self.query_block))
         rest = e.b.sub(frame.dim(self.queries), first)
-        return sequence, first, e.minimum(rest, i64(self.query_block))
+        return Block(sequence, first, e.minimum(rest, i64(self.query_block)), head)
 
     def place(self, block: Block, query, head) -> tuple:
         return block.sequence, head, query
 
 
 Source = PagedSource | PackedSource | DenseSource
+
+
+def make_source(stage: Stage, program: Program, node: Node, geometry: Geometry) -> Source:
+    """The source of an attention node."""
+    match node.op:
+        case "paged_attention":
+            return PagedSource(stage, program, node, geometry)
+        case "packed_attention":
+            return PackedSource(stage, program, node, geometry)
+    return DenseSource(stage, program, node, geometry)

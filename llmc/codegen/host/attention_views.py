@@ -43,8 +43,8 @@ class View:
         """NumPy's broadcasting: repeated axes have stride 0."""
         new = len(shape) - len(self.shape)
         strides = [0] * new + [
-            stride if known_equal(own, size) else 0
-            for own, stride, size in zip(self.shape, self.strides, shape[new:], strict=True)]
+            0 if known_equal(own, 1) else stride
+            for own, stride in zip(self.shape, self.strides, strict=True)]
         return View(tuple(shape), tuple(strides), self.offset)
 
     def reshape(self, shape: Sequence[Dim]) -> View | None:
