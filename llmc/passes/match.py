@@ -10,16 +10,8 @@ from llmc.ir.dims import Dim
 from llmc.ir.dtypes import DType
 from llmc.ir.graph import Node, TensorType
 from llmc.ir.ops import make
+from llmc.ir.ops_elementwise import ELEMENTWISE
 
-UNARY = frozenset(
-    "neg abs exp log sqrt rsqrt reciprocal sin cos tanh erf floor ceil round sign not is_nan relu "
-    "sigmoid silu softplus gelu cast".split()
-)
-BINARY = frozenset(
-    "add sub mul div floor_div mod pow max min equal not_equal less less_equal greater "
-    "greater_equal and or xor".split()
-)
-ELEMENTWISE = UNARY | BINARY | {"where", "clamp"}
 MOVEMENT = frozenset("broadcast reshape transpose slice concat pad gather".split())
 VIEWS = frozenset("reshape transpose slice cast broadcast".split())
 REDUCTIONS = frozenset("reduce_sum reduce_mean reduce_max reduce_min reduce_prod".split())

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from llmc.ir.graph import Graph, Node, merge_origins, rebuild
 from llmc.ir.ops import make
-from llmc.passes.match import constant, only_user, slice_last
+from llmc.passes.match import constant, slice_last
 from llmc.passes.prelude import weight_expressions
-from llmc.passes.rewrite import with_inputs, with_roots
+from llmc.passes.rewrite import only_user, with_inputs, with_roots
 
 
 def merge_matmuls(graph: Graph) -> Graph:

@@ -23,6 +23,9 @@ from llmc.passes.segments import Segments, descendants, find_joints
 from llmc.passes.turns import Turns, match_turns
 
 
+SOURCES = 4  # inputs tried, those that most of the graph depends on first
+
+
 def outline(graph: Graph) -> Graph:
     """The graph with its repeated layers as `repeat` nodes; several stacks of layers, several nodes."""
     while True:
@@ -34,17 +37,14 @@ def outline(graph: Graph) -> Graph:
 
 def _outline_once(graph: Graph) -> Graph | None:
     nodes = graph.nodes()
-    streams = [descendants(nodes, source) for source in graph.inputs]
-    cuts = [(find_joints(stream), stream) for stream in streams]
-    if not cuts:
-        return None
-    joints, stream = max(cuts, key=lambda cut: len(cut[0]))
-    segments = Segments(graph, stream, joints)
-    for run in segments.runs():
-        turns = match_turns(segments, *run)
-        outlined = _replace(graph, turns) if turns is not None else None
-        if outlined is not None:
-            return outlined
+    streams = sorted((descendants(nodes, source) for source in graph.inputs), key=len, reverse=True)
+    for stream in streams[:SOURCES]:
+        segments = Segments(graph, stream, find_joints(stream))
+        for run in segments.runs():
+            turns = match_turns(segments, *run)
+            outlined = _replace(graph, turns) if turns is not None else None
+            if outlined is not None:
+                return outlined
     return None
 
 

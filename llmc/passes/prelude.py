@@ -7,12 +7,12 @@ repeats too (their parameters have `names`, one per turn). A parameter that is r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from llmc.ir.graph import Graph, Node, rebuild, walk
 from llmc.ir.ops import make
 from llmc.passes.match import is_static
+from llmc.passes.names import result_name
 from llmc.passes.rewrite import with_inputs
 
 VIEWED = ("broadcast",)  # evaluated in the step: storing the result would only take more memory
@@ -84,31 +84,3 @@ class _Splitter:
             unique = f"{name}_{number}"
         self.names.add(unique)
         return unique
-
-
-def result_name(sources: Sequence[str]) -> str:
-    """A name for what is made of these parameters.
-
-    >>> result_name(["layers.0.q_proj.weight", "layers.0.k_proj.weight", "layers.0.v_proj.weight"])
-    'layers.0.qkv_proj'
-    """
-    stripped = list(dict.fromkeys(name.removesuffix(".weight") for name in sources))
-    if len(stripped) == 1:
-        return stripped[0]
-    pieces = [name.split(".") for name in stripped]
-    if len({len(each) for each in pieces}) != 1:
-        return stripped[0]
-    columns = list(zip(*pieces, strict=True))
-    return ".".join(column[0] if len(set(column)) == 1 else _joined(column) for column in columns)
-
-
-def _joined(words: Sequence[str]) -> str:
-    """`q_proj, k_proj, v_proj` -> `qkv_proj`; `gate_proj, up_proj` -> `gate_up_proj`."""
-    words = list(dict.fromkeys(words))
-    heads = [word.split("_") for word in words]
-    tail = 0
-    while tail < min(map(len, heads)) - 1 and len({head[len(head) - 1 - tail] for head in heads}) == 1:
-        tail += 1
-    fronts = ["_".join(head[: len(head) - tail]) for head in heads]
-    glue = "" if all(len(front) == 1 for front in fronts) else "_"
-    return "_".join([glue.join(fronts), *heads[0][len(heads[0]) - tail:]])

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from llmc.ir.graph import Graph, Node, TensorType
 from llmc.passes.match import LEAVES
+from llmc.passes.names import is_regular
 
 
 def descendants(nodes: Sequence[Node], source: Node) -> list[Node]:
@@ -121,22 +122,48 @@ class Segments:
                 stack.extend(each for each in reversed(node.inputs) if each not in seen)
 
     def runs(self) -> list[tuple[int, int, int]]:
-        """Periodic runs (first segment, period, count), longest first, then least period."""
+        """Periodic runs (first segment, period, count): the longest first, then the least period.
+
+        Where a run may begin at several segments, those come first whose turns name their weights
+        alike: a norm before the first layer belongs to no layer.
+        """
         numbers: dict[tuple, int] = {}
         signs = [-1] + [numbers.setdefault(self.signature(index), len(numbers))
                         for index in range(1, len(self.joints))]
-        found = []
-        for period in _candidate_periods(signs):
-            start = 1
-            while start + 2 * period <= len(signs):
-                length = 0
-                while (start + length + period < len(signs)
-                       and signs[start + length] == signs[start + length + period]):
-                    length += 1
-                if length >= period:
-                    found.append((start, period, length // period + 1))
-                start += length + 1
-        return sorted(found, key=lambda run: (-run[1] * run[2], run[1], run[0]))
+        found = [
+            (start + shift, period, length // period)
+            for period in _candidate_periods(signs)
+            for start, length in _stretches(signs, period)
+            for shift in range(min(length % period, period - 1) + 1)
+        ]
+        found.sort(key=lambda run: (-run[1] * run[2], run[1]))
+        best = [run for run in found if run[1:] == found[0][1:]]
+        return sorted(best, key=self._irregular_names) + found[len(best):]
+
+    def _irregular_names(self, run: tuple[int, int, int]) -> int:
+        """How many weights of the first two turns have names that differ in more than numbers."""
+        start, period, _ = run
+        first, second = (
+            [node["name"] for index in range(begin, begin + period)
+             for node in self._post_order(self.joints[index], index, {})
+             if node.op == "parameter"]
+            for begin in (start, start + period))
+        return sum(not is_regular(pair) for pair in zip(first, second, strict=False))
+
+
+def _stretches(signs: Sequence[int], period: int) -> list[tuple[int, int]]:
+    """(start, length) of the stretches, two periods long or more, that have this period."""
+    found = []
+    start = 1
+    while start + 2 * period <= len(signs):
+        length = 0
+        while (start + length + period < len(signs)
+               and signs[start + length] == signs[start + length + period]):
+            length += 1
+        if length >= period:
+            found.append((start, length + period))
+        start += length + 1
+    return found
 
 
 def _candidate_periods(signs: Sequence[int]) -> list[int]:

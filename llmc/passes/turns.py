@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llmc.ir.graph import Graph, Node, merge_origins
 from llmc.ir.ops import make
 from llmc.passes.match import LEAVES, array_of
+from llmc.passes.names import template_name
 from llmc.passes.rewrite import with_inputs
 from llmc.passes.segments import Segments
 
@@ -120,9 +120,7 @@ def _build(segments: Segments, turns: Sequence[_Turn], maps: Sequence[dict[Node,
                     for root in template.roots[1:])
     if body.computed < MINIMUM_NODES:
         return None
-    names = [name for name, _ in body.invariants.values()]
-    inputs = (body.carried, *(node for _, node in body.invariants.values()))
-    assert len(set(names)) == len(names)
+    inputs = (body.carried, *body.invariants.values())
     states = frozenset(segments.updates[root] for turn in turns for root in turn.roots[1:])
     spanned = range(turns[0].range.start, turns[-1].range.stop)
     nodes = frozenset(node for node, index in segments.index.items() if index in spanned)
@@ -140,7 +138,7 @@ class _Body:
         self.maps = maps
         self.names: set[str] = {"carried"}
         self.carried = make("input", name="carried", type=template.entry.type)
-        self.invariants: dict[Node, tuple[str, Node]] = {}
+        self.invariants: dict[Node, Node] = {}
         self.made: dict[Node, Node] = {template.entry: self.carried}
         self.computed = 0
 
@@ -190,7 +188,7 @@ class _Body:
     def _invariant(self, node: Node) -> Node:
         name = self._unique(node["name"] if node.op == "input" else node.op)
         stand_in = make("input", name=name, type=node.type)
-        self.invariants[node] = name, stand_in
+        self.invariants[node] = stand_in
         return stand_in
 
     def _unique(self, name: str) -> str:
@@ -200,17 +198,3 @@ class _Body:
             unique = f"{name}_{number}"
         self.names.add(unique)
         return unique
-
-
-def template_name(names: Sequence[str]) -> str:
-    """`model.layers.{}.weight` for names that differ in their numbers; else the common ends.
-
-    >>> template_name(["h.0.w", "h.1.w"])
-    'h.{}.w'
-    """
-    pieces = [re.split(r"(\d+)", name) for name in names]
-    if len({len(each) for each in pieces}) == 1:
-        columns = list(zip(*pieces, strict=True))
-        if all(len(set(column)) == 1 for column in columns[::2]):
-            return "".join(column[0] if len(set(column)) == 1 else "{}" for column in columns)
-    return names[0] + "{}"
