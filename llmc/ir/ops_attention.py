@@ -13,7 +13,7 @@ import numpy as np
 
 from llmc.errors import ShapeError
 from llmc.ir import dtypes
-from llmc.ir.dims import known_at_least
+from llmc.ir.dims import Dim, known_at_least
 from llmc.ir.graph import Node, TensorType, Type
 from llmc.ir.ops_core import (
     Array,
@@ -79,7 +79,7 @@ def _rope(node: Node, arrays: Sequence[Array], context: Context) -> Array:
     return round_to(result, node.dtype, context.exact)
 
 
-def _last_axis(x: Node, start, stop, step: int = 1) -> Node:
+def _last_axis(x: Node, start: Dim, stop: Dim, step: int = 1) -> Node:
     return make("slice", x, starts=(0,) * (x.rank - 1) + (start,),
                 stops=(*x.shape[:-1], stop), steps=(1,) * (x.rank - 1) + (step,))
 
@@ -184,7 +184,7 @@ def _attention(node: Node, arrays: Sequence[Array], context: Context) -> Array:
     return round_to(attend(q, k, v, node, seen, added), node.dtype, context.exact)
 
 
-def _visible_mask(node: Node, rows, columns) -> Node | None:
+def _visible_mask(node: Node, rows: Dim, columns: Dim) -> Node | None:
     """bool [s, t] of the causal and window conditions, or None where there are none."""
     if not (node["causal"] or node["window"]):
         return None
@@ -202,7 +202,7 @@ def _visible_mask(node: Node, rows, columns) -> Node | None:
     return conditions[0] if len(conditions) == 1 else make("and", *conditions)
 
 
-def _all_heads(x: Node, heads: int) -> Node:
+def _all_heads(x: Node, heads: Dim) -> Node:
     """[b, g, t, d] -> [b, heads, t, d], each key head repeated for its query heads."""
     batch, groups, length, size = x.shape
     if groups == heads:
@@ -279,7 +279,7 @@ def _check_state(op: str, inputs: Inputs, index: int) -> None:
     require_same_dim(op, inputs, "positions in a page", inputs[index].shape[1], PAGE)
 
 
-def _check_addresses(op: str, inputs: Inputs, first: int, tokens) -> None:
+def _check_addresses(op: str, inputs: Inputs, first: int, tokens: Dim) -> None:
     """page_table [sequences, width], sequence [tokens], positions [tokens] from input `first`."""
     require_integer(op, inputs, first, first + 1, first + 2)
     require_rank(op, inputs, first, 2)
@@ -300,12 +300,12 @@ def _infer_cache_append(inputs: Inputs, attributes: Attributes, bodies: Bodies) 
 
 
 def _pages(op: str, state: Array, page_table: Array, sequence: Array, slots: Array) -> Array:
-    if slots.size and not (0 <= slots.min() and slots.max() < page_table.shape[1]):
+    if slots.size and not (slots.min() >= 0 and slots.max() < page_table.shape[1]):
         raise ShapeError(f"{op}: a position needs page {slots.max()} of {page_table.shape[1]}")
-    if sequence.size and not (0 <= sequence.min() and sequence.max() < page_table.shape[0]):
+    if sequence.size and not (sequence.min() >= 0 and sequence.max() < page_table.shape[0]):
         raise ShapeError(f"{op}: sequence {sequence.max()} of {page_table.shape[0]}")
     pages = page_table[sequence, slots]
-    if pages.size and not (0 <= pages.min() and pages.max() < state.shape[0]):
+    if pages.size and not (pages.min() >= 0 and pages.max() < state.shape[0]):
         raise ShapeError(f"{op}: page {pages.max()} of a pool of {state.shape[0]}")
     return pages
 
@@ -349,12 +349,13 @@ def _paged_attention(node: Node, arrays: Sequence[Array], context: Context) -> A
         rows = np.flatnonzero(sequence == each)
         keys = np.arange(int(positions[rows].max()) + 1)
         pages = _pages("paged_attention", k, page_table, np.full_like(keys, each), keys // PAGE)
-        past = [
+        keys_here, values_here = (
             np.swapaxes(widen(state[pages, keys % PAGE], operand.dtype).astype(q.dtype), 0, 1)
             for state, operand in ((k, node.inputs[1]), (v, node.inputs[2]))
-        ]
+        )
         seen = visible(positions[rows], keys, True, node["window"])
-        part = attend(np.swapaxes(q[rows], 0, 1), *past, node, seen)
+        queries = np.swapaxes(q[rows], 0, 1)
+        part = attend(queries, keys_here, values_here, node, seen)
         result[rows] = np.swapaxes(part, 0, 1)
     return round_to(result, node.dtype, context.exact)
 

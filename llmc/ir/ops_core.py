@@ -141,7 +141,7 @@ def make(op: str, /, *inputs: Node, bodies: Iterable[Graph] = (), **attributes: 
 def _check_arity(op: Op, inputs: Inputs) -> None:
     least, most = op.arity
     if len(inputs) < least or (most is not None and len(inputs) > most):
-        wanted = f"{least}" if least == most else f"{least} to {'any number' if most is None else most}"
+        wanted = str(least) if least == most else f"{least} to {most or 'any number of'}"
         reject(op.name, f"takes {wanted} inputs, got {len(inputs)}", inputs)
 
 
@@ -175,7 +175,7 @@ def _bad(op: str, name: str, wanted: str, value: Any) -> NoReturn:
 
 
 def integer(op: str, name: str, value: Any, inputs: Inputs) -> int:
-    if isinstance(value, Expression) or isinstance(value, bool) or not hasattr(value, "__index__"):
+    if isinstance(value, (Expression, bool)) or not hasattr(value, "__index__"):
         _bad(op, name, "an integer", value)
     return operator.index(value)
 

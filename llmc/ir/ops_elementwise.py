@@ -193,7 +193,9 @@ def _build_gelu(node: Node, x: Node) -> Node:
 
 # ---- the table ---------------------------------------------------------------------------------
 
-_UNARY = {
+_Row = tuple[str, Callable[..., Array]]
+
+_UNARY: dict[str, _Row] = {
     "neg": ("number", np.negative),
     "abs": ("number", np.abs),
     "sign": ("number", np.sign),
@@ -217,7 +219,7 @@ _COMPOSITE = {
     "silu": (silu, _build_silu),
     "softplus": (softplus, _build_softplus),
 }
-_BINARY = {
+_BINARY: dict[str, _Row] = {
     "add": ("number", np.add),
     "sub": ("number", np.subtract),
     "mul": ("number", np.multiply),
@@ -231,7 +233,7 @@ _BINARY = {
     "or": ("bool or integer", np.bitwise_or),
     "xor": ("bool or integer", np.bitwise_xor),
 }
-_COMPARISON = {
+_COMPARISON: dict[str, _Row] = {
     "equal": ("any", np.equal),
     "not_equal": ("any", np.not_equal),
     "less": ("number", np.less),

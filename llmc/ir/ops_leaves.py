@@ -1,4 +1,4 @@
-"""Leaves: inputs, parameters, states, constants, iota, dims and what differs by turn of a repeat."""
+"""Leaves: inputs, parameters, states, constants, iota, dims, and what differs by turn."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def _matmul(node: Node, arrays: Sequence[Array], context: Context) -> Array:
 
 def _infer_dequantize(inputs: Inputs, attributes: Attributes, bodies: Bodies) -> Type:
     """codes [.., K], scales [.., ceil(K / group)], zeros as scales: (codes - zeros) * scales."""
-    codes, scales, group = inputs[0], inputs[1], attributes["group"]
+    codes, group = inputs[0], attributes["group"]
     require_integer("dequantize", inputs, 0)
     require_float("dequantize", inputs, 1)
     if codes.rank == 0 or group < 1:

@@ -39,7 +39,7 @@ def _shape_text(shape: Sequence[Dim]) -> str:
 
 def check_index(op: str, index: Array, size: int) -> Array:
     """The index array; ShapeError if a value lies outside 0..size-1."""
-    if index.size and not (0 <= index.min() and index.max() < size):
+    if index.size and not (index.min() >= 0 and index.max() < size):
         raise ShapeError(f"{op}: index {index.min()}..{index.max()} is outside 0..{size - 1}")
     return index
 

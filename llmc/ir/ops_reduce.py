@@ -8,7 +8,7 @@ import numpy as np
 
 from llmc.errors import ShapeError
 from llmc.ir import dtypes
-from llmc.ir.dims import bounds, format_dim, known_at_least
+from llmc.ir.dims import Dim, bounds, format_dim, known_at_least
 from llmc.ir.graph import Node, TensorType, Type
 from llmc.ir.ops_core import (
     Array,
@@ -37,7 +37,7 @@ from llmc.ir.ops_elementwise import cast, scalar
 # ---- reductions --------------------------------------------------------------------------------
 
 
-def _reduced(node: Node | None, shape: Sequence, gone: Sequence[int], keep: bool) -> tuple:
+def _reduced(shape: Sequence[Dim], gone: Sequence[int], keep: bool) -> tuple[Dim, ...]:
     if keep:
         return tuple(1 if i in gone else size for i, size in enumerate(shape))
     return tuple(size for i, size in enumerate(shape) if i not in gone)
@@ -48,19 +48,19 @@ def _infer_reduce(op: str, kinds: str):
         kind = inputs[0].dtype.kind
         if kind not in kinds.split():
             reject(op, f"cannot reduce {inputs[0].dtype}", inputs)
-        shape = _reduced(None, inputs[0].shape, attributes["axes"], attributes["keep"])
+        shape = _reduced(inputs[0].shape, attributes["axes"], attributes["keep"])
         return TensorType(inputs[0].dtype, shape)
 
     return infer
 
 
-def _lowest(dtype: np.dtype) -> object:
+def _lowest(dtype: np.dtype) -> float | int | bool:
     if dtype.kind == "b":
         return False
     return -np.inf if dtype.kind == "f" else np.iinfo(dtype).min
 
 
-def _highest(dtype: np.dtype) -> object:
+def _highest(dtype: np.dtype) -> float | int | bool:
     if dtype.kind == "b":
         return True
     return np.inf if dtype.kind == "f" else np.iinfo(dtype).max
@@ -91,7 +91,7 @@ def _reduce(function: Callable[..., Array]):
 
 def _infer_arg(op: str):
     def infer(inputs: Inputs, attributes: Attributes, bodies: Bodies) -> Type:
-        shape = _reduced(None, inputs[0].shape, (attributes["axis"],), attributes["keep"])
+        shape = _reduced(inputs[0].shape, (attributes["axis"],), attributes["keep"])
         return TensorType(dtypes.i64, shape)
 
     return infer

@@ -86,7 +86,8 @@ def _repeat(node: Node, arrays: Sequence[Array], context: Context) -> Any:
 
 TABLE = [
     Op("get", _infer_get, _get, arity=(1, 1), attributes={"index": Attribute(integer)}),
-    Op("fusion", _infer_fusion, _fusion, arity=(0, None), attributes={"anchor": Attribute(text)}),
+    Op("fusion", _infer_fusion, _fusion, arity=(0, None),
+       attributes={"anchor": Attribute(text), "name": Attribute(text, "")}),
     Op("repeat", _infer_repeat, _repeat, arity=(1, None),
        attributes={"count": Attribute(dim), "carried": Attribute(integer)}),
 ]
