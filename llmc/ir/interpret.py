@@ -43,28 +43,44 @@ def interpret(
     exact: bool = False,
     dims: Mapping[str, int] | None = None,
     in_place_states: bool = False,
-    updated_states: dict[str, Array] | None = None,
 ) -> dict[str, Array]:
-    """The outputs of the graph by name (f64 for floats if `exact`).
+    """The outputs of the graph by name; see `interpret_step`.
+
+    New values of states are dropped, or with `in_place_states` written into the arrays of `states`.
+    """
+    outputs, new_states = interpret_step(
+        graph, inputs, parameters, states, exact=exact, dims=dims
+    )
+    if in_place_states:
+        for name, array in (states or {}).items():
+            array[...] = new_states[name]
+    return outputs
+
+
+def interpret_step(
+    graph: Graph,
+    inputs: Mapping[str, Array],
+    parameters: Mapping[str, Any] | None = None,
+    states: Mapping[str, Array] | None = None,
+    *,
+    exact: bool = False,
+    dims: Mapping[str, int] | None = None,
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """(outputs, states after the step), by name; floats are f64 if `exact`.
 
     `parameters` maps names to arrays or to objects with `.read()`; results of the graph's prelude
-    that are missing there are evaluated. `states` maps names to arrays, which stay untouched: the
-    new values go to `updated_states`, and with `in_place_states` into the arrays of `states`.
+    that are missing there are evaluated. `states` maps names to arrays, which stay untouched.
     `dims` binds symbols that no input's shape gives. ShapeError: an input is missing, has another
     dtype or rank, or a size that breaks a symbol's range or another axis's value.
     """
     if knobs.no_interpret() and not _allowed.get():
         raise LlmcError("the interpreter was used at run time under LLMC_NO_INTERPRET=1")
-    new_states = {} if updated_states is None else updated_states
-    new_states.update(states or {})
     bound = bind_symbols(graph, inputs, dims or {})
-    run = _Run(bound, exact, parameters or {}, new_states, dict(graph.prelude))
+    run = _Run(bound, exact, parameters or {}, dict(states or {}), dict(graph.prelude))
     operands = [np.asarray(inputs[node["name"]]) for node in graph.inputs]
     results = run.graph(graph, operands, 0)
-    if in_place_states:
-        for name, array in (states or {}).items():
-            array[...] = new_states[name]
-    return {name: value for (name, _), value in zip(graph.outputs, results, strict=True)}
+    outputs = {name: value for (name, _), value in zip(graph.outputs, results, strict=True)}
+    return outputs, run.states
 
 
 def evaluate_constant(node: Node) -> np.ndarray | None:

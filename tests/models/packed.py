@@ -11,7 +11,7 @@ import numpy
 from safetensors.numpy import load_file
 
 from llmc.frontend.model import ImportedModel
-from llmc.ir.interpret import interpret
+from llmc.ir.interpret import interpret, interpret_step
 from llmc.ir.ops import PAGE
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "hf"
@@ -46,6 +46,12 @@ class Golden:
         if values.shape[:2] != masks.shape:
             return list(values)
         return [row[mask] for row, mask in zip(values, masks, strict=True)]
+
+    def starts(self, case: str) -> list[int]:
+        """The position of each sequence's first token: without `position_ids`, its column."""
+        if f"{case}.position_ids" in self.tensors:
+            return [0] * len(self.masks(case))
+        return self.masks(case).argmax(1).tolist()
 
     def assert_close(self, got: numpy.ndarray, expected: numpy.ndarray, what: str = "") -> None:
         error = relative_error(got, expected)
@@ -104,7 +110,9 @@ class PackedDecoder:
         """Logits of the wanted rows, f32[rows, vocab]."""
         inputs = packed_inputs(sequences, self.lengths)
         inputs |= {"page_table": self.page_table, "rows": numpy.asarray(rows, numpy.int32)}
-        outputs, self.states = interpret(self.model.graph, inputs, self.parameters, self.states)
+        outputs, self.states = interpret_step(
+            self.model.graph, inputs, self.parameters, self.states
+        )
         self.lengths = [n + len(ids) for n, ids in zip(self.lengths, sequences, strict=True)]
         assert outputs["logits"].dtype == numpy.float32
         return outputs["logits"]
@@ -125,12 +133,13 @@ def encode_packed(
     model: ImportedModel,
     sequences: Sequence[Sequence[int]],
     token_types: Sequence[Sequence[int]] | None = None,
+    starts: Sequence[int] | None = None,
 ) -> list[dict[str, numpy.ndarray]]:
     """Every output of each sequence: [tokens, width], or [width] if it is pooled."""
-    inputs = packed_inputs(sequences, [0] * len(sequences))
+    inputs = packed_inputs(sequences, starts or [0] * len(sequences))
     types = token_types or [numpy.zeros(len(ids)) for ids in sequences]
     inputs["token_types"] = numpy.concatenate(types).astype(numpy.int32)
-    outputs, _ = interpret(model.graph, inputs, parameters(model), {})
+    outputs = interpret(model.graph, inputs, parameters(model), {})
     bounds = list(zip(inputs["offsets"], inputs["offsets"][1:], strict=False))
     return [
         {name: value[row] if name == "pooler_output" else value[first:last]
