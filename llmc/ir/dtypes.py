@@ -102,7 +102,6 @@ def dtype(name: str | DType) -> DType:
 
 def from_numpy(numpy_dtype: numpy.dtype[Any]) -> DType:
     """The dtype of a NumPy dtype of native byte order; GraphError if llmc has none for it."""
-    name = getattr(numpy_dtype, "name", str(numpy_dtype))
-    if name not in _BY_NUMPY_NAME:
-        raise GraphError(f"no dtype for NumPy's {name!r}")
-    return _BY_NUMPY_NAME[name]
+    if numpy_dtype.name not in _BY_NUMPY_NAME or not numpy_dtype.isnative:
+        raise GraphError(f"no dtype for NumPy's {numpy_dtype}")
+    return _BY_NUMPY_NAME[numpy_dtype.name]

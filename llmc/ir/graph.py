@@ -317,12 +317,14 @@ def substitute_symbols(graph: Graph, mapping: Mapping[Any, Dim]) -> Graph:
     included; types are inferred again."""
     from llmc.ir import ops
 
-    def substituted(node: Node) -> Node:
-        attributes = {name: _substitute_value(v, mapping) for name, v in node.attributes}
+    new: dict[Node, Node] = {}
+    for node in _needed(graph):
+        inputs = (new[each] for each in node.inputs)
         bodies = tuple(substitute_symbols(body, mapping) for body in node.bodies)
-        return ops.make(node.op, *node.inputs, bodies=bodies, **attributes)
-
-    return map_graph(graph, substituted)
+        attributes = {name: _substitute_value(v, mapping) for name, v in node.attributes}
+        new[node] = ops.make(node.op, *inputs, bodies=bodies, **attributes)
+        merge_origins(new[node], node)
+    return _with_nodes(graph, new)
 
 
 def _substitute_value(value: Any, mapping: Mapping[Any, Dim]) -> Any:
