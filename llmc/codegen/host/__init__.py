@@ -1,0 +1,72 @@
+"""Host code: program -> LLVM module -> object bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import llvmlite.binding as llvm
+import llvmlite.ir as ir
+
+from llmc.codegen.host.driver import Driver
+from llmc.codegen.host.kernel import Kernel
+from llmc.codegen.llvm import emit_object
+from llmc.codegen.target import Target
+from llmc.ir.program import Program, Stage, unsupported
+
+# Stage kind -> module and name of what is called with (stage, program, target).
+KERNELS = {
+    "map": ("rows", "MapKernel"),
+    "reduce": ("rows", "ReduceKernel"),
+    "matmul": ("matmul", "matmul"),
+    "dense_matmul": ("dense_matmul", "DenseMatmulKernel"),
+    "attention": ("attention", "AttentionKernel"),
+    "argmax": ("single", "RowsAlongAxis"),
+    "argmin": ("single", "RowsAlongAxis"),
+    "cumsum": ("single", "RowsAlongAxis"),
+    "top_k": ("single", "RowsAlongAxis"),
+    "scatter": ("single", "Scatter"),
+}
+
+
+@dataclass(frozen=True)
+class Code:
+    """What an artifact stores of a program.
+
+    object: ELF object that exports `llmc_step` and the team's functions; llvm: the optimised
+    module's text; scratch_bytes: scratch that each worker needs.
+    """
+
+    object: bytes
+    llvm: str
+    scratch_bytes: int
+    target: Target
+
+    def asm(self) -> str:
+        """Assembly of the same code."""
+        return self.target.machine().emit_assembly(llvm.parse_assembly(self.llvm))
+
+
+def generate(program: Program, target: Target) -> Code:
+    """Machine code of a program; CompileError where no kernel can compute a stage."""
+    module = ir.Module(program.name)
+    module.triple = target.triple
+    machine = target.machine()
+    module.data_layout = str(machine.target_data)
+    kernels = {number: make_kernel(stage, program, target)
+               for number, stage in enumerate(program.stages())}
+    driver = Driver(module, program, kernels)
+    driver.emit()
+    code, text = emit_object(str(module), machine)
+    return Code(code, text, driver.scratch_bytes, target)
+
+
+def make_kernel(stage: Stage, program: Program, target: Target) -> Kernel:
+    """The kernel of a stage, by its kind."""
+    if stage.kind not in KERNELS:
+        raise unsupported(stage, "there is no host kernel of this kind")
+    module, name = KERNELS[stage.kind]
+    make: Callable[..., Any] = getattr(import_module(f"llmc.codegen.host.{module}"), name)
+    return make(stage, program, target)

@@ -1,0 +1,158 @@
+"""The step function of a program: stages in order, each shared out among the workers.
+
+    i32 llmc_step(arguments*)            the ABI of docs/architecture.md
+    void worker(context*, worker, workers)
+                                         what every worker runs: stage, barrier, stage, barrier ...
+    void stage_N(arguments*, layer, worker, workers)
+                                         set-up, then this worker's share of the tiles
+
+A stage is a function of its own, so that LLVM's time grows with the number of stages and no faster.
+The context is {arguments*, i64 stop}: stop is the ordinal of the barrier at which a cancelled step
+ends. Worker 0 alone reads the cancel word and writes stop before a barrier that everybody passes, so
+that all workers agree on where to leave.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import llvmlite.ir as ir
+
+from llmc.codegen.host import team
+from llmc.codegen.host.frame import ARGUMENTS, StageFrame
+from llmc.codegen.host.kernel import Kernel, Worker
+from llmc.codegen.llvm import I1, I32, I64, POINTER, VOID, Emitter, define, i32, i64
+from llmc.errors import CompileError
+from llmc.ir.dims import bounds
+from llmc.ir.program import Loop, Program, Stage
+
+STEP = "llmc_step"
+_SYNCHRONISE, _WORKER = "llmc_synchronise", "llmc_worker"
+_SCRATCH_LIMIT = 1 << 30
+_STOP = 8  # byte offset in the context
+
+
+class Driver:
+    """Emits one program into a module. kernels: stage -> kernel, made by the caller."""
+
+    def __init__(self, module: ir.Module, program: Program, kernels: dict[int, Kernel]):
+        self.module = module
+        self.program = program
+        self.kernels = kernels
+        self.scratch_bytes = max((_scratch(kernel) for kernel in kernels.values()), default=0)
+        self._stages: dict[int, ir.Function] = {}
+
+    def emit(self) -> None:
+        """The team, all stages and the step function."""
+        team.emit(self.module)
+        for number, stage in enumerate(self.program.stages()):
+            self._stages[id(stage)] = self._define_stage(number, stage)
+        self._define_synchronise()
+        self._define_worker()
+        self._define_step()
+
+    # ---- one stage --------------------------------------------------------------------------
+
+    def _define_stage(self, number: int, stage: Stage) -> ir.Function:
+        name = f"stage_{number}_{_identifier(stage.name)}"
+        function, entry = define(self.module, name, VOID, [POINTER, I64, I64, I64],
+                                 attributes=("noinline", "nounwind"))
+        arguments, layer, index, count = function.args
+        body = function.append_basic_block("body")
+        entry.b.branch(body)
+        e = Emitter(ir.IRBuilder(body))
+        frame = StageFrame(self.program, e, arguments, layer)
+        worker = Worker(index, count, self._scratch_of(e, arguments, index))
+        kernel = self.kernels[number]
+        tiles = kernel.tiles(e, frame)
+        first = e.b.udiv(e.b.mul(tiles, index), count)
+        last = e.b.udiv(e.b.mul(tiles, e.b.add(index, i64(1))), count)
+        with e.b.if_then(e.b.icmp_signed("<", first, last)):
+            kernel.setup(e, frame, worker)
+            with e.loop(first, last, name="tile") as tile:
+                kernel.tile(e, frame, worker, tile)
+        e.b.ret_void()
+        return function
+
+    def _scratch_of(self, e: Emitter, arguments: ir.Value, index: ir.Value) -> ir.Value:
+        base = e.load(e.offset(arguments, ARGUMENTS["scratch"]), POINTER)
+        return e.offset(base, e.b.mul(index, i64(self.scratch_bytes)))
+
+    # ---- all stages -------------------------------------------------------------------------
+
+    def _define_worker(self) -> None:
+        function, e = define(self.module, _WORKER, VOID, [POINTER, I64, I64])
+        context = function.args[0]
+        arguments = e.load(context, POINTER)
+        ordinal = 1
+        for step in self.program.steps:
+            if isinstance(step, Loop):
+                count = len(step.stages)
+                with e.loop(0, step.count, name="layer") as layer:
+                    start = e.b.add(i64(ordinal), e.b.mul(layer, i64(count)))
+                    for number, stage in enumerate(step.stages):
+                        self._call(e, function, stage, arguments, layer,
+                                   e.b.add(start, i64(number)))
+                ordinal += step.count * count
+            else:
+                self._call(e, function, step, arguments, i64(0), i64(ordinal))
+                ordinal += 1
+        e.b.ret_void()
+
+    def _call(self, e: Emitter, function: ir.Function, stage: Stage, arguments: ir.Value,
+              layer: ir.Value, ordinal: ir.Value) -> None:
+        context, worker, workers = function.args
+        e.b.call(self._stages[id(stage)], [arguments, layer, worker, workers])
+        stop = e.call(_SYNCHRONISE, I1, context, worker, ordinal)
+        with e.b.if_then(stop, likely=False):
+            e.b.ret_void()
+
+    def _define_synchronise(self) -> None:
+        """i1 (context, worker, ordinal): a barrier; true if the step ends at this one."""
+        function, e = define(self.module, _SYNCHRONISE, I1, [POINTER, I64, I64],
+                             attributes=("noinline",))
+        context, worker, ordinal = function.args
+        stop = e.offset(context, _STOP)
+        arguments = e.load(context, POINTER)
+        with e.b.if_then(e.b.icmp_signed("==", worker, i64(0))):
+            cancel = e.load(e.offset(arguments, ARGUMENTS["cancel"]), POINTER)
+            wanted = e.b.icmp_signed("!=", e.b.load_atomic(cancel, "monotonic", 4, typ=I32), i32(0))
+            fresh = e.b.icmp_signed("==", e.b.load_atomic(stop, "monotonic", 8, typ=I64), i64(0))
+            with e.b.if_then(e.b.and_(wanted, fresh), likely=False):
+                e.b.atomic_rmw("xchg", stop, ordinal, "release")
+        crew = e.load(e.offset(arguments, ARGUMENTS["team"]), I64)
+        with e.b.if_then(e.b.icmp_signed("!=", crew, i64(0))):
+            e.call(team.BARRIER, VOID, e.load(e.offset(arguments, ARGUMENTS["team"]), POINTER))
+        where = e.b.load_atomic(stop, "acquire", 8, typ=I64)
+        reached = e.b.icmp_signed("<=", where, ordinal)
+        e.b.ret(e.b.and_(e.b.icmp_signed("!=", where, i64(0)), reached))
+
+    def _define_step(self) -> None:
+        function, e = define(self.module, STEP, I32, [POINTER], internal=False)
+        arguments = function.args[0]
+        worker = self.module.globals[_WORKER]
+        context = e.stack(ir.ArrayType(I64, 2))
+        e.store(arguments, context)
+        e.store(i64(0), e.offset(context, _STOP))
+        crew = e.load(e.offset(arguments, ARGUMENTS["team"]), I64)
+        with e.b.if_else(e.b.icmp_signed("==", crew, i64(0))) as (alone, together):
+            with alone:
+                e.b.call(worker, [context, i64(0), i64(1)])
+            with together:
+                handle = e.load(e.offset(arguments, ARGUMENTS["team"]), POINTER)
+                e.call(team.RUN, VOID, handle, worker, context)
+        stopped = e.b.icmp_signed("!=", e.load(e.offset(context, _STOP), I64), i64(0))
+        e.b.ret(e.b.zext(stopped, I32))
+
+
+def _scratch(kernel: Kernel) -> int:
+    """Bytes of a worker's scratch that a kernel needs at most; CompileError if that has no bound."""
+    size: Any = kernel.scratch_bytes
+    high = size if isinstance(size, int) else bounds(size)[1]
+    if high is None or high > _SCRATCH_LIMIT:
+        raise CompileError(f"a kernel would need {size} bytes of scratch per worker")
+    return -(-high // 64) * 64
+
+
+def _identifier(name: str) -> str:
+    return "".join(c if c.isascii() and c.isalnum() else "_" for c in name)

@@ -1,0 +1,88 @@
+"""Object code on this machine: loading through ORC, and the thread team.
+
+Only LLVM's linker and loader are used here, never its code generator.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import llvmlite.binding as llvm
+
+from llmc.errors import DeviceError
+
+EXPORTS = ("llmc_step", "llmc_team_create", "llmc_team_destroy", "llmc_team_run", "llmc_barrier")
+_numbers = itertools.count()
+
+
+@cache
+def _linker() -> llvm.orcjit.LLJIT:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
+    return llvm.create_lljit_compiler(machine, use_jit_link=False, suppress_errors=False)
+
+
+class Library:
+    """Loaded object code; the code is freed with the object (functions keep it alive)."""
+
+    def __init__(self, tracker: Any):
+        self._tracker = tracker
+
+    def address(self, name: str) -> int:
+        """Address of an exported symbol; DeviceError if the code does not have it."""
+        try:
+            return int(self._tracker[name])
+        except (KeyError, RuntimeError):
+            raise DeviceError(f"the object code does not export {name}") from None
+
+    def function(self, name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
+        """An exported function with its ctypes signature; calls release the GIL."""
+        function = ctypes.CFUNCTYPE(result, *arguments)(self.address(name))
+
+        def call(*values: Any) -> Any:
+            return function(*values)
+
+        call.library = self  # type: ignore[attr-defined]
+        return call
+
+
+def load_object(code: bytes, exports: tuple[str, ...] = EXPORTS) -> Library:
+    """Link object bytes into this process. DeviceError if they are no object code for this machine
+    or need a symbol that the process does not have."""
+    builder = llvm.JITLibraryBuilder().add_object_img(code).add_current_process()
+    for name in exports:
+        builder.export_symbol(name)
+    try:
+        return Library(builder.link(_linker(), f"llmc{next(_numbers)}"))
+    except RuntimeError as error:
+        raise DeviceError(f"object code cannot be loaded: {error}") from None
+
+
+class Team:
+    """Threads that run steps. Freed by `close`; one caller at a time.
+
+    handle: the pointer that a step takes; None with one worker.
+    """
+
+    def __init__(self, library: Library, workers: int):
+        self.handle: int | None = None
+        self._destroy = library.function("llmc_team_destroy", None, ctypes.c_void_p)
+        if workers > 1:
+            create = library.function("llmc_team_create", ctypes.c_void_p, ctypes.c_int64)
+            self.handle = create(workers)
+            if not self.handle:
+                raise DeviceError(f"no memory for a team of {workers} threads")
+
+    def close(self) -> None:
+        """Stop and join the threads."""
+        handle, self.handle = self.handle, None
+        if handle:
+            self._destroy(handle)
+
+    def __del__(self) -> None:
+        self.close()
