@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from onnx import NodeProto
 
 from llmc.frontend.onnx.builder import Builder
@@ -74,9 +75,11 @@ class Call(Builder):
     def dims(self, index: int, what: str) -> list[Dim]:
         """An input that has to be known at compile time, as a list of dims."""
         value = self.value(index)
-        if not isinstance(value, ShapeArray):
+        if isinstance(value, ShapeArray):
+            return value.flat()
+        if value.op != "constant":
             raise self.error(f"{what} depends on data; only shapes and constants are supported")
-        return value.flat()
+        return [int(item) for item in np.frombuffer(value["data"], value.dtype.numpy)]
 
     def integers(self, index: int, what: str) -> list[int]:
         """As `dims`, where no symbol may occur."""

@@ -12,7 +12,7 @@ from llmc.errors import ModelError
 from llmc.frontend.onnx.registry import AI_ONNX, CONVERTERS
 
 OLDEST_OPSET = 7  # where broadcasting took today's form
-NEWEST_OPSET = 27
+NEWEST_OPSET = 28
 MAX_SHOWN = 20
 CONTROL_FLOW = ("If",)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
+import ml_dtypes
 
 from llmc.frontend.onnx import shape_array
 from llmc.frontend.onnx.call import Call
@@ -15,7 +15,7 @@ from llmc.frontend.onnx.protobuf import element_dtype
 from llmc.frontend.onnx.registry import Result, Value, converter
 from llmc.frontend.onnx.shape_array import ShapeArray
 from llmc.ir import dims
-from llmc.ir.dtypes import DType, bool_, dtype, f32
+from llmc.ir.dtypes import DType, bool_, f32
 from llmc.ir.graph import Node
 
 UNARY = {
@@ -186,7 +186,7 @@ def cast_like(call: Call) -> Result:
 def cast_value(call: Call, value: Value, to: DType) -> Value:
     """Casts; shape arithmetic stays shape arithmetic where the dtype allows it."""
     if isinstance(value, Node):
-        return call.cast(value, to)
+        return call.cast(saturated(call, value, to), to)
     if to.is_integer and value.dtype is not bool_ and shape_array.is_shape_dtype(to):
         return ShapeArray(value.items, to)
     known = value.known()
@@ -195,6 +195,17 @@ def cast_value(call: Call, value: Value, to: DType) -> Value:
     if shape_array.is_shape_dtype(to):
         return shape_array.from_numpy(known.astype(to.numpy), to)
     return call.constant(known.astype(to.numpy), to)
+
+
+def saturated(call: Call, x: Node, to: DType) -> Node:
+    """x within the finite range of an 8-bit float, which casts of ONNX saturate to."""
+    if to.name == "f8e8m0":
+        raise call.error("casts to f8e8m0 are not supported")
+    if not to.name.startswith("f8e") or not call.attribute("saturate", 1):
+        return x
+    wide = x if x.dtype.is_float else call.cast(x, f32)
+    limit = float(ml_dtypes.finfo(to.numpy).max)
+    return clamped(call, wide, -limit, limit)
 
 
 @converter("Clip", inputs=(1, 3))
@@ -261,11 +272,16 @@ def hard_swish(call: Call) -> Result:
 
 
 @converter("Swish", inputs=1)
-def swish(call: Call) -> Result:
+def swish(call: Call) -> Node:
     x, alpha = call.input(0), call.attribute("alpha", 1.0)
     if alpha == 1.0:
         return call.unary("silu", x)
     return call.binary("mul", x, call.unary("sigmoid", call.scaled(x, alpha)))
+
+
+@converter("SwiGLU", inputs=2)
+def gated_swish(call: Call) -> Result:
+    return call.binary("mul", swish(call), call.input(1))
 
 
 @converter("Mish", inputs=1)
@@ -334,29 +350,3 @@ def hyperbolic(call: Call) -> Result:
     op = "sub" if call.op_type == "Sinh" else "add"
     up, down = call.unary("exp", x), call.unary("exp", call.unary("neg", x))
     return call.scaled(call.binary(op, up, down), 0.5)
-
-
-@converter("BitShift", inputs=2)
-def bit_shift(call: Call) -> Result:
-    """Shifts of unsigned integers as products with, and quotients by, powers of two."""
-    x, count = call.input(0), call.input(1)
-    powers = call.constant(
-        np.asarray([1 << bit for bit in range(x.dtype.bits)]).astype(x.dtype.numpy)
-    )
-    factor = call.take(powers, call.cast(count, dtype("i32")))
-    return call.binary("mul" if call.required("direction") == "LEFT" else "floor_div", x, factor)
-
-
-def in_f32(call: Call, x: Node, function: Callable[[Node], Node]) -> Node:
-    """Computes in f32 at least, and casts back to x's dtype."""
-    if x.dtype.bits >= 32:
-        return function(x)
-    return call.cast(function(call.cast(x, f32)), x.dtype)
-
-
-def product_of(call: Call, factors: Sequence[Node]) -> Node:
-    """The elementwise product of all factors."""
-    result = factors[0]
-    for factor in factors[1:]:
-        result = call.binary("mul", result, factor)
-    return result

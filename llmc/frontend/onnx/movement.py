@@ -334,6 +334,30 @@ def scatter_elements(call: Call) -> Result:
     return call.make("scatter_elements", *inputs, axis=axis, reduction=reduction(call))
 
 
+@converter("TensorScatter", inputs=(2, 3))
+def tensor_scatter(call: Call) -> Result:
+    """A cache with new items written from each sequence's own place on, round the end if told."""
+    cache, update, starts = call.input(0), call.input(1), call.optional(2)
+    axis = call.axis(call.attribute("axis", -2), cache.rank)
+    length, count = cache.shape[axis], update.shape[axis]
+    start = call.scalar(0, i64) if starts is None else call.cast(starts, i64)
+    start = (
+        call.reshape(start, [*start.shape, *[1] * (cache.rank - 1)])
+        if starts is not None
+        else start
+    )
+    place = call.reshape(call.iota(length), [length] + [1] * (cache.rank - axis - 1))
+    behind = call.binary("sub", place, start)
+    if call.attribute("mode", "linear") == "circular":
+        behind = call.binary("mod", behind, call.dim(length))
+    inside = call.binary("greater_equal", behind, call.scalar(0, i64))
+    inside = call.binary("and", inside, call.binary("less", behind, call.dim(count)))
+    source = call.where(inside, call.binary("add", behind, call.dim(length)), place)
+    both = call.concat([cache, update], axis)
+    index = call.broadcast(source, cache.shape)
+    return call.make("gather_elements", both, index, axis=axis)
+
+
 def reduction(call: Call) -> str:
     name = str(call.attribute("reduction", "none"))
     if name not in ("none", "add", "mul", "max", "min"):

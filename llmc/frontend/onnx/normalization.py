@@ -138,4 +138,6 @@ def lp_normalization(call: Call) -> Result:
     axis = call.axis(call.attribute("axis", -1), x.rank)
     size = call.unary("abs", x) if order == 1 else call.binary("mul", x, x)
     total = call.reduce("reduce_sum", size, [axis])
-    return call.binary("div", x, total if order == 1 else call.unary("sqrt", total))
+    norm = total if order == 1 else call.unary("sqrt", total)
+    zero = call.scalar(0, x.dtype)
+    return call.where(call.binary("equal", norm, zero), zero, call.binary("div", x, norm))

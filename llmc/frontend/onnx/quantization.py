@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llmc.frontend.onnx.call import Call
+from llmc.frontend.onnx.protobuf import element_dtype
 from llmc.frontend.onnx.reduction import constant_scalar
 from llmc.frontend.onnx.registry import MICROSOFT, Result, converter
 from llmc.ir import dims
@@ -70,7 +71,9 @@ def dequantize_linear(call: Call) -> Result:
 def quantize_linear(call: Call) -> Result:
     x, scale, zero = call.input(0), call.input(1), call.optional(2)
     axis, block = axis_and_block(call, x)
-    dtype = u8 if zero is None else zero.dtype
+    code = call.attribute("output_dtype", 0)
+    dtype = element_dtype(code, call.location) if code else u8
+    dtype = dtype if zero is None else zero.dtype
     if not dtype.is_integer:
         raise call.error(f"quantising to {dtype} is not supported")
     scale = per_axis(call, scale, x, axis, block)

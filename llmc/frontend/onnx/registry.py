@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from llmc.frontend.onnx.shape_array import ShapeArray
 from llmc.ir.graph import Node
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 Value = Node | ShapeArray
 Result = Value | Sequence[Value | None]
+
+Function = TypeVar("Function", bound="Callable[[Call], Result]")
 
 AI_ONNX = ""
 MICROSOFT = "com.microsoft"
@@ -33,11 +35,11 @@ CONVERTERS: dict[tuple[str, str], Converter] = {}
 
 def converter(
     *op_types: str, inputs: int | tuple[int, int | None], domain: str = AI_ONNX
-) -> Callable[[Callable[[Call], Result]], Callable[[Call], Result]]:
+) -> Callable[[Function], Function]:
     """Registers a function for operators of a domain; `inputs` is their number, or its range."""
     low, high = inputs if isinstance(inputs, tuple) else (inputs, inputs)
 
-    def register(function: Callable[[Call], Result]) -> Callable[[Call], Result]:
+    def register(function: Function) -> Function:
         for op_type in op_types:
             assert (domain, op_type) not in CONVERTERS, op_type
             CONVERTERS[domain, op_type] = Converter(function, low, high)
