@@ -87,3 +87,10 @@ def slice_last(node: Node, start: Dim, stop: Dim) -> Node:
     rank = node.rank
     return make("slice", node, starts=(0,) * (rank - 1) + (start,),
                 stops=(*node.shape[:-1], stop), steps=(1,) * rank)
+
+
+def without_cast(node: Node) -> Node:
+    """What a cast between float types was applied to, or the node itself."""
+    while node.op == "cast" and node.dtype.is_float and node.inputs[0].dtype.is_float:
+        node = node.inputs[0]
+    return node

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from llmc.ir.graph import Node
 from llmc.ir.ops import make
-from llmc.passes.match import ELEMENTWISE, array_of, last_axis_slice, slice_last
+from llmc.passes.match import ELEMENTWISE, LEAVES, array_of, last_axis_slice, slice_last
 from llmc.passes.rewrite import rule, with_inputs
 
 
@@ -162,6 +162,36 @@ def _run_of(index: Node) -> Sequence[int] | None:
     return values if values and all(b == a + 1 for a, b in pairwise(values)) else None
 
 
+@rule("matmul")
+def matmul_of_reshape(node: Node) -> Node | None:
+    """reshape(x, [rows, k]) @ w -> reshape(x @ w): leading axes folded and unfolded for a matmul"""
+    view, right = node.inputs
+    if not _keeps_last_axis(view) or right.rank != 2:
+        return None
+    product = make("matmul", view.inputs[0], right, **dict(node.attributes))
+    return make("reshape", product, shape=node.shape)
+
+
+@rule(*sorted(ELEMENTWISE))
+def elementwise_of_reshape(node: Node) -> Node | None:
+    """f(reshape(x), v) -> reshape(f(x, v)), where the last axis stays and v is a row or a scalar"""
+    view = node.inputs[0]
+    rows = ((), (1,), node.shape[-1:])
+    if not _keeps_last_axis(view) or node.shape != view.shape:
+        return None
+    if any(each.shape not in rows for each in node.inputs[1:]):
+        return None
+    return make("reshape", with_inputs(node, (view.inputs[0], *node.inputs[1:])), shape=node.shape)
+
+
+def _keeps_last_axis(node: Node) -> bool:
+    """Whether a node is a reshape of leading axes only, of something computed."""
+    if node.op != "reshape" or not node.rank or not node.inputs[0].rank:
+        return False
+    source = node.inputs[0]
+    return source.op not in LEAVES and source.shape[-1] == node.shape[-1] and source.rank >= 2
+
+
 @rule("slice")
 def slice_of_elementwise(node: Node) -> Node | None:
     """op(x, y)[..., a:b] -> op(x[..., a:b], y[..., a:b]); operands broadcast along the axis stay
@@ -180,4 +210,5 @@ def slice_of_elementwise(node: Node) -> Node | None:
 MOVEMENT_RULES = [
     needless_view, view_of_view, needless_transpose, transpose_of_transpose, whole_slice,
     slice_of_slice, slice_of_concat, concat_of_one, concat_of_slices, gather_of_constant,
+    matmul_of_reshape, elementwise_of_reshape,
 ]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+
 from llmc.ir.dims import symbol
 from llmc.ir.dtypes import DType, dtype
 from llmc.ir.graph import Graph, Node, TensorType
 from llmc.ir.ops import PAGE, constant, make
+from llmc.ir.program import Capabilities
 
 TOKENS, SEQUENCES, ROWS = symbol("tokens"), symbol("sequences"), symbol("rows", 0)
 WIDTH, POOL = symbol("table_width"), symbol("pool_pages")
@@ -107,3 +112,43 @@ def bert(layers: int = 2, hidden: int = 24, count: int = 4, inner: int = 40,
         middle = make("gelu", linear(x, f"{name}.up", inner, True))
         x = norm(make("add", linear(middle, f"{name}.down", hidden, True), x), f"{name}.norm2")
     return Graph("bert", (ids, positions, types, offsets), (("last_hidden_state", x),))
+
+
+CAPABILITIES = Capabilities(
+    "test", vector_lanes=8, matmul_rows=6, panel_columns=16, few_rows=8, bf16_dot=False,
+    kernels=frozenset({"rope", "attention", "packed_attention", "cache_append", "paged_attention"}))
+
+
+# ---- values ------------------------------------------------------------------------------------
+
+
+def parameters_of(graph: Graph, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random weights for every parameter of a graph that a model hands in."""
+    random = np.random.default_rng(seed)
+    return {
+        node["name"]: (random.standard_normal(node.shape) * 0.3).astype(node.dtype.numpy)
+        for node in graph.parameters()
+    }
+
+
+def step_of(graph: Graph, lengths: Sequence[int] = (5, 1, 17), past: Sequence[int] = (0, 40, 3)
+            ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(inputs, states): sequences of these lengths, after `past` tokens that are in the cache."""
+    random = np.random.default_rng(1)
+    tokens, width = sum(lengths), 2
+    table = random.permutation(len(lengths) * width).reshape(len(lengths), width)
+    values = {
+        "ids": random.integers(0, 33, tokens),
+        "positions": np.concatenate([np.arange(p, p + n) for n, p in zip(lengths, past)]),
+        "token_types": random.integers(0, 2, tokens),
+        "sequence": np.repeat(np.arange(len(lengths)), lengths),
+        "offsets": np.cumsum([0, *lengths]),
+        "page_table": table,
+        "rows": np.cumsum(lengths) - 1,
+    }
+    inputs = {node["name"]: values[node["name"]].astype(np.int32) for node in graph.inputs}
+    states = {
+        node["name"]: random.standard_normal((table.size, *node.shape[1:])).astype(np.float32)
+        for node in graph.states()
+    }
+    return inputs, states
