@@ -78,8 +78,9 @@ class Runner:
         """Every output and state by name; the arena and the outputs begin as NaN bit patterns."""
         dims = dict(dims or {})
         program = self.program
-        memory = {name: self._fill(buffer, arrays, dims)
-                  for name, buffer in program.buffers.items() if buffer.role != "arena"}
+        memory = self.memory = {
+            name: self._fill(buffer, arrays, dims)
+            for name, buffer in program.buffers.items() if buffer.role != "arena"}
         roles = [[memory[b.name].ctypes.data for b in program.with_role(role)]
                  for role in ("input", "output", "weight", "state")]
         tables = [(POINTER * max(1, len(addresses)))(*addresses) for addresses in roles]
@@ -91,7 +92,7 @@ class Runner:
         arguments = (POINTER * 9)(
             symbols.ctypes.data, *(ctypes.addressof(table) for table in tables),
             arena.ctypes.data, scratch.ctypes.data, self.team.handle, self.cancel.ctypes.data)
-        self.code_returned = self.step(ctypes.addressof(arguments))
+        self.returned = self.step(ctypes.addressof(arguments))
         return {name: self._read(program.buffers[name], memory[name], dims)
                 for name in memory if program.buffers[name].role in ("output", "state")}
 
@@ -135,8 +136,14 @@ def assert_close(got, wanted, dtype_name, scale=None):
     assert got.shape == wanted.shape
     if not got.size:
         return
-    scale = scale or max(1.0, float(np.nanmax(np.abs(np.where(np.isfinite(wanted), wanted, 0)))))
+    finite = np.where(np.isfinite(wanted), wanted, 0)
+    scale = scale or max(1.0, float(np.max(np.abs(finite))))
     np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE[dtype_name] * scale)
+
+
+def run(kind, outputs, arrays, dims=None, **how):
+    """Compile one stage and run it on arrays."""
+    return Runner(stage_program(kind, outputs, **how)).run(arrays, dims)
 
 
 def check(kind, outputs, dims=None, symbols=(), workers=1, layouts=None, seed=0, arrays=None,

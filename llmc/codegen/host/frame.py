@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import llvmlite.ir as ir
 
 from llmc.codegen.llvm import I64, POINTER, Emitter, i64
@@ -38,16 +41,25 @@ class StageFrame:
         if not isinstance(dim, Expression):
             return i64(dim)
         if dim not in self._dims:
-            with self._e.b.goto_entry_block():
+            with self._in_entry():
                 self._dims[dim] = self._evaluate(dim)
         return self._dims[dim]
 
     def pointer(self, buffer: Buffer) -> ir.Value:
         """Base address of the buffer (of this turn's copy, inside a Loop)."""
         if buffer.name not in self._pointers:
-            with self._e.b.goto_entry_block():
+            with self._in_entry():
                 self._pointers[buffer.name] = self._address(buffer)
         return self._pointers[buffer.name]
+
+    @contextmanager
+    def _in_entry(self) -> Iterator[None]:
+        """Before the entry block's terminator; leaving restores the position, so not twice."""
+        if self._e.b.block is self._e.b.function.entry_basic_block:
+            yield
+            return
+        with self._e.b.goto_entry_block():
+            yield
 
     def _address(self, buffer: Buffer) -> ir.Value:
         if buffer.role == "arena":
