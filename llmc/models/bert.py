@@ -94,12 +94,13 @@ def encode(config: BertConfig, step: Step) -> Tensor:
     """[tokens, hidden] after the embeddings and all layers."""
     x = embed(config, step, step.weights.under("bert.embeddings"))
     for number in range(config.layers):
-        weights = step.weights.under(f"bert.encoder.layer.{number}")
-        attended = attention(config, step, weights.under("attention.self"), x)
-        x = add_and_norm(config, weights.under("attention.output"), x, attended)
-        widen = weights.under("intermediate.dense")
-        inner = linear(x, widen, config.hidden_size, config.intermediate_size, True)
-        x = add_and_norm(config, weights.under("output"), x, config.activation(inner))
+        with trace.scope(f"layer.{number}"):
+            weights = step.weights.under(f"bert.encoder.layer.{number}")
+            attended = attention(config, step, weights.under("attention.self"), x)
+            x = add_and_norm(config, weights.under("attention.output"), x, attended)
+            widen = weights.under("intermediate.dense")
+            inner = linear(x, widen, config.hidden_size, config.intermediate_size, True)
+            x = add_and_norm(config, weights.under("output"), x, config.activation(inner))
     return x
 
 

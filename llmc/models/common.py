@@ -74,7 +74,7 @@ class Weights:
     def has(self, name: str) -> bool:
         return self._find(self.scope + name) is not None
 
-    def __call__(self, name: str, *shape: int) -> Tensor:
+    def __call__(self, name: str, *shape: Dim) -> Tensor:
         """The tensor in the compute dtype; ModelError if it is missing or of another shape."""
         full_name = self.scope + name
         found = self._find(full_name)
@@ -115,7 +115,7 @@ class Step:
             raise AttributeError(f"this step has no input {name!r}") from None
 
 
-def linear(x: Tensor, weights: Weights, inner: int, outer: int, bias: bool = False) -> Tensor:
+def linear(x: Tensor, weights: Weights, inner: Dim, outer: Dim, bias: bool = False) -> Tensor:
     """x [.., inner] times `weight` [outer, inner] transposed, plus `bias` [outer]."""
     result = trace.matmul(x, trace.transpose(weights("weight", outer, inner), (1, 0)))
     return result + weights("bias", outer) if bias else result

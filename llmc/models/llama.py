@@ -79,11 +79,12 @@ def llama(config: LlamaConfig, step: Step) -> dict[str, Tensor]:
     rotation = rope_tables(config.rope, step.positions, config.head_size)
 
     for number in range(config.layers):
-        weights = step.weights.under(f"model.layers.{number}")
-        normed = rms_norm(x, weights.under("input_layernorm"), config.epsilon)
-        x = x + attention(config, step, number, weights.under("self_attn"), normed, rotation)
-        normed = rms_norm(x, weights.under("post_attention_layernorm"), config.epsilon)
-        x = x + mlp(config, weights.under("mlp"), normed)
+        with trace.scope(f"layers.{number}"):
+            weights = step.weights.under(f"model.layers.{number}")
+            normed = rms_norm(x, weights.under("input_layernorm"), config.epsilon)
+            x = x + attention(config, step, number, weights.under("self_attn"), normed, rotation)
+            normed = rms_norm(x, weights.under("post_attention_layernorm"), config.epsilon)
+            x = x + mlp(config, weights.under("mlp"), normed)
 
     wanted = trace.gather(x, step.rows, axis=0)  # [rows, hidden]
     normed = rms_norm(wanted, step.weights.under("model.norm"), config.epsilon)
