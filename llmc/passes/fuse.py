@@ -150,7 +150,7 @@ def _prologue_operands(group: Group) -> list[Node]:
 def _is_prologue(node: Node, ops: frozenset[str] | set[str]) -> bool:
     if node.op not in ops:
         return False
-    return node.op != "gather" or (node["axis"] == 0 and node.inputs[1].rank == 1)
+    return node.op != "gather" or (node["axis"] == 0 and node.inputs[0].rank == 2)
 
 
 # ---- maps --------------------------------------------------------------------------------------

@@ -184,6 +184,26 @@ def elementwise_of_reshape(node: Node) -> Node | None:
     return make("reshape", with_inputs(node, (view.inputs[0], *node.inputs[1:])), shape=node.shape)
 
 
+@rule("reshape")
+def reshape_of_product(node: Node) -> Node | None:
+    """reshape(f(reshape(x) @ w, row)) -> f(reshape(x) @ w, row): the leading axes unfolded at once"""
+    chain, inner = [], node.inputs[0]
+    while inner.op in ELEMENTWISE and len(chain) < 4 and all(
+            each.shape in ((), (1,), inner.shape[-1:]) for each in inner.inputs[1:]):
+        chain.append(inner)
+        inner = inner.inputs[0]
+    if inner.op != "matmul" or inner.inputs[0].op != "reshape" or inner.inputs[1].rank != 2:
+        return None
+    if not _keeps_last_axis(node) or node.shape[-1] != inner.shape[-1]:
+        return None
+    view, right = inner.inputs
+    view = make("reshape", view.inputs[0], shape=(*node.shape[:-1], view.shape[-1]))
+    value = make("matmul", view, right, **dict(inner.attributes))
+    for each in reversed(chain):
+        value = with_inputs(each, (value, *each.inputs[1:]))
+    return value if value.type == node.type else None
+
+
 def _keeps_last_axis(node: Node) -> bool:
     """Whether a node is a reshape of leading axes only, of something computed."""
     if node.op != "reshape" or not node.rank or not node.inputs[0].rank:
@@ -210,5 +230,5 @@ def slice_of_elementwise(node: Node) -> Node | None:
 MOVEMENT_RULES = [
     needless_view, view_of_view, needless_transpose, transpose_of_transpose, whole_slice,
     slice_of_slice, slice_of_concat, concat_of_one, concat_of_slices, gather_of_constant,
-    matmul_of_reshape, elementwise_of_reshape,
+    matmul_of_reshape, elementwise_of_reshape, reshape_of_product,
 ]

@@ -43,11 +43,18 @@ def result_name(sources: Sequence[str]) -> str:
 
 def _joined(words: Sequence[str]) -> str:
     """`q_proj, k_proj, v_proj` -> `qkv_proj`; `gate_proj, up_proj` -> `gate_up_proj`."""
-    words = list(dict.fromkeys(words))
-    heads = [word.split("_") for word in words]
-    tail = 0
-    while tail < min(map(len, heads)) - 1 and len({head[len(head) - 1 - tail] for head in heads}) == 1:
-        tail += 1
-    fronts = ["_".join(head[: len(head) - tail]) for head in heads]
-    glue = "" if all(len(front) == 1 for front in fronts) else "_"
-    return "_".join([glue.join(fronts), *heads[0][len(heads[0]) - tail:]])
+    pieces = [word.split("_") for word in dict.fromkeys(words)]
+    head = _common(pieces)
+    tail = _common([each[head:][::-1] for each in pieces])
+    different = ["_".join(each[head : len(each) - tail]) for each in pieces]
+    glue = "" if all(len(each) == 1 for each in different) else "_"
+    first = pieces[0]
+    return "_".join([*first[:head], glue.join(different), *first[len(first) - tail :]])
+
+
+def _common(pieces: Sequence[Sequence[str]]) -> int:
+    """How many leading pieces all have in common, leaving each at least one of its own."""
+    count = 0
+    while all(len(each) > count + 1 for each in pieces) and len({each[count] for each in pieces}) == 1:
+        count += 1
+    return count

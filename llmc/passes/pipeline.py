@@ -22,10 +22,11 @@ Callback = Callable[[str, Graph, Graph], None]
 
 PIPELINE: list[tuple[str, Pass]] = [
     ("simplify", lambda graph, _: simplify(graph)),
-    # Layers first, so that what follows sees one of them.
-    ("outline", lambda graph, _: outline(graph)),
-    # Decomposed norms, activations, rope and attention -> the composite ops.
+    # Decomposed norms, activations, rope and attention -> the composite ops. Before outlining: inside
+    # a layer it can no longer be seen that cos and sin tables repeat their halves.
     ("raise_patterns", lambda graph, _: raise_patterns(graph)),
+    # From here on, one layer stands for all.
+    ("outline", lambda graph, _: outline(graph)),
     # Q, K, V -> one matmul; gate, up -> one matmul.
     ("merge_matmuls", lambda graph, _: merge_matmuls(graph)),
     ("simplify_again", lambda graph, _: simplify(graph)),

@@ -76,16 +76,14 @@ def raise_rms_norm(node: Node) -> Node | None:
 
 @rule("add")
 def raise_layer_norm(node: Node) -> Node | None:
-    """(d * rsqrt(mean(d * d) + e)) * w + b, where d = x - mean(x) -> layer_norm(x, w, b)"""
-    for scaled, bias in either_way(node):
-        if scaled.op != "mul" or not weight_like(bias, node):
+    """rms_norm(x - mean(x), w) + b -> layer_norm(x, w, b)"""
+    for norm, bias in either_way(node):
+        if norm.op != "rms_norm" or not weight_like(bias, node):
             continue
-        for weight, inner in either_way(scaled):
-            found = normalised(without_cast(inner))
-            x = _centred(found[0]) if found is not None and weight_like(weight, node) else None
-            if found is not None and x is not None and x.shape == node.shape:
-                return make("layer_norm", _cast(without_cast(x), node), _cast(weight, node),
-                            _cast(bias, node), epsilon=found[1])
+        x = _centred(without_cast(norm.inputs[0]))
+        if x is not None and norm.type == node.type:
+            return make("layer_norm", _cast(without_cast(x), node), norm.inputs[1],
+                        _cast(bias, node), epsilon=norm["epsilon"])
     return None
 
 
