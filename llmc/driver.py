@@ -93,7 +93,7 @@ class Compiled:
                   hashes: dict[str, str]) -> Manifest:
         variants = tuple(
             VariantInfo(name, {s: (low, high) for s, low, high in other.symbols},
-                        format_dim(other.arena_bytes), self.codes[name].scratch_bytes,
+                        format_dim(other.arena_bytes), format_dim(self.codes[name].scratch_bytes),
                         len(list(other.stages())))
             for name, other in self.programs.items())
         symbols = tuple(SymbolInfo(s.name, s.low, s.high, s.multiple)

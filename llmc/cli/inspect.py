@@ -69,7 +69,7 @@ def _inspect_model(arguments) -> int:
         _print_program(compiled.programs[name], arguments.text)
     else:
         code = compiled.codes[name]
-        print(code.llvm if arguments.stage == "llvm" else code.asm, end="")
+        print(code.llvm if arguments.stage == "llvm" else code.asm(), end="")
     return 0
 
 

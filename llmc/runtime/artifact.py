@@ -59,12 +59,13 @@ class WeightInfo:
 
 @dataclass(frozen=True)
 class VariantInfo:
-    """One program's code. key: symbol -> (low, high); arena: bytes, a dim over the symbols."""
+    """One program's code. key: symbol -> (low, high); arena, and scratch of each worker: bytes, dims
+    over the symbols."""
 
     name: str
     key: Mapping[str, tuple[int, int]]
     arena: str
-    scratch_bytes: int
+    scratch: str
     stages: int
 
 

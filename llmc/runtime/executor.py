@@ -22,9 +22,10 @@ POINTERS = ctypes.c_void_p
 class Variant:
     """One loaded program: its step function, key, and how often and how long it ran."""
 
-    def __init__(self, info: VariantInfo, arena: Dim, code: bytes):
+    def __init__(self, info: VariantInfo, symbols: Mapping[str, Dim], code: bytes):
         self.info = info
-        self.arena = arena
+        self.arena = parse_dim(info.arena, symbols)
+        self.scratch = parse_dim(info.scratch, symbols)
         self.library = load_object(code)
         self.step = self.library.function("llmc_step", ctypes.c_int32, ctypes.c_void_p)
         self.calls = 0
@@ -49,12 +50,12 @@ class Executor:
         self.outputs = [Tensor(info, self.symbols) for info in manifest.outputs]
         self.states = [Tensor(info, self.symbols) for info in manifest.states]
         self.variants = sorted(
-            (Variant(info, parse_dim(info.arena, self.symbols), artifact.object_code(info))
+            (Variant(info, self.symbols, artifact.object_code(info))
              for info in manifest.variants), key=Variant.width)
         self.team = Team(self.variants[0].library, threads)
         self._weights = _pointer_table(artifact.weight_addresses())
-        scratch = max(info.scratch_bytes for info in manifest.variants)
-        self._scratch = aligned_empty(max(64, scratch) * threads)
+        self.threads = threads
+        self._scratch = aligned_empty(0)
         self._arena = aligned_empty(0)
         self._states: list[np.ndarray] = []
         self._state_table = _pointer_table([])
@@ -101,9 +102,8 @@ class Executor:
 
     def _call(self, variant: Variant, values: Mapping[str, int], given: Sequence[np.ndarray],
               results: Sequence[np.ndarray]) -> None:
-        arena_bytes = evaluate(variant.arena, values)
-        if arena_bytes > self._arena.size:
-            self._arena = aligned_empty(arena_bytes)
+        self._arena = _at_least(self._arena, evaluate(variant.arena, values))
+        self._scratch = _at_least(self._scratch, evaluate(variant.scratch, values) * self.threads)
         symbols = np.array([values.get(info.name, info.low)
                             for info in self.artifact.manifest.symbols], np.int64)
         inputs = _pointer_table([array.ctypes.data for array in given])
@@ -123,6 +123,10 @@ class Executor:
     def close(self) -> None:
         """Stop the threads and free the code."""
         self.team.close()
+
+
+def _at_least(memory: np.ndarray, size: int) -> np.ndarray:
+    return memory if memory.size >= size else aligned_empty(size)
 
 
 def _pointer_table(addresses: Sequence[int]):

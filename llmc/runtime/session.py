@@ -14,6 +14,7 @@ import numpy as np
 from llmc import knobs
 from llmc.errors import DeviceError, LlmcError, ModelError, ShapeError
 from llmc.runtime.artifact import Artifact, is_artifact
+from llmc.runtime.cpu import check_cpu
 from llmc.runtime.encoder import Encoder, pool
 from llmc.runtime.executor import Executor
 from llmc.runtime.jit import cached_artifact
@@ -328,12 +329,3 @@ def _is_batch(tokens: Any) -> bool:
 def _cut(ids: list[int], limit: int) -> list[int]:
     """At most `limit` ids; the last (the separator) stays last."""
     return ids if len(ids) <= limit else [*ids[:limit - 1], ids[-1]]
-
-
-def check_cpu(target: str) -> None:
-    """DeviceError unless this CPU has every feature that the code was compiled for."""
-    from llmc.runtime.host_device import missing_features
-
-    if missing := missing_features(target):
-        raise DeviceError(f"the artifact was compiled for {target.split(':')[1]}; this CPU lacks "
-                          f"{', '.join(missing[:6])}: compile the model on this machine")

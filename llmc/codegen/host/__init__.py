@@ -14,6 +14,7 @@ from llmc.codegen.host.driver import Driver
 from llmc.codegen.host.kernel import Kernel
 from llmc.codegen.llvm import emit_object
 from llmc.codegen.target import Target
+from llmc.ir.dims import Dim
 from llmc.ir.program import Program, Stage, unsupported
 
 # Stage kind -> module and name of what is called with (stage, program, target).
@@ -41,7 +42,7 @@ class Code:
 
     object: bytes
     llvm: str
-    scratch_bytes: int
+    scratch_bytes: Dim
     target: Target
 
     def asm(self) -> str:

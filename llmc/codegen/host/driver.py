@@ -14,21 +14,17 @@ that all workers agree on where to leave.
 
 from __future__ import annotations
 
-from typing import Any
-
 import llvmlite.ir as ir
 
 from llmc.codegen.host import team
 from llmc.codegen.host.frame import ARGUMENTS, StageFrame
 from llmc.codegen.host.kernel import Kernel, Worker
 from llmc.codegen.llvm import I1, I32, I64, POINTER, VOID, Emitter, define, i32, i64
-from llmc.errors import CompileError
-from llmc.ir.dims import bounds
+from llmc.ir.dims import Dim, ceildiv, maximum
 from llmc.ir.program import Loop, Program, Stage
 
 STEP = "llmc_step"
 _SYNCHRONISE, _WORKER = "llmc_synchronise", "llmc_worker"
-_SCRATCH_LIMIT = 1 << 30
 _STOP = 8  # byte offset in the context
 
 
@@ -39,7 +35,7 @@ class Driver:
         self.module = module
         self.program = program
         self.kernels = kernels
-        self.scratch_bytes = max((_scratch(kernel) for kernel in kernels.values()), default=0)
+        self.scratch_bytes: Dim = maximum(0, *(_scratch(kernel) for kernel in kernels.values()))
         self._stages: dict[int, ir.Function] = {}
 
     def emit(self) -> None:
@@ -62,8 +58,10 @@ class Driver:
         entry.b.branch(body)
         e = Emitter(ir.IRBuilder(body))
         frame = StageFrame(self.program, e, arguments, layer)
-        worker = Worker(index, count, self._scratch_of(e, arguments, index))
         kernel = self.kernels[number]
+        base = e.load(e.offset(arguments, ARGUMENTS["scratch"]), POINTER)
+        scratch = e.offset(base, e.b.mul(index, frame.dim(_scratch(kernel))))
+        worker = Worker(index, count, scratch)
         tiles = kernel.tiles(e, frame)
         first = e.b.udiv(e.b.mul(tiles, index), count)
         last = e.b.udiv(e.b.mul(tiles, e.b.add(index, i64(1))), count)
@@ -73,10 +71,6 @@ class Driver:
                 kernel.tile(e, frame, worker, tile)
         e.b.ret_void()
         return function
-
-    def _scratch_of(self, e: Emitter, arguments: ir.Value, index: ir.Value) -> ir.Value:
-        base = e.load(e.offset(arguments, ARGUMENTS["scratch"]), POINTER)
-        return e.offset(base, e.b.mul(index, i64(self.scratch_bytes)))
 
     # ---- all stages -------------------------------------------------------------------------
 
@@ -145,13 +139,9 @@ class Driver:
         e.b.ret(e.b.zext(stopped, I32))
 
 
-def _scratch(kernel: Kernel) -> int:
-    """Bytes of a worker's scratch that a kernel needs at most; CompileError if that has no bound."""
-    size: Any = kernel.scratch_bytes
-    high = size if isinstance(size, int) else bounds(size)[1]
-    if high is None or high > _SCRATCH_LIMIT:
-        raise CompileError(f"a kernel would need {size} bytes of scratch per worker")
-    return -(-high // 64) * 64
+def _scratch(kernel: Kernel) -> Dim:
+    """Bytes of each worker's scratch in a stage: a multiple of 64."""
+    return ceildiv(kernel.scratch_bytes, 64) * 64
 
 
 def _identifier(name: str) -> str:
