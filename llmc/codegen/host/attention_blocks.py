@@ -14,6 +14,8 @@ from llmc.ir.dtypes import DType
 from llmc.ir.dtypes import f32 as single
 from llmc.ir.dtypes import i64 as long
 
+BLOCK_ROWS = 6  # height of the blocks that matrix products are made of
+
 Rows: TypeAlias = int | ir.Value  # a number of rows, known at compile time or not
 
 
@@ -101,24 +103,26 @@ class Matrix:
 class Multiplier:
     """C = A B for few rows, with accumulators in registers; lanes columns fill a register.
 
-    The block of rows x vectors hides the FMA's latency (8 or more independent accumulators) and
-    fits the registers: 12 of AVX2's 16, 24 of the 32 that AVX-512 and NEON have.
+    Height and width of a block hide the FMA's latency (8 independent accumulators or more) and
+    leave registers for the block's row of B and one broadcast element of A, with one to spare.
     """
 
     lanes: int
 
     @property
-    def accumulators(self) -> int:
-        return 12 if self.lanes == 8 else 24
+    def registers(self) -> int:
+        """Vector registers: AVX2 has 16; AVX-512 and NEON have 32."""
+        return 16 if self.lanes == 8 else 32
 
-    def block_rows(self, rows: Rows) -> tuple[int, ...]:
+    def heights(self, rows: Rows) -> tuple[int, ...]:
         """Block heights to try, largest first; few, known rows get the height that divides best."""
-        if isinstance(rows, int):
+        if isinstance(rows, int) and rows % BLOCK_ROWS:
             return (4, 3, 2, 1) if rows % 4 in (0, 3) else (3, 2, 1)
-        return (6, 3, 2, 1) if self.lanes == 16 else (3, 2, 1)
+        return (BLOCK_ROWS, 3, 2, 1)
 
-    def vectors(self, rows: int, available: int) -> int:
-        fit = max(1, self.accumulators // rows)
+    def vectors(self, height: int, available: int) -> int:
+        """Width of a block of that height, in vectors."""
+        fit = (self.registers - 2) // (height + 1)
         return min(1 << (fit.bit_length() - 1), available)
 
     def run(self, e: Emitter, c: Matrix, a: Matrix, b: Matrix, rows: Rows, columns: int,
@@ -128,7 +132,7 @@ class Multiplier:
         columns is a multiple of lanes; depth = (first, last + 1); factors points to one f32 a row.
         """
         start: Rows = 0
-        for height in self.block_rows(rows):
+        for height in self.heights(rows):
             if isinstance(rows, int):
                 assert isinstance(start, int)
                 stop = start + (rows - start) // height * height

@@ -6,12 +6,14 @@ lies, which keys it sees, and how 32 keys and values come into place.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import llvmlite.ir as ir
 
 from llmc.codegen.elements import memory_type
 from llmc.codegen.host.attention_blocks import (
+    BLOCK_ROWS,
     Matrix,
     add,
     copy_row,
@@ -89,7 +91,8 @@ class Geometry:
 
     @property
     def query_block(self) -> int:
-        return max(3, 48 // self.group // 3 * 3)
+        unit = BLOCK_ROWS // math.gcd(self.group, BLOCK_ROWS)
+        return max(unit, 48 // self.group // unit * unit)
 
     @property
     def rows(self) -> int:
