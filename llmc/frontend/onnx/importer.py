@@ -57,14 +57,14 @@ def import_onnx(path: str | Path) -> ImportedModel:
     model = read_model(path)
     check_model(model, path)
     solutions: dict[str, Dim] = {}
+    stored: dict[str, StoredTensor] = {}
     for _ in range(MAX_SOLUTIONS):
-        conversion = Conversion(model, path, SymbolTable(solutions))
         try:
-            graph = conversion.run()
+            graph = Conversion(model, path, SymbolTable(solutions), stored).run()
         except SymbolSolved as solved:
             solutions[solved.name] = solved.value
         else:
-            return _imported(model, path, graph, conversion.parameters)
+            return _imported(model, path, graph, stored)
     raise ModelError(f"{path}: its symbolic axes cannot be unified: {solutions}")
 
 
@@ -120,11 +120,19 @@ class Scope:
 
 
 class Conversion:
-    """One attempt to convert the graph; `SymbolSolved` ends it when two dims turn out equal."""
+    """One attempt to convert the graph; `SymbolSolved` ends it when two dims turn out equal.
 
-    def __init__(self, model: ModelProto, path: Path, symbols: SymbolTable) -> None:
-        self.model, self.path, self.symbols = model, path, symbols
-        self.parameters: dict[str, StoredTensor] = {}
+    `stored` collects the tensors by name and is shared by all attempts.
+    """
+
+    def __init__(
+        self,
+        model: ModelProto,
+        path: Path,
+        symbols: SymbolTable,
+        stored: dict[str, StoredTensor],
+    ) -> None:
+        self.model, self.path, self.symbols, self.stored = model, path, symbols, stored
         self.functions: dict[tuple[str, str], FunctionProto] = {
             (function.domain, function.name): function for function in model.functions
         }
@@ -212,9 +220,9 @@ class Conversion:
         return builder.make("parameter", name=full_name, type=kind)
 
     def _stored(self, name: str, tensor: TensorProto) -> StoredTensor:
-        if name not in self.parameters:
-            self.parameters[name] = stored_tensor(name, tensor, self.path)
-        return self.parameters[name]
+        if name not in self.stored:
+            self.stored[name] = stored_tensor(name, tensor, self.path)
+        return self.stored[name]
 
     def _output(self, name: str, scope: Scope) -> Node:
         value = scope.find(name)

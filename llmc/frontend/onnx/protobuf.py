@@ -6,6 +6,7 @@ Sizes and offsets are checked against the file before anything is mapped or allo
 from __future__ import annotations
 
 import math
+import mmap
 import os
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,6 +17,7 @@ from onnx import ModelProto, TensorProto
 
 from llmc.errors import ModelError
 from llmc.frontend.model import StoredTensor
+from llmc.frontend.onnx import wire
 from llmc.ir import dtypes
 from llmc.ir.dtypes import DType
 
@@ -50,18 +52,44 @@ MAX_ITEMS = 2**40
 
 
 def read_model(path: Path) -> ModelProto:
-    """Parses the file; external data is not touched. ModelError if it is no ONNX model."""
+    """Parses the file but for its weights, which become external data in it; other external data
+    is not touched. ModelError if it is no ONNX model."""
     model = ModelProto()
     try:
-        model.ParseFromString(path.read_bytes())
+        content, places = _skeleton(path)
+        model.ParseFromString(content)
     except OSError as error:
         raise ModelError(f"{path}: cannot read it: {error.strerror}") from error
     except (DecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path}: no ONNX model, or damaged: {error}") from error
     if not model.HasField("graph") or not model.graph.output:
         raise ModelError(f"{path}: no ONNX model, or damaged: it has no graph with outputs")
+    for index, (offset, length) in places.items():
+        _refer(model.graph.initializer[index], path.name, offset, length)
     _check_text(model, path)
     return model
+
+
+def _skeleton(path: Path) -> tuple[bytes, dict[int, tuple[int, int]]]:
+    """The file without its weights, and where those are (see `wire`)."""
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            return b"", {}
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                return wire.without_weights(data)
+            except wire.MalformedError:
+                return data[:], {}
+
+
+def _refer(tensor: TensorProto, file: str, offset: int, length: int) -> None:
+    """Makes a tensor's raw_data, left in the model's file, external data in that file."""
+    if is_external(tensor):
+        return
+    tensor.data_location = TensorProto.EXTERNAL
+    del tensor.external_data[:]
+    for key, value in (("location", file), ("offset", offset), ("length", length)):
+        tensor.external_data.add(key=key, value=str(value))
 
 
 def _check_text(message: Any, path: Path) -> None:
@@ -133,16 +161,13 @@ def small_array(proto: TensorProto, location: str) -> tuple[np.ndarray[Any, Any]
 
 
 def external_files(model: ModelProto, model_path: Path) -> list[Path]:
-    """The external data files that the graph's initializers name, sorted."""
+    """The files besides the model's own that its initializers name, sorted."""
     found = set()
     for proto in model.graph.initializer:
         if is_external(proto):
-            found.add(
-                _external_path(
-                    _external_entries(proto), model_path, f"{model_path}: tensor '{proto.name}'"
-                )
-            )
-    return sorted(found)
+            location = f"{model_path}: tensor '{proto.name}'"
+            found.add(_external_path(_external_entries(proto), model_path, location))
+    return sorted(found - {model_path})
 
 
 def _packed_bytes(dtype: DType, shape: tuple[int, ...]) -> int:
@@ -156,6 +181,8 @@ def _external_entries(proto: TensorProto) -> dict[str, str]:
 def _external_path(entries: dict[str, str], model_path: Path, location: str) -> Path:
     """The file of external data: relative, without '..', beside or below the model."""
     name = entries.get("location", "")
+    if name == model_path.name:
+        return model_path
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
         raise ModelError(
@@ -179,7 +206,7 @@ def _external_place(
     except OSError as error:
         raise ModelError(f"{location}: external data {file.name}: {error.strerror}") from error
     if length != wanted:
-        raise ModelError(f"{location}: its shape takes {wanted} bytes, external data has {length}")
+        raise ModelError(f"{location}: its shape takes {wanted} bytes, its data has {length}")
     if offset < 0 or offset + wanted > size:
         raise ModelError(
             f"{location}: external data is too short: {file.name} has {size} bytes,"

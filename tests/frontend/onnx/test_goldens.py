@@ -5,11 +5,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 from llmc.ir.interpret import interpret
 
 from llmc.frontend.model import load_model
-from llmc.frontend.onnx import import_onnx
+from llmc.frontend.onnx import import_onnx, wire
 from llmc.ir import dims
 from llmc.ir.text import format_graph, parse_graph
 from llmc.ir.verify import verify
@@ -110,3 +112,14 @@ def test_load_model_dispatches_on_the_suffix():
     model = load_model(GOLDENS / "llama_dynamo" / "model.onnx")
     assert model.kind == "onnx" and model.config.vocab_size == 200
     assert model.fingerprint == load_model(GOLDENS / "llama_dynamo" / "model.onnx").fingerprint
+
+
+@pytest.mark.parametrize("name", ["llama_dynamo", "bert_int8_qdq", "llama_genai_int4"])
+def test_weights_in_the_model_file_are_mapped(name):
+    path = GOLDENS / name / "model.onnx"
+    expected = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+    parameters = import_onnx(path).parameters
+    for key, stored in parameters.items():
+        assert (stored.array is None) == (stored.bytes >= wire.SMALLEST)
+        assert np.array_equal(stored.read(), expected[key])
+    assert any(stored.array is None for stored in parameters.values())
