@@ -15,7 +15,7 @@ import numpy as np
 
 from llmc.errors import GraphError, TraceError
 from llmc.ir import dtypes, ops
-from llmc.ir.dims import Dim, Expression, floordiv, minimum, product
+from llmc.ir.dims import Dim, Expression, ceildiv, floordiv, minimum, product
 from llmc.ir.dtypes import DType
 from llmc.ir.graph import Node, Origin, origin_of, set_origin
 
@@ -302,7 +302,7 @@ def _index(x: Tensor, keys: tuple[Key, ...]) -> Tensor:
         stops.append(stop)
         steps.append(step)
         if isinstance(key, slice):
-            shape.append(-floordiv(start - stop, abs(step)))
+            shape.append(ceildiv(stop - start, abs(step)))
     if len(gathers) > 1:
         fail("only one index may be a tensor; use trace.gather_nd")
     result = x
@@ -335,9 +335,7 @@ def _interval(key: Key, size: Dim) -> tuple[Dim, Dim, int]:
             fail(f"step {step!r}: only positive steps, and [::-1], can be traced")
         start = 0 if key.start is None else _position(key.start, size)
         stop = size if key.stop is None else _position(key.stop, size)
-        if isinstance(start, int) and isinstance(stop, int):
-            stop = stop if stop > start else start
-        return start, stop, step
+        return start, start if _runs_backwards(key.start, key.stop, start, stop) else stop, step
     if isinstance(key, bool) or not (isinstance(key, Expression) or hasattr(key, "__index__")):
         fail(f"{key!r} is no index")
     place: Dim = key if isinstance(key, Expression) else int(key)  # type: ignore[arg-type]
@@ -346,6 +344,14 @@ def _interval(key: Key, size: Dim) -> tuple[Dim, Dim, int]:
     if isinstance(place, int) and (place < 0 or (isinstance(size, int) and place >= size)):
         fail(f"index {key} is outside an axis of size {size}")
     return place, place + 1, 1
+
+
+def _runs_backwards(given_start: Any, given_stop: Any, start: Dim, stop: Dim) -> bool:
+    """Whether a slice is empty because its stop lies before its start, as far as ints tell."""
+    if isinstance(start, int) and isinstance(stop, int):
+        return stop < start
+    both = isinstance(given_start, int) and isinstance(given_stop, int)
+    return both and (given_start < 0) == (given_stop < 0) and given_stop < given_start
 
 
 def _position(bound: Any, size: Dim) -> Dim:
