@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from llmc.ir.graph import Graph, Node, merge_origins
-from llmc.ir.ops import make
-from llmc.passes.match import LEAVES, VIEWS
+from llmc.ir.ops import LEAVES, make
+from llmc.passes.match import VIEWS
 from llmc.passes.movement import slice_of_elementwise
 from llmc.passes.partition import Group, Partition
 from llmc.passes.rewrite import rewrite, with_inputs, with_roots
 
-COPIED = frozenset({"constant", "iota", "dim", "layer", "table"})  # leaves that bodies hold themselves
+# Leaves that bodies hold themselves.
+COPIED = frozenset({"constant", "iota", "dim", "layer", "table"})
 NOTABLE = ("gather", "rope", "cache_append", "attention", "dequantize", "cos", "sin")
 
 
@@ -105,7 +106,8 @@ def _short(name: str) -> str:
 def fusion_name(group: Group, exits: list[Node]) -> str:
     """A name for people: a matmul's is its weight's; a map's tells the notable ops in it."""
     if group.anchor == "matmul":
-        return _short(group.core.inputs[1].get_attribute("name") or "matmul").removesuffix("_weight")
+        weight = group.core.inputs[1].get_attribute("name") or "matmul"
+        return _short(weight).removesuffix("_weight")
     if group.anchor != "map":
         return group.core.op
     ops = {node.op for node in group.nodes}

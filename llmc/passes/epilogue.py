@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from llmc.ir.graph import Node
-from llmc.passes.match import ELEMENTWISE, last_axis_slice
+from llmc.ir.ops import ELEMENTWISE
+from llmc.passes.match import last_axis_slice
 from llmc.passes.partition import Group, Partition
 
 
@@ -13,8 +14,8 @@ def absorb_epilogue(partition: Partition, group: Group) -> None:
     """Grows the group by elementwise users of its result, as far as one result leaves it.
 
     The group takes in nodes in topological order; it is left as it was the last time that a single
-    node was read from outside. Elements are read at (row, column) only; a matmul's result may be cut
-    into equal parts of its last axis (gate and up).
+    node was read from outside. Elements are read at (row, column) only; a matmul's result may be
+    cut into equal parts of its last axis (gate and up).
     """
     members = set(group.nodes)
     best = set(members)
@@ -80,12 +81,14 @@ def _is_part(node: Node, full: tuple) -> bool:
 
 def _uses_all_parts(members: set[Node], exit_: Node) -> bool:
     """Parts count only if they tile the whole result (a lone first half is no epilogue)."""
-    parts = {node["starts"][-1]: node.shape[-1] for node in members if node.op == "slice"}
-    if not parts:
+    slices = [node for node in members if node.op == "slice"]
+    if not slices:
         return True
-    size = exit_.shape[-1]
-    width = next(node for node in members if node.op == "slice").inputs[0].shape[-1]
-    return set(parts.values()) == {size} and sorted(parts) == list(range(0, width, size))
+    size, width = exit_.shape[-1], slices[0].inputs[0].shape[-1]
+    if not (isinstance(size, int) and isinstance(width, int)):
+        return False
+    return {node.shape[-1] for node in slices} == {size} and \
+        {node["starts"][-1] for node in slices} == set(range(0, width, size))
 
 
 def _row_epilogue(core: Node) -> Callable[[Node, set[Node]], bool]:

@@ -2,33 +2,26 @@
 
 | anchor | core | what joins it |
 |---|---|---|
-| matmul | matmul by a weight | before: a norm, rows picked, elementwise; after: elementwise, equal column parts |
+| matmul | matmul by a weight | before: norm, picked rows, elementwise; after: elementwise, parts |
 | dense_matmul | matmul of two computed tensors | nothing |
 | attention | attention, packed_attention, paged_attention | views of q, k and v |
-| reduce | norm, softmax, reduction of the last axis | elementwise ops on its rows, before and after |
+| reduce | norm, softmax, reduction of the last axis | elementwise on its rows, before and after |
 | map | elementwise, movement, rope, cache_append | each other, where they run over the same rows |
 | cumsum, argmax, argmin, top_k, scatter | that op | nothing |
 
-Matmuls choose first, then reductions and attention; maps share out the rest. Views that nobody took
-in (reshape, transpose, slice, broadcast of a whole buffer) stay as they are: whoever reads them reads
-the buffer through them. Scalars and index ramps that depend on dims only are copied to their readers.
+Matmuls choose first, then reductions and attention; maps share out the rest. Views that nobody
+took in (reshape, transpose, slice, broadcast of a whole buffer) stay as they are: whoever reads
+them reads the buffer through them. Scalars and index ramps that depend on dims only are copied to
+their readers.
 """
 
 from __future__ import annotations
 
 from llmc.ir.graph import Graph, Node, rebuild
+from llmc.ir.ops import ELEMENTWISE, LEAVES
 from llmc.passes.bodies import build
 from llmc.passes.epilogue import absorb_epilogue
-from llmc.passes.match import (
-    ATTENTION,
-    ELEMENTWISE,
-    LEAVES,
-    MOVEMENT,
-    NORMS,
-    REDUCTIONS,
-    VIEWS,
-    is_last_axis,
-)
+from llmc.passes.match import ATTENTION, MOVEMENT, NORMS, REDUCTIONS, VIEWS, is_last_axis
 from llmc.passes.partition import Group, Partition
 from llmc.passes.prelude import weight_expressions
 from llmc.passes.rewrite import with_inputs
@@ -36,7 +29,8 @@ from llmc.passes.rewrite import with_inputs
 SINGLE = {"cumsum": "cumsum", "argmax": "argmax", "argmin": "argmin", "top_k": "top_k",
           "scatter_nd": "scatter", "scatter_elements": "scatter"}
 STRUCTURE = frozenset({"repeat", "get", "fusion"})
-COSTLY = frozenset("exp log sin cos tanh erf pow sigmoid silu softplus gelu mod".split())
+COSTLY = frozenset({"exp", "log", "sin", "cos", "tanh", "erf", "pow", "sigmoid", "silu", "softplus",
+                    "gelu", "mod"})
 
 
 def fuse(graph: Graph) -> Graph:
@@ -81,7 +75,7 @@ PROLOGUE = ELEMENTWISE | {"broadcast", "gather"}
 
 
 def _free_nodes(graph: Graph) -> set[Node]:
-    """Elementwise functions and views of constants, ramps and dims: copied to whoever reads them."""
+    """Elementwise functions and views of constants, ramps and dims: copied to their readers."""
     free: set[Node] = set()
     for node in graph.nodes():
         if node.op in ELEMENTWISE | MOVEMENT and node.inputs and all(

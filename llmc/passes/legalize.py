@@ -1,7 +1,7 @@
 """legalize: ops that the target has no kernel for become ops that it has.
 
-Composite ops are decomposed as the op table says. Row-wise ops (softmax, reductions) work on the last
-axis: others get transposes round them.
+Composite ops are decomposed as the op table says. Row-wise ops (softmax, reductions) work on the
+last axis: others get transposes round them.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 from llmc.ir.dims import product
 from llmc.ir.graph import Graph, Node
-from llmc.ir.ops import OPS, make
+from llmc.ir.ops import ELEMENTWISE, OPS, make
 from llmc.ir.program import Capabilities
-from llmc.passes.match import ELEMENTWISE, NORMS, REDUCTIONS, is_last_axis
+from llmc.passes.match import NORMS, REDUCTIONS, is_last_axis
 from llmc.passes.rewrite import Rule, rewrite, rule
 
 
@@ -48,7 +48,7 @@ def softmax_on_last_axis(node: Node) -> Node | None:
 
 @rule(*sorted(REDUCTIONS))
 def reduce_on_last_axis(node: Node) -> Node | None:
-    """reduce(x, axes) -> reshape(reduce(reshape(transpose(x)), -1)): the reduced axes last, as one"""
+    """reduce(x, axes) -> reshape(reduce(reshape(transpose(x)), -1)): reduced axes last, as one"""
     source = node.inputs[0]
     axes = sorted(axis % source.rank for axis in node["axes"])
     if is_last_axis(axes, source.rank) or not axes:

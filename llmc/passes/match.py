@@ -7,32 +7,14 @@ from collections.abc import Iterable
 import numpy as np
 
 from llmc.ir.dims import Dim
-from llmc.ir.dtypes import DType
 from llmc.ir.graph import Node, TensorType
-from llmc.ir.ops import make
-from llmc.ir.ops_elementwise import ELEMENTWISE
+from llmc.ir.ops import constant_value, make
 
-MOVEMENT = frozenset("broadcast reshape transpose slice concat pad gather".split())
-VIEWS = frozenset("reshape transpose slice cast broadcast".split())
-REDUCTIONS = frozenset("reduce_sum reduce_mean reduce_max reduce_min reduce_prod".split())
-NORMS = frozenset("rms_norm layer_norm softmax".split())
-ATTENTION = frozenset("attention packed_attention paged_attention".split())
-LEAVES = frozenset("input parameter state constant iota dim layer table".split())
-
-
-def constant(value: np.ndarray | float | int, dtype: DType, shape: tuple[int, ...] = ()) -> Node:
-    """A constant node of this dtype; the value is rounded to it and broadcast to `shape`."""
-    array = np.asarray(value)
-    if array.dtype != dtype.numpy:
-        array = array.astype(dtype.numpy)
-    array = np.broadcast_to(array, shape if shape else array.shape)
-    return make("constant", dtype=dtype, shape=tuple(array.shape),
-                data=np.ascontiguousarray(array).tobytes())
-
-
-def array_of(node: Node) -> np.ndarray:
-    """The value of a constant node."""
-    return np.frombuffer(node["data"], dtype=node.dtype.numpy).reshape(node.shape)
+MOVEMENT = frozenset(["broadcast", "reshape", "transpose", "slice", "concat", "pad", "gather"])
+VIEWS = frozenset(["reshape", "transpose", "slice", "cast", "broadcast"])
+REDUCTIONS = frozenset(["reduce_sum", "reduce_mean", "reduce_max", "reduce_min", "reduce_prod"])
+NORMS = frozenset(["rms_norm", "layer_norm", "softmax"])
+ATTENTION = frozenset(["attention", "packed_attention", "paged_attention"])
 
 
 def uniform_value(node: Node) -> float | int | None:
@@ -47,7 +29,7 @@ def uniform_value(node: Node) -> float | int | None:
             if node.dtype.is_float else int(value)
     if node.op != "constant":
         return None
-    array = array_of(node).reshape(-1)
+    array = constant_value(node).reshape(-1)
     if not array.size or (array != array[0]).any():
         return None
     return float(array[0]) if node.dtype.is_float else int(array[0])
@@ -57,8 +39,8 @@ def scalar_of(node: Node) -> Dim | None:
     """The integer that a rank-0 (or one-element) integer constant or `dim` holds."""
     if node.op == "dim":
         return node["value"]
-    if node.op == "constant" and node.dtype.is_integer and array_of(node).size == 1:
-        return int(array_of(node).reshape(-1)[0])
+    if node.op == "constant" and node.dtype.is_integer and constant_value(node).size == 1:
+        return int(constant_value(node).reshape(-1)[0])
     return None
 
 

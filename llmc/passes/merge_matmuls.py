@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from llmc.ir.dims import Dim
 from llmc.ir.graph import Graph, Node, merge_origins, rebuild
-from llmc.ir.ops import make
-from llmc.passes.match import constant, slice_last
+from llmc.ir.ops import constant, make
+from llmc.passes.match import slice_last
 from llmc.passes.prelude import weight_expressions
 from llmc.passes.rewrite import only_user, with_inputs, with_roots
 
@@ -75,13 +76,14 @@ def _merge(products: Sequence[_Product], left: Node) -> dict[Node, Node]:
     """Result of each product -> its slice of the merged one."""
     first = products[0].matmul
     weight = make("concat", *(each.matmul.inputs[1] for each in products), axis=1)
-    merged = make("matmul", left, weight, **dict(first.attributes))
+    merged = with_inputs(first, (left, weight))
     if any(each.bias is not None for each in products):
         zero = constant(0, first.dtype)
         biases = [each.bias or make("broadcast", zero, shape=each.matmul.shape[-1:])
                   for each in products]
         merged = make("add", merged, make("concat", *biases, axis=0))
-    slices, start = {}, 0
+    slices: dict[Node, Node] = {}
+    start: Dim = 0
     for each in products:
         stop = start + each.matmul.shape[-1]
         slices[each.result] = slice_last(merged, start, stop)

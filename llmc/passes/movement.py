@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from llmc.ir.graph import Node
-from llmc.ir.ops import make
-from llmc.passes.match import ELEMENTWISE, LEAVES, array_of, last_axis_slice, slice_last
+from llmc.ir.ops import ELEMENTWISE, LEAVES, constant_value, make
+from llmc.passes.match import last_axis_slice, slice_last
 from llmc.passes.rewrite import rule, with_inputs
 
 
@@ -148,7 +148,8 @@ def gather_of_constant(node: Node) -> Node | None:
         return None
     starts, stops = [0] * source.rank, list(source.shape)
     starts[axis], stops[axis] = start, start + len(run)
-    piece = make("slice", source, starts=tuple(starts), stops=tuple(stops), steps=(1,) * source.rank)
+    piece = make("slice", source, starts=tuple(starts), stops=tuple(stops),
+                 steps=(1,) * source.rank)
     return make("reshape", piece, shape=node.shape)
 
 
@@ -158,7 +159,7 @@ def _run_of(index: Node) -> Sequence[int] | None:
         return range(index.shape[0])
     if index.op != "constant" or index.rank > 1:
         return None
-    values = [int(each) for each in array_of(index).reshape(-1)]
+    values = [int(each) for each in constant_value(index).reshape(-1)]
     return values if values and all(b == a + 1 for a, b in pairwise(values)) else None
 
 
@@ -168,7 +169,7 @@ def matmul_of_reshape(node: Node) -> Node | None:
     view, right = node.inputs
     if not _keeps_last_axis(view) or right.rank != 2:
         return None
-    product = make("matmul", view.inputs[0], right, **dict(node.attributes))
+    product = with_inputs(node, (view.inputs[0], right))
     return make("reshape", product, shape=node.shape)
 
 
@@ -186,8 +187,9 @@ def elementwise_of_reshape(node: Node) -> Node | None:
 
 @rule("reshape")
 def reshape_of_product(node: Node) -> Node | None:
-    """reshape(f(reshape(x) @ w, row)) -> f(reshape(x) @ w, row): the leading axes unfolded at once"""
-    chain, inner = [], node.inputs[0]
+    """reshape(f(reshape(x) @ w, row)) -> f(reshape(x) @ w, row): leading axes unfolded at once"""
+    chain: list[Node] = []
+    inner = node.inputs[0]
     while inner.op in ELEMENTWISE and len(chain) < 4 and all(
             each.shape in ((), (1,), inner.shape[-1:]) for each in inner.inputs[1:]):
         chain.append(inner)
@@ -198,7 +200,7 @@ def reshape_of_product(node: Node) -> Node | None:
         return None
     view, right = inner.inputs
     view = make("reshape", view.inputs[0], shape=(*node.shape[:-1], view.shape[-1]))
-    value = make("matmul", view, right, **dict(inner.attributes))
+    value = with_inputs(inner, (view, right))
     for each in reversed(chain):
         value = with_inputs(each, (value, *each.inputs[1:]))
     return value if value.type == node.type else None

@@ -55,6 +55,7 @@ def _joined(words: Sequence[str]) -> str:
 def _common(pieces: Sequence[Sequence[str]]) -> int:
     """How many leading pieces all have in common, leaving each at least one of its own."""
     count = 0
-    while all(len(each) > count + 1 for each in pieces) and len({each[count] for each in pieces}) == 1:
+    while all(len(each) > count + 1 for each in pieces) and len(
+            {each[count] for each in pieces}) == 1:
         count += 1
     return count

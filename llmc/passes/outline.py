@@ -8,9 +8,9 @@ Where a model's layers meet, one value alone carries everything on: the residual
 4. checks the turns of the run node by node against the first, and collects what differs: parameters
    and states (one leaf with `names`), scalar constants (`table`).
 
-Nodes whose value is used far away, such as an embedding that every layer reads again, are no obstacle:
-they become invariants of the loop. A model that gives out a value of every layer (hidden states, or
-the `present_key_values` of an ONNX export) keeps those layers unrolled.
+Nodes whose value is used far away, such as an embedding that every layer reads again, are no
+obstacle: they become invariants of the loop. A model that gives out a value of every layer (hidden
+states, or the `present_key_values` of an ONNX export) keeps those layers unrolled.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from llmc.ir.ops import make
 from llmc.passes.segments import Segments, descendants, find_joints
 from llmc.passes.turns import Turns, match_turns
 
-
 SOURCES = 4  # inputs tried, those that most of the graph depends on first
 
 
 def outline(graph: Graph) -> Graph:
-    """The graph with its repeated layers as `repeat` nodes; several stacks of layers, several nodes."""
+    """The graph with its repeated layers as `repeat` nodes, one for each stack of layers."""
     while True:
         outlined = _outline_once(graph)
         if outlined is None:
@@ -49,7 +48,7 @@ def _outline_once(graph: Graph) -> Graph | None:
 
 
 def _replace(graph: Graph, turns: Turns) -> Graph | None:
-    """The graph with the loop in place of its turns; None if a value inside a turn is still wanted."""
+    """The graph with the loop in place of its turns; None if others want a value inside a turn."""
     loop = make("repeat", turns.initial, *turns.invariants, bodies=(turns.body,),
                 count=turns.count, carried=1)
     merge_origins(loop, turns.final)

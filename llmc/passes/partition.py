@@ -1,8 +1,8 @@
 """Groups of nodes that become fusions: a partition of a graph that stays free of cycles.
 
 Every node that computes something starts as a group of its own; `merge` contracts two groups. Each
-group has a level, the length of the longest path that leads to it, so that "does A depend on B" need
-only look at groups of levels in between.
+group has a level, above those of all that it reads, so that "does A depend on B" need only look at
+groups of levels in between.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from llmc.ir.graph import Graph, Node
-from llmc.passes.match import LEAVES
+from llmc.ir.ops import LEAVES
 
 
 class Group:

@@ -22,8 +22,8 @@ Callback = Callable[[str, Graph, Graph], None]
 
 PIPELINE: list[tuple[str, Pass]] = [
     ("simplify", lambda graph, _: simplify(graph)),
-    # Decomposed norms, activations, rope and attention -> the composite ops. Before outlining: inside
-    # a layer it can no longer be seen that cos and sin tables repeat their halves.
+    # Decomposed norms, activations, rope and attention -> the composite ops. Before outlining:
+    # inside a layer it can no longer be seen that cos and sin tables repeat their halves.
     ("raise_patterns", lambda graph, _: raise_patterns(graph)),
     # From here on, one layer stands for all.
     ("outline", lambda graph, _: outline(graph)),

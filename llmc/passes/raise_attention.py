@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from llmc.ir.graph import Node
-from llmc.ir.ops import make
-from llmc.passes.match import array_of, constant, last_axis_slice, uniform_value, without_cast
-from llmc.passes.rewrite import Rule, rule
+from llmc.ir.ops import constant, constant_value, make
+from llmc.passes.match import last_axis_slice, uniform_value, without_cast
+from llmc.passes.rewrite import Rule, rule, with_inputs
 
 # ---- rope --------------------------------------------------------------------------------------
 
@@ -22,9 +22,9 @@ def raise_rope(node: Node) -> Node | None:
         for x, cos in (straight.inputs, straight.inputs[::-1]):
             for rotated, sin in (turned.inputs, turned.inputs[::-1]):
                 if is_rotated_half(rotated, x):
-                    tables = half_table(cos, x), half_table(sin, x)
-                    if None not in tables:
-                        return _rope(x, *tables)
+                    half_cos, half_sin = half_table(cos, x), half_table(sin, x)
+                    if half_cos is not None and half_sin is not None:
+                        return _rope(x, half_cos, half_sin)
     return None
 
 
@@ -63,9 +63,10 @@ def first_half(node: Node) -> Node | None:
         return None
     shape = (*node.shape[:-1], size // 2)
     if node.op == "concat" and node["axis"] == node.rank - 1:
-        return node.inputs[0] if len(node.inputs) == 2 and node.inputs[0] is node.inputs[1] else None
+        halves = node.inputs
+        return halves[0] if len(halves) == 2 and halves[0] is halves[1] else None
     if node.op == "constant":
-        array = array_of(node)
+        array = constant_value(node)
         equal = (array[..., : size // 2] == array[..., size // 2:]).all()
         return constant(array[..., : size // 2], node.dtype) if equal else None
     if node.op in ("reshape", "broadcast"):
@@ -87,7 +88,7 @@ def _half_of_elementwise(node: Node) -> Node | None:
             if half is None:
                 return None
             inputs.append(half)
-    return make(node.op, *inputs, **dict(node.attributes))
+    return with_inputs(node, inputs)
 
 
 def _rope(x: Node, cos: Node, sin: Node) -> Node:
@@ -201,14 +202,14 @@ def _transposed(node: Node) -> Node:
 
 def _grouped(k: Node, v: Node) -> tuple[Node, Node]:
     """Keys and values before they were repeated for the query heads of a group."""
-    plain = _unrepeated(k), _unrepeated(v)
-    if None in plain or plain[0].shape[:2] != plain[1].shape[:2]:
+    plain_k, plain_v = _unrepeated(k), _unrepeated(v)
+    if plain_k is None or plain_v is None or plain_k.shape[:2] != plain_v.shape[:2]:
         return k, v
-    return plain
+    return plain_k, plain_v
 
 
 def _unrepeated(node: Node) -> Node | None:
-    """[b, g, t, d] for reshape(broadcast([b, g, 1, t, d] -> [b, g, n, t, d]) -> [b, g * n, t, d])"""
+    """[b, g, t, d] for reshape(broadcast([b, g, 1, t, d], [b, g, n, t, d]), [b, g * n, t, d])"""
     if node.op != "reshape" or node.inputs[0].op != "broadcast":
         return None
     wide = node.inputs[0]

@@ -126,7 +126,8 @@ def _gate(node: Node, op: str) -> tuple[float, Node, list[Node]] | None:
     constant, found = factors(node)
     for each in found:
         if each.op == "add" and each.inputs[0].op == op and uniform_value(each.inputs[1]) == 1:
-            return constant, each.inputs[0].inputs[0], [other for other in found if other is not each]
+            rest = [other for other in found if other is not each]
+            return constant, each.inputs[0].inputs[0], rest
     return None
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from llmc.ir.graph import Graph, Node, TensorType
-from llmc.passes.match import LEAVES
+from llmc.ir.ops import LEAVES
 from llmc.passes.names import is_regular
+
+COPIED = frozenset({"parameter", "constant", "iota", "dim"})
 
 
 def descendants(nodes: Sequence[Node], source: Node) -> list[Node]:
@@ -49,10 +51,10 @@ def without_inputs(graph: Graph) -> set[Node]:
     for node in graph.nodes():
         if node.op == "parameter":
             weights.add(node)
-        elif node.inputs and all(each in copied or each.op in ("parameter", "constant", "iota", "dim")
-                                 for each in node.inputs):
-            weights.update([node] if any(each in weights for each in node.inputs) else [])
-            if node in weights or node.type.shape == ():
+        elif node.inputs and all(each in copied or each.op in COPIED for each in node.inputs):
+            if any(each in weights for each in node.inputs):
+                weights.add(node)
+            if node in weights or (isinstance(node.type, TensorType) and not node.shape):
                 copied.add(node)
     return copied
 
@@ -171,7 +173,7 @@ def _candidate_periods(signs: Sequence[int]) -> list[int]:
     places: dict[int, list[int]] = {}
     for index, sign in enumerate(signs):
         places.setdefault(sign, []).append(index)
-    periods = set()
+    periods: set[int] = set()
     for where in places.values():
         for step in range(1, min(len(where), 9)):
             periods.update(b - a for a, b in zip(where, where[step:], strict=False))

@@ -10,12 +10,12 @@ import operator
 import numpy as np
 
 from llmc.errors import LlmcError
-from llmc.ir.dims import maximum, minimum, product
+from llmc.ir.dims import evaluate, maximum, minimum, product
 from llmc.ir.dtypes import DType
 from llmc.ir.graph import Graph, Node
 from llmc.ir.interpret import evaluate_constant
-from llmc.ir.ops import make
-from llmc.passes.match import ELEMENTWISE, constant, is_static, scalar_of, uniform_value
+from llmc.ir.ops import ELEMENTWISE, constant, make
+from llmc.passes.match import REDUCTIONS, is_static, scalar_of, uniform_value
 from llmc.passes.movement import MOVEMENT_RULES
 from llmc.passes.rewrite import Rule, rewrite, rule, with_inputs
 
@@ -23,9 +23,9 @@ FOLDED_BYTES = 64 * 1024
 DIM_OPERATIONS = {"add": operator.add, "sub": operator.sub, "mul": operator.mul,
                   "floor_div": operator.floordiv, "mod": operator.mod,
                   "max": maximum, "min": minimum}
-FOLDABLE = tuple(sorted(ELEMENTWISE)) + (
-    "reshape", "transpose", "slice", "concat", "pad", "gather", "gather_elements", "gather_nd",
-    "reduce_sum", "reduce_mean", "reduce_max", "reduce_min", "reduce_prod", "cumsum", "matmul",
+FOLDABLE = (
+    *sorted(ELEMENTWISE), *sorted(REDUCTIONS), "reshape", "transpose", "slice", "concat", "pad",
+    "gather", "gather_elements", "gather_nd", "cumsum", "matmul",
 )
 
 
@@ -41,12 +41,14 @@ def fold_constants(node: Node) -> Node | None:
         return None
     if not all(is_static(each) for each in (node, *node.inputs)):
         return None
-    if max(product(each.shape) for each in (node, *node.inputs)) * node.dtype.bits > FOLDED_BYTES * 8:
+    size = max(evaluate(product(each.shape), {}) for each in (node, *node.inputs))
+    if size * node.dtype.bits > FOLDED_BYTES * 8:
         return None
     try:
-        return constant(evaluate_constant(node), node.dtype)
+        value = evaluate_constant(node)
     except LlmcError:  # an index out of range, say: the step itself must report it
         return None
+    return constant(value, node.dtype) if value is not None else None
 
 
 @rule("add", "mul", "max", "min", "and", "or", "equal")
@@ -94,10 +96,10 @@ def constants_together(node: Node) -> Node | None:
     inner, second = node.inputs
     if inner.op != node.op or not node.dtype.is_float:
         return None
-    values = uniform_value(inner.inputs[1]), uniform_value(second)
-    if None in values or inner.inputs[0].type != node.type:
+    a, b = uniform_value(inner.inputs[1]), uniform_value(second)
+    if a is None or b is None or inner.inputs[0].type != node.type:
         return None
-    total = values[0] * values[1] if node.op == "mul" else values[0] + values[1]
+    total = a * b if node.op == "mul" else a + b
     return make(node.op, inner.inputs[0], constant(total, node.dtype))
 
 

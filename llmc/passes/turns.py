@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llmc.ir.graph import Graph, Node, merge_origins
-from llmc.ir.ops import make
-from llmc.passes.match import LEAVES, array_of
+from llmc.ir.ops import LEAVES, constant_value, make
 from llmc.passes.names import template_name
 from llmc.passes.rewrite import with_inputs
 from llmc.passes.segments import Segments
@@ -33,7 +32,7 @@ class Mismatch(Exception):
 
 
 def match_turns(segments: Segments, start: int, period: int, count: int) -> Turns | None:
-    """The loop over `count` turns of `period` segments from segment `start`, or over as many as fit.
+    """The loop over `count` turns of `period` segments from segment `start`, or over what fits.
 
     The first turn is the template. Where a later one differs in what a loop cannot express (another
     input, a constant tensor), the loop ends before it; where the second one does, it begins there.
@@ -175,7 +174,7 @@ class _Body:
         if all(each is node for each in turns):
             return node
         if node.op == "constant":
-            values = tuple(array_of(each).item() for each in turns)
+            values = tuple(constant_value(each).item() for each in turns)
             leaf = make("table", dtype=node.dtype, values=values)
         else:
             names = tuple(each["name"] for each in turns)

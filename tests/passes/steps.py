@@ -139,7 +139,8 @@ def step_of(graph: Graph, lengths: Sequence[int] = (5, 1, 17), past: Sequence[in
     table = random.permutation(len(lengths) * width).reshape(len(lengths), width)
     values = {
         "ids": random.integers(0, 33, tokens),
-        "positions": np.concatenate([np.arange(p, p + n) for n, p in zip(lengths, past)]),
+        "positions": np.concatenate(
+            [np.arange(p, p + n) for n, p in zip(lengths, past, strict=True)]),
         "token_types": random.integers(0, 2, tokens),
         "sequence": np.repeat(np.arange(len(lengths)), lengths),
         "offsets": np.cumsum([0, *lengths]),

@@ -1,4 +1,4 @@
-"""Pass tests: a graph's text in, a graph's text out. Each file of cases/ names its pass in line 1."""
+"""Pass tests: a graph's text in, a graph's text out. Line 1 of a file of cases/ names the pass."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from steps import CAPABILITIES
 
 from llmc.ir.graph import Graph
 from llmc.ir.text import format_graph, parse_graph
@@ -17,7 +18,6 @@ from llmc.passes.outline import outline
 from llmc.passes.prelude import split_prelude
 from llmc.passes.raise_patterns import raise_patterns
 from llmc.passes.simplify import simplify
-from steps import CAPABILITIES
 
 CASES = sorted((Path(__file__).parent / "cases").glob("*.txt"))
 RULE = "=" * 80

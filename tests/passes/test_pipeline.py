@@ -106,7 +106,8 @@ def test_a_bert_layer_is_seven_fusions() -> None:
         ("matmul", ("add", "add", "matmul")),
         ("reduce", ("layer_norm",)),
     ]
-    assert fusions(graph) == [("reduce", ("add", "add", "gather", "gather", "gather", "layer_norm"))]
+    assert fusions(graph) == [
+        ("reduce", ("add", "add", "gather", "gather", "gather", "layer_norm"))]
 
 
 def test_what_is_left_is_fusions_repeats_gets_views_and_leaves() -> None:
