@@ -22,6 +22,13 @@ def node_name(node: NodeProto) -> str:
     return str(node.name or next(iter(node.output), node.op_type))
 
 
+def module_path(node: NodeProto) -> str | None:
+    """The torch module that an exporter noted for the node (`model.layers.0.self_attn`)."""
+    namespace = next((p.value for p in node.metadata_props if p.key == "namespace"), "")
+    scopes = [part.partition(":")[0].strip() for part in namespace.split("/")]
+    return scopes[-2] or None if len(scopes) > 2 else None
+
+
 def opset_versions(imports: Iterable[Any]) -> dict[str, int]:
     """Domain -> version; the domain 'ai.onnx' is the empty one."""
     return {AI_ONNX if o.domain == "ai.onnx" else o.domain: int(o.version) for o in imports}

@@ -29,7 +29,13 @@ from llmc.frontend.onnx import (  # noqa: F401 - importing a group registers its
 )
 from llmc.frontend.onnx.builder import Builder
 from llmc.frontend.onnx.call import Call
-from llmc.frontend.onnx.check import check_model, node_name, opset_versions, unsupported_operators
+from llmc.frontend.onnx.check import (
+    check_model,
+    module_path,
+    node_name,
+    opset_versions,
+    unsupported_operators,
+)
 from llmc.frontend.onnx.protobuf import (
     element_dtype,
     external_files,
@@ -51,9 +57,17 @@ def import_onnx(path: str | Path) -> ImportedModel:
     """Import an .onnx file; its weights stay where they are and become parameters by name.
 
     Inputs and outputs keep their names and axes; symbolic axes are unified where operators
-    demand it. ModelError names the file and the node or tensor.
+    demand it. ModelError names the file and the node or tensor, in one line.
     """
-    path = Path(path)
+    try:
+        return _import(Path(path))
+    except ModelError as error:
+        if "\n" not in str(error):
+            raise
+        raise ModelError(" ".join(str(error).splitlines())) from error  # a name in the file
+
+
+def _import(path: Path) -> ImportedModel:
     model = read_model(path)
     check_model(model, path)
     solutions: dict[str, Dim] = {}
@@ -253,7 +267,13 @@ class Conversion:
                 raise ModelError(f"{self._location(node, scope)}: {e}") from e
             for name, result in zip(node.output, results, strict=False):
                 if name and result is not None:
-                    scope.values[name] = result
+                    scope.values[name] = self._limited(result)
+
+    def _limited(self, value: Value) -> Value:
+        """Shape arithmetic that grows beyond shapes goes on as a tensor."""
+        if isinstance(value, Node) or value.items.size <= shape_array.LIMIT:
+            return value
+        return Builder(self.symbols, str(self.path)).tensor(value)
 
     def _location(self, node: NodeProto, scope: Scope) -> str:
         return f"{self.path}: node '{scope.prefix}{node_name(node)}' ({node.op_type})"
@@ -283,7 +303,8 @@ class Conversion:
         inputs = [self._find(name, scope, location) if name else None for name in node.input]
         while inputs and inputs[-1] is None:
             inputs.pop()
-        origin = Origin(file=str(self.path), node=scope.prefix + node_name(node))
+        name = scope.prefix + node_name(node)
+        origin = Origin(file=str(self.path), node=name, module=module_path(node))
         attributes = self._attributes(node, scope)
         version = scope.opsets.get(domain, 1)
         return Call(self.symbols, location, origin, node, version, inputs, attributes)

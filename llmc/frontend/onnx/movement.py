@@ -193,8 +193,8 @@ def split_sizes(call: Call, extent: Dim) -> list[Dim]:
     if "split" in call.attributes:
         return list(call.attributes["split"])
     count = call.attribute("num_outputs", len(call.node.output))
-    if count < 1:
-        raise call.error(f"splits into {count} parts")
+    if count != len(call.node.output):
+        raise call.error(f"splits into {count} parts, it has {len(call.node.output)} outputs")
     size = dims.ceildiv(extent, count)
     return [size] * (count - 1) + [extent - size * (count - 1)]
 

@@ -8,11 +8,12 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
-from llmc.ir.interpret import interpret
 
 from llmc.frontend.model import load_model
 from llmc.frontend.onnx import import_onnx, wire
 from llmc.ir import dims
+from llmc.ir.graph import origin_of
+from llmc.ir.interpret import interpret
 from llmc.ir.text import format_graph, parse_graph
 from llmc.ir.verify import verify
 
@@ -123,3 +124,13 @@ def test_weights_in_the_model_file_are_mapped(name):
         assert (stored.array is None) == (stored.bytes >= wire.SMALLEST)
         assert np.array_equal(stored.read(), expected[key])
     assert any(stored.array is None for stored in parameters.values())
+
+
+def test_nodes_remember_where_they_came_from():
+    graph = import_onnx(GOLDENS / "llama_dynamo" / "model.onnx").graph
+    origins = [origin_of(node) for node in graph.nodes() if node.op == "softmax"]
+    assert [origin.module for origin in origins] == [
+        "model.model.layers.0.self_attn",
+        "model.model.layers.1.self_attn",
+    ]
+    assert origins[0].node.startswith("node_") and origins[0].file.endswith("model.onnx")
