@@ -183,7 +183,7 @@ def _pad(x: Expression, node: Node, index: Position, lanes: int, mask: Mask) -> 
 # ---- gathers ---------------------------------------------------------------------------------
 
 
-def _position(x: Expression, node: Node, index: Sequence[Index], size: Dim) -> Index:
+def position(x: Expression, node: Node, index: Sequence[Index], size: Dim) -> Index:
     """An element of an integer tensor as a position on an axis. What lies outside is moved to the
     nearest end: other memory is never read."""
     value = x.value(node, index)
@@ -203,7 +203,7 @@ def _gather(x: Expression, node: Node, index: Position, lanes: int, mask: Mask) 
     if lanes > 1 and axis == source.rank - 1:
         return x.per_lane(node, index, lanes, mask)
     end = axis + positions.rank
-    place = _position(x, positions, index[axis:end], source.shape[axis])
+    place = position(x, positions, index[axis:end], source.shape[axis])
     return x.value(source, (*index[:axis], place, *index[end:]), lanes, mask)
 
 
@@ -213,7 +213,7 @@ def _gather_elements(x: Expression, node: Node, index: Position, lanes: int,
     axis = node["axis"] % source.rank
     if lanes > 1:
         return x.per_lane(node, index, lanes, mask)
-    place = _position(x, positions, index, source.shape[axis])
+    place = position(x, positions, index, source.shape[axis])
     return x.value(source, (*index[:axis], place, *index[axis + 1:]))
 
 
@@ -225,7 +225,7 @@ def _gather_nd(x: Expression, node: Node, index: Position, lanes: int, mask: Mas
     if lanes > 1 and source.rank == batch + depth:
         return x.per_lane(node, index, lanes, mask)
     outer = index[:positions.rank - 1]
-    places = [_position(x, positions, (*outer, number), source.shape[batch + number])
+    places = [position(x, positions, (*outer, number), source.shape[batch + number])
               for number in range(depth)]
     return x.value(source, (*index[:batch], *places, *index[positions.rank - 1:]), lanes, mask)
 

@@ -18,7 +18,7 @@ HOST_KERNELS = frozenset("""
 
 _TRIPLES = {"x86_64": "x86_64-unknown-linux-gnu", "aarch64": "aarch64-unknown-linux-gnu"}
 
-# One function whose instructions tell what a CPU has, without a table of CPUs. (An intrinsic that the
+# Functions whose instructions tell what a CPU has, without a table of CPUs. (An intrinsic that the
 # CPU lacks would abort the process; plain operations are always legal.)
 _PROBE = """
 define void @f(ptr %a, ptr %b) {
@@ -142,7 +142,7 @@ def _assembly(target: Target, text: str) -> str:
 
 @cache
 def _is_known_cpu(processor: str, cpu: str) -> bool:
-    """LLVM only warns about unknown names (and compiles for the least one), so they are looked up."""
+    """LLVM only warns about unknown names, and compiles for the least CPU: so look them up."""
     return cpu == "generic" or cpu in CPUS[processor]
 
 

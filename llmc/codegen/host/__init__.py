@@ -24,11 +24,11 @@ KERNELS = {
     "matmul": ("matmul", "matmul"),
     "dense_matmul": ("dense_matmul", "DenseMatmulKernel"),
     "attention": ("attention", "AttentionKernel"),
-    "argmax": ("single", "RowsAlongAxis"),
-    "argmin": ("single", "RowsAlongAxis"),
-    "cumsum": ("single", "RowsAlongAxis"),
-    "top_k": ("single", "RowsAlongAxis"),
-    "scatter": ("single", "Scatter"),
+    "argmax": ("single", "AlongAxisKernel"),
+    "argmin": ("single", "AlongAxisKernel"),
+    "cumsum": ("single", "AlongAxisKernel"),
+    "top_k": ("single", "AlongAxisKernel"),
+    "scatter": ("single", "ScatterKernel"),
 }
 
 

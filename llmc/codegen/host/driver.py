@@ -6,10 +6,10 @@
     void stage_N(arguments*, layer, worker, workers)
                                          set-up, then this worker's share of the tiles
 
-A stage is a function of its own, so that LLVM's time grows with the number of stages and no faster.
-The context is {arguments*, i64 stop}: stop is the ordinal of the barrier at which a cancelled step
-ends. Worker 0 alone reads the cancel word and writes stop before a barrier that everybody passes, so
-that all workers agree on where to leave.
+A stage is a function of its own, so that LLVM's time grows with the number of stages only. The
+context is {arguments*, i64 stop}: stop is the ordinal of the barrier at which a cancelled step
+ends. Worker 0 alone reads the cancel word and writes stop, before a barrier that everybody passes:
+so all workers agree on where to leave.
 """
 
 from __future__ import annotations

@@ -137,7 +137,8 @@ class MapKernel:
         x = Expression(e, frame, sources, self.lanes)
         grid, table = self._grid(result), x.scopes.integers
         rows, columns = x.dim(product(result.shape[:-1])), x.dim(result.shape[-1])
-        first, start, stop = x.index(tile), 0, columns
+        first, stop = x.index(tile), columns
+        start: Index = 0
         if grid.columns:
             pieces = (columns + (grid.columns - 1)) // grid.columns
             start = first % pieces * grid.columns
