@@ -15,7 +15,7 @@ from llmc.frontend.onnx.shape import normalized
 from llmc.frontend.onnx.shape_array import ShapeArray
 from llmc.ir import dims
 from llmc.ir.dims import Dim
-from llmc.ir.dtypes import bool_, i64
+from llmc.ir.dtypes import i64
 from llmc.ir.graph import Node
 
 
@@ -442,13 +442,3 @@ def one_hot(call: Call) -> Result:
     hot = call.binary("equal", call.unsqueeze(index, [axis]), places)
     off, on = (call.reshape(call.slice_axis(values, 0, k, k + 1), ()) for k in range(2))
     return call.where(hot, on, off)
-
-
-def causal_places(call: Builder, queries: Dim, keys: Dim, offset: Dim) -> Node:
-    """bool[queries, keys]: whether key j <= query i + offset."""
-    query = call.unsqueeze(call.binary("add", call.iota(queries), call.dim(offset)), [1])
-    return call.binary("less_equal", call.unsqueeze(call.iota(keys), [0]), query)
-
-
-def all_true(call: Builder, shape: tuple[Dim, ...]) -> Node:
-    return call.full(1, shape, bool_)
