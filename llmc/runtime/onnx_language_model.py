@@ -6,7 +6,8 @@ and positions, and which `present` output becomes which `past` input of the next
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence as Sequences
+from collections.abc import Iterator
+from collections.abc import Sequence as Sequences
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ class OnnxLanguageModel:
         """Logits [len(ids), vocab] f32 of one sequence, from an empty cache."""
         return self._run(ids, 0, self._empty_cache())[self.interface["logits"]][0]
 
-    def feed(self, sequence: Sequence, tokens: Sequences[int], every: bool = False
+    def feed(self, sequence: Sequence, tokens: Sequences[int] | np.ndarray, every: bool = False
              ) -> Iterator[np.ndarray]:
         """Append tokens to a sequence; yields logits of their rows (all, or the last)."""
         key = id(sequence)
@@ -78,7 +79,6 @@ class OnnxLanguageModel:
         cache = {}
         for past, _ in self.interface["cache"]:
             tensor = tensors[past]
-            batch, *rest = tensor.shape
-            shape = [1, *(dim if isinstance(dim, int) else 0 for dim in rest)]
+            shape = [1, *(dim if isinstance(dim, int) else 0 for dim in tensor.shape[1:])]
             cache[past] = np.empty(shape, tensor.numpy)
         return cache

@@ -82,7 +82,8 @@ class Runtime:
         self.manifest = self.artifact.manifest
         self.config = self.manifest.config
         check_cpu(self.manifest.target)
-        self.executor = Executor(self.artifact, self.options.threads or knobs.threads())
+        self.threads = self.options.threads or knobs.threads()
+        self.executor = Executor(self.artifact, self.threads)
         self._lock = threading.RLock()
         self._tokenizer: Any = None
         self._generations = 0
@@ -109,8 +110,8 @@ class Runtime:
             self.options.max_context or 0)
         if self.manifest.kind == "causal_lm":
             logit_rows = LOGIT_BYTES // (4 * max(1, self.config["vocab_size"]))
-            return LanguageModel(self.executor, context, self._pool_pages(context),
-                                 max(1, min(CHUNK_TOKENS, logit_rows)))
+            return LanguageModel(self.executor, context, self._pool_pages(context), CHUNK_TOKENS,
+                                 max(1, logit_rows))
         if self.manifest.kind == "encoder":
             return Encoder(self.executor, context, CHUNK_TOKENS)
         if self.manifest.token_interface:
@@ -179,6 +180,17 @@ class Runtime:
             raise ShapeError("only a language model with a KV cache can be stepped")
         with self._lock:
             return self._model.step(batch)
+
+    def release(self, sequence: CachedSequence) -> None:
+        """Give back the pages of a sequence that was stepped."""
+        if isinstance(self._model, LanguageModel):
+            with self._lock:
+                self._model.release(sequence)
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of a sequence, at most; 0 for a graph without a token input."""
+        return self._model.max_context if self._model else 0
 
     # ---- generating -----------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence as Sequences
+from collections.abc import Iterator
+from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ class Chunk:
     """Consecutive new tokens of one sequence; `wanted` of its last rows' logits are computed."""
 
     sequence: Sequence
-    tokens: Sequences[int]
+    tokens: Sequences[int] | np.ndarray
     wanted: int
 
 
@@ -44,12 +45,17 @@ def pack_batch(chunks: Sequences[Chunk]) -> dict[str, np.ndarray]:
 
 
 class LanguageModel:
-    """Steps an executor whose model has paged states."""
+    """Steps an executor whose model has paged states.
 
-    def __init__(self, executor: Executor, max_context: int, pages: int, chunk_tokens: int):
+    chunk_tokens: most tokens of one step of `feed`; logit_rows: most rows of logits of one.
+    """
+
+    def __init__(self, executor: Executor, max_context: int, pages: int, chunk_tokens: int,
+                 logit_rows: int):
         self.executor = executor
         self.max_context = max_context
         self.chunk_tokens = chunk_tokens
+        self.logit_rows = logit_rows
         self.pool = PagePool(pages)
         executor.allocate_states({"pool_pages": pages})
 
@@ -78,11 +84,12 @@ class LanguageModel:
                              "(max_context)")
         self.pool.reserve(chunk.sequence, length)
 
-    def feed(self, sequence: Sequence, tokens: Sequences[int], every: bool = False
+    def feed(self, sequence: Sequence, tokens: Sequences[int] | np.ndarray, every: bool = False
              ) -> Iterator[np.ndarray]:
         """Run a long input chunk by chunk; yields logits of all rows, or of the very last one."""
-        for start in range(0, len(tokens), self.chunk_tokens):
-            part = tokens[start:start + self.chunk_tokens]
+        size = min(self.chunk_tokens, self.logit_rows) if every else self.chunk_tokens
+        for start in range(0, len(tokens), size):
+            part = tokens[start:start + size]
             last = start + len(part) == len(tokens)
             logits = self.step([Chunk(sequence, part, len(part) if every else int(last))])
             if every or last:
