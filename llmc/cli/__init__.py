@@ -1,4 +1,4 @@
-"""The `llmc` command. One module per command: `add(subparsers)` declares it, `run(arguments)` does it."""
+"""The `llmc` command. One module per command: `add(subparsers)` declares, `run(arguments)` does."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+from typing import Any
 
 from llmc.errors import LlmcError
 
@@ -69,7 +70,7 @@ def _int_variable(name: str) -> int | None:
     return int(value) if value else None
 
 
-def open_runtime(model: str, arguments: argparse.Namespace):
+def open_runtime(model: str, arguments: argparse.Namespace, **options: Any):
     """The Runtime for a command line, with a progress bar while it compiles or loads."""
     from llmc.cli.progress import progress_bar
     from llmc.runtime.session import Runtime
@@ -77,4 +78,4 @@ def open_runtime(model: str, arguments: argparse.Namespace):
     with progress_bar() as progress:
         return Runtime(model, target=arguments.target, dtype=arguments.dtype,
                        threads=arguments.threads, max_context=arguments.max_context,
-                       cache_dir=arguments.cache_dir, progress=progress)
+                       cache_dir=arguments.cache_dir, progress=progress, **options)

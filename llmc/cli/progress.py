@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from llmc.runtime.progress import Progress, silent
 
@@ -26,8 +27,8 @@ class _Bar:
     """rich is imported when the first phase is reported: most starts are hot and have none."""
 
     def __init__(self) -> None:
-        self._bar = None
-        self._tasks: dict[str, int] = {}
+        self._bar: Any = None
+        self._tasks: dict[str, Any] = {}
 
     def update(self, phase: str, share: float) -> None:
         if self._bar is None:

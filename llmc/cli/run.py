@@ -11,7 +11,8 @@ from llmc.errors import LlmcError
 def add(subparsers) -> None:
     parser = add_command(
         subparsers, "run", run, "Run a model on arrays stored as .npy files.",
-        "llmc run model.onnx --input input_ids=ids.npy --input attention_mask=mask.npy --output out")
+        "llmc run model.onnx --input input_ids=ids.npy --input attention_mask=mask.npy "
+        "--output out")
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--input", action="append", default=[], metavar="NAME=FILE.npy",
                         help="one input; repeat for each")
