@@ -210,9 +210,12 @@ class _Tile:
             self.maxima.store(e, LOWEST, row, 0)
         first_page = e.b.sub(low, e.b.urem(low, i64(PAGE)))
         with e.loop(first_page, high, PAGE, "page") as start:
-            needed = KeyBlock(start, e.maximum(e.b.sub(low, start), i64(0)),
-                              e.minimum(e.b.sub(high, start), i64(PAGE)))
-            self._key_block(needed)
+            following = e.b.add(start, i64(PAGE))
+            more = e.b.icmp_signed("<", following, high)
+            self._key_block(KeyBlock(
+                start, e.b.select(more, following, start),
+                e.maximum(e.b.sub(low, start), i64(0)),
+                e.minimum(e.b.sub(high, start), i64(PAGE))))
         self._store_result()
 
     # ---- queries ----------------------------------------------------------------------------

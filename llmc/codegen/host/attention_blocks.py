@@ -9,11 +9,12 @@ from typing import TypeAlias
 import llvmlite.ir as ir
 
 from llmc.codegen.elements import convert, load, store
-from llmc.codegen.llvm import F32, I32, Emitter, f32, i32, i64, splat_constant, vector
+from llmc.codegen.llvm import F32, I32, VOID, Emitter, f32, i32, i64, splat_constant, vector
 from llmc.ir.dtypes import DType
 from llmc.ir.dtypes import f32 as single
 from llmc.ir.dtypes import i64 as long
 
+CACHE_LINE = 64
 BLOCK_ROWS = 6  # height of the blocks that matrix products are made of
 
 Rows: TypeAlias = int | ir.Value  # a number of rows, known at compile time or not
@@ -84,15 +85,29 @@ def _shuffle(e: Emitter, a, b, lanes: list[int]) -> ir.Value:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Rows of `stride` elements from a pointer; elements are widened to f32 when loaded."""
+    """Rows of `stride` elements from a pointer; elements are widened to f32 when loaded.
+
+    ahead: a matrix like this one that will be read next, to be fetched into the cache meanwhile.
+    """
 
     pointer: ir.Value
     dtype: DType
     stride: int | ir.Value
+    ahead: ir.Value | None = None
 
     def load(self, e: Emitter, row, column, lanes: int = 1) -> ir.Value:
         return load_float(e, self.pointer, add(e, multiply(e, row, self.stride), column),
                           self.dtype, lanes)
+
+    def prefetch(self, e: Emitter, row, column, count: int) -> None:
+        """Fetches the lines of `count` elements of the matrix ahead."""
+        if self.ahead is None:
+            return
+        size = self.dtype.bits // 8
+        place = multiply(e, add(e, multiply(e, row, self.stride), column), size)
+        for line in range(0, count * size, CACHE_LINE):
+            address = e.offset(self.ahead, add(e, place, line))
+            e.call("llvm.prefetch.p0", VOID, address, i32(0), i32(3), i32(1))
 
     def store(self, e: Emitter, value, row, column) -> None:
         store_float(e, value, self.pointer, add(e, multiply(e, row, self.stride), column),
@@ -167,6 +182,8 @@ class Multiplier:
             initial = [e.b.fmul(c.load(e, *place, self.lanes), scales[index // vectors])
                        for index, place in enumerate(places)]
         with e.fold(*depth, initial, name="depth") as (k, sums, finish):
+            if row == 0:  # known rows only: the first block fetches for all
+                b.prefetch(e, k, column, vectors * self.lanes)
             right = [b.load(e, k, add(e, column, j * self.lanes), self.lanes)
                      for j in range(vectors)]
             left = [e.splat(a.load(e, add(e, row, i), k), self.lanes) for i in range(height)]

@@ -126,9 +126,13 @@ class Block:
 
 @dataclass(frozen=True)
 class KeyBlock:
-    """Up to PAGE keys from `start` on; those in low..high (relative to start) are needed."""
+    """Up to PAGE keys from `start` on; those in low..high (relative to start) are needed.
+
+    next: where the block after this one starts (start itself if this is the last).
+    """
 
     start: ir.Value
+    next: ir.Value
     low: ir.Value
     high: ir.Value
 
@@ -157,19 +161,27 @@ class PagedSource:
         end = e.b.add(position, i64(1))
         return self.geometry.visible(e, position, end)
 
-    def _page(self, e: Emitter, frame: Frame, block: Block, keys: KeyBlock, size: int):
-        """Elements from the pool's base to the block's kv head in the page."""
-        number = e.b.udiv(keys.start, i64(PAGE))
+    def _page(self, e: Emitter, frame: Frame, buffer: Buffer, block: Block, start) -> ir.Value:
+        """Where the page that holds key `start` keeps the block's kv head."""
+        number = e.b.udiv(start, i64(PAGE))
         page = self.page_table.index(e, frame, block.sequence, number)
         head = e.b.add(e.b.mul(page, i64(self.geometry.kv_heads)), block.head)
-        return e.b.mul(head, i64(size * PAGE))
+        size = buffer.type.shape[3]
+        assert isinstance(size, int)
+        place = e.b.mul(head, i64(size * PAGE))
+        return e.offset(frame.pointer(buffer), place, memory_type(buffer.type.dtype))
+
+    def _in_place(self, e: Emitter, frame: Frame, buffer: Buffer, block: Block, keys: KeyBlock,
+                  stride: int, direct: bool) -> Matrix:
+        """The block's part of a cache; a single query, bound by reading, fetches ahead."""
+        ahead = self._page(e, frame, buffer, block, keys.next) if direct else None
+        return Matrix(self._page(e, frame, buffer, block, keys.start), buffer.type.dtype, stride,
+                      ahead)
 
     def keys(self, e: Emitter, frame: Frame, block: Block, keys: KeyBlock, scratch: ir.Value,
              direct: bool) -> Matrix:
         """Keys as [size][PAGE]: in place, or widened to f32 in scratch."""
-        place = self._page(e, frame, block, keys, self.geometry.size)
-        pointer = e.offset(frame.pointer(self.key), place, memory_type(self.key.type.dtype))
-        source = Matrix(pointer, self.key.type.dtype, PAGE)
+        source = self._in_place(e, frame, self.key, block, keys, PAGE, direct)
         if direct or source.dtype is f32:
             return source
         copy = Matrix(scratch, f32, PAGE)
@@ -180,16 +192,14 @@ class PagedSource:
     def values(self, e: Emitter, frame: Frame, block: Block, keys: KeyBlock, scratch: ir.Value,
                direct: bool) -> Matrix:
         """Values as [PAGE][padded]: in place, or widened to f32 in scratch."""
-        geometry, dtype = self.geometry, self.value.type.dtype
-        size = geometry.value_size
-        place = self._page(e, frame, block, keys, size)
-        pointer = e.offset(frame.pointer(self.value), place, memory_type(dtype))
-        if geometry.padded == size and (direct or dtype is f32):
-            return Matrix(pointer, dtype, size)
+        geometry, size = self.geometry, self.geometry.value_size
+        source = self._in_place(e, frame, self.value, block, keys, size, direct)
+        if geometry.padded == size and (direct or source.dtype is f32):
+            return source
         with e.loop(keys.low, keys.high) as token:
             row = e.b.mul(token, i64(size))
             target = e.offset(scratch, e.b.mul(token, i64(geometry.padded)), F32)
-            copy_row(e, pointer, row, 1, dtype, target, size, geometry.lanes)
+            copy_row(e, source.pointer, row, 1, source.dtype, target, size, geometry.lanes)
         return Matrix(scratch, f32, geometry.padded)
 
 
