@@ -175,6 +175,10 @@ class Emitter:
         suffix = _suffix(a.type)
         return self.call(f"llvm.fma.{suffix}", a.type, a, b, c)
 
+    def multiply_add(self, a, b, c):
+        """a * b + c, fused where the CPU has such an instruction: never a call of fmaf."""
+        return self.call(f"llvm.fmuladd.{_suffix(a.type)}", a.type, a, b, c)
+
     def reduce_add(self, value):
         """Horizontal sum of a float vector (a fixed tree, so that results repeat)."""
         while (lanes := lanes_of(value)) > 1:

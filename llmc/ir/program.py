@@ -37,8 +37,9 @@ class Capabilities:
     kernels: frozenset[str]
 
     def interleave(self, dtype: DType) -> int:
-        """How many consecutive k of a packed weight fill a 32-bit lane."""
-        return max(1, 32 // dtype.bits)
+        """How many consecutive k of a packed weight fill a 32-bit lane; 1 for f16, whose conversion
+        to f32 wants the columns side by side."""
+        return 1 if dtype.name == "f16" else max(1, 32 // dtype.bits)
 
     def packed_activation(self, weight: DType, activation: DType) -> str:
         """Name of the dtype in which a matmul wants its packed left operand."""

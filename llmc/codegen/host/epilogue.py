@@ -15,7 +15,7 @@ from llmc.codegen.host.kernel import Frame
 from llmc.codegen.host.microkernel import PanelReader, Tile
 from llmc.codegen.integers import Index
 from llmc.codegen.llvm import I32, Emitter, i64, vector
-from llmc.ir.dims import known_equal
+from llmc.ir.dims import evaluate, known_equal
 from llmc.ir.graph import Node, TensorType
 from llmc.ir.layouts import Rows
 from llmc.ir.program import Buffer, Program, Stage, unsupported
@@ -38,7 +38,7 @@ class Epilogue:
         self.rows = rows
         layout = reader.layout
         self.parts = _parts(stage, product, layout.parts)
-        self.part_size = product.shape[-1] // layout.parts
+        self.part_size = evaluate(product.shape[-1], {}) // layout.parts
         self.width = layout.columns // layout.parts
         self.lanes = reader.lanes if self.width % reader.lanes == 0 else 1
         self.results = [_result(stage, program, name, value)

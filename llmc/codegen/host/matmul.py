@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import llvmlite.ir as ir
 
@@ -22,13 +23,15 @@ from llmc.codegen.host.kernel import Frame, Kernel, Worker
 from llmc.codegen.host.microkernel import LeftRows, PanelReader, Tile, tile_product
 from llmc.codegen.host.prologue import RowsInPlace, RowsInScratch
 from llmc.codegen.llvm import F64, Emitter, i64
-from llmc.codegen.target import Target
-from llmc.ir.dims import Dim, bounds
+from llmc.ir.dims import Dim, bounds, evaluate
 from llmc.ir.dims import product as product_of
 from llmc.ir.dtypes import DType, dtype, f32, f64
 from llmc.ir.graph import Node
 from llmc.ir.layouts import Panels, RowBlocks, Rows
 from llmc.ir.program import Buffer, Program, Stage, unsupported
+
+if TYPE_CHECKING:
+    from llmc.codegen.target import Target
 
 PANEL_GROUP_BYTES = 256 << 10  # panels of a group stay in half of an L2 cache of 512 KB
 ROW_GROUP_BYTES = 4 << 20  # row blocks of a group stay in this worker's share of L3
@@ -55,11 +58,11 @@ class Product:
 
     @property
     def k(self) -> int:
-        return self.weight.type.shape[0]
+        return evaluate(self.weight.type.shape[0], {})
 
     @property
     def panels(self) -> int:
-        return self.reader.layout.panels(self.weight.type.shape)
+        return evaluate(self.reader.layout.panels(self.weight.type.shape), {})
 
     @property
     def panel_bytes(self) -> int:
@@ -106,6 +109,7 @@ def panel_reader(stage: Stage, program: Program, node: Node, weight: Buffer) -> 
         raise unsupported(stage, f"no kernel for weights of {own}")
     if not all(isinstance(size, int) for size in weight.type.shape):
         raise unsupported(stage, f"the shape of its weight is symbolic: {weight.type}")
+    assert isinstance(weight.layout, Panels)
     capabilities = program.capabilities
     packed = capabilities.packed_activation(own, node.inputs[0].dtype)
     lanes = capabilities.vector_lanes // (2 if packed == "f64" else 1)
@@ -123,9 +127,12 @@ def operand_buffer(stage: Stage, program: Program, node: Node) -> Buffer | None:
 class BlockedMatmul:
     """Many rows: a tile of accumulators per (row block, panel); the left operand is packed."""
 
-    scratch_bytes = 0
+    scratch_bytes: int | Dim = 0
 
     def __init__(self, product: Product, blocks: Buffer, program: Program):
+        if not isinstance(blocks.layout, RowBlocks) or blocks.type.dtype != product.left_dtype:
+            raise unsupported(product.stage, f"its rows are packed as {blocks.type.dtype}, "
+                                             f"not {product.left_dtype}")
         self.product, self.blocks = product, blocks
         self.layout = blocks.layout
         groups = -(-product.k // self.layout.interleave)
@@ -198,7 +205,7 @@ class FewRowsMatmul:
             1, min(program.capabilities.matmul_rows, high))
         self.bodies = sorted({min(size, largest) for size in (1, 2, 4, 8, largest)})
         self.prologue = self._prologue(source, program, high)
-        self.scratch_bytes = self.prologue.scratch_bytes
+        self.scratch_bytes: int | Dim = self.prologue.scratch_bytes
         self.epilogue = Epilogue(product.stage, program, product.node, product.reader, largest)
 
     def _prologue(self, source: Buffer | None, program: Program,

@@ -57,7 +57,7 @@ class PanelReader:
         return F64 if self.dtype.name == "f64" else F32
 
     @property
-    def groupi64(self) -> int:
+    def group_bytes(self) -> int:
         return self.layout.columns * self.layout.interleave * self.dtype.bits // 8
 
     @property
@@ -69,13 +69,11 @@ class PanelReader:
         """The vectors [step][vector] of the group at pointer + offset bytes."""
         if self.dtype.name in ("f32", "f64"):
             return [self._load(e, pointer, offset, self.element)]
-        if self.layout.interleave == 1:
-            return [self._narrow(e, pointer, offset)]
+        if self.dtype.name == "f16":
+            return [self._halves(e, pointer, offset)]
         even = self._load(e, pointer, offset, I32)
         if self.dot:
             return [even]
-        if self.dtype.name == "f16":
-            return [[_half(e, bits, shift) for bits in even] for shift in (0, 16)]
         # Loading the odd elements anew (the no-op asm keeps LLVM from merging the loads) frees
         # the registers that would hold the pairs meanwhile: 6 x 2 tiles of AVX2 would spill.
         hidden = e.b.asm(ir.FunctionType(POINTER, [POINTER]), "", "=r,0", [pointer], False)
@@ -91,23 +89,11 @@ class PanelReader:
         return [e.load(e.offset(pointer, offset + v * size), vector(element, self.lanes))
                 for v in range(self.vectors)]
 
-    def _narrow(self, e: Emitter, pointer, offset: int) -> list[ir.Value]:
-        """16-bit elements that are not interleaved."""
-        element = F16 if self.dtype.name == "f16" else I16
+    def _halves(self, e: Emitter, pointer, offset: int) -> list[ir.Value]:
+        """Vectors of f16, widened."""
         loaded = [e.load(e.offset(pointer, offset + v * self.lanes * 2),
-                         vector(element, self.lanes)) for v in range(self.vectors)]
-        if self.dtype.name == "f16":
-            return [e.b.fpext(value, vector(F32, self.lanes)) for value in loaded]
-        return [e.bf16_to_f32(value) for value in loaded]
-
-
-def _half(e: Emitter, pairs: ir.Value, shift: int) -> ir.Value:
-    """One f16 of every 32-bit lane, as f32."""
-    if shift:
-        pairs = e.b.lshr(pairs, splat_constant(pairs.type, shift))
-    lanes = pairs.type.count
-    halves = e.b.bitcast(e.b.trunc(pairs, vector(I16, lanes)), vector(F16, lanes))
-    return e.b.fpext(halves, vector(F32, lanes))
+                         vector(F16, self.lanes)) for v in range(self.vectors)]
+        return [e.b.fpext(value, vector(F32, self.lanes)) for value in loaded]
 
 
 @dataclass(frozen=True)
@@ -202,7 +188,7 @@ def _accumulate(e: Emitter, reader: PanelReader, tile: Tile, factors: Sequence[i
 
 
 def _fused(e: Emitter, accumulator: ir.Value, factor: ir.Value, column: ir.Value) -> ir.Value:
-    return e.fma(factor, column, accumulator)
+    return e.multiply_add(factor, column, accumulator)
 
 
 def dot_product(e: Emitter, accumulator: ir.Value, pairs: ir.Value,

@@ -14,6 +14,7 @@ from llmc.codegen.host.epilogue import split_row
 from llmc.codegen.host.kernel import Frame, Worker
 from llmc.codegen.integers import Index
 from llmc.codegen.llvm import I1, Emitter, i64, vector
+from llmc.ir.dims import Dim, evaluate
 from llmc.ir.dims import product as product_of
 from llmc.ir.dtypes import DType
 from llmc.ir.graph import Node
@@ -49,10 +50,9 @@ class RowsInScratch:
     def __init__(self, stage: Stage, program: Program, product: Node, dtype: DType, rows: int):
         self.stage, self.program, self.product, self.dtype = stage, program, product, dtype
         self.lanes = program.capabilities.vector_lanes
-        k = product.inputs[0].shape[-1]
-        vectors = -(-k // self.lanes) * self.lanes
+        self.k = evaluate(product.inputs[0].shape[-1], {})
+        vectors = -(-self.k // self.lanes) * self.lanes
         lines = -(-vectors * dtype.bits // 8 // CACHE_LINE) | 1
-        self.k = k
         self.row_bytes = lines * CACHE_LINE
         self.scratch_bytes = rows * self.row_bytes
 
@@ -70,7 +70,7 @@ class RowsInScratch:
             if whole < self.k:
                 self._store(x, left, target, (*leading, whole), self._mask(self.k - whole))
 
-    def _rows(self):
+    def _rows(self) -> Dim:
         return product_of(self.product.inputs[0].shape[:-1])
 
     def _store(self, x: Expression, left: Node, target: ir.Value, index: tuple[Index, ...],

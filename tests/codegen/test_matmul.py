@@ -1,0 +1,211 @@
+"""The packed matmul against float64: both forms, every weight dtype, odd shapes, 1B shapes."""
+
+import re
+
+import numpy as np
+import pytest
+
+from llmc.codegen.target import Target
+from llmc.errors import CompileError
+from llmc.ir.dtypes import dtype
+from llmc.ir.ops import make
+from tests.codegen.matmul_harness import Runner, assembly, leaf, make_stage, rows_symbol
+
+DTYPES = ("f32", "bf16", "f16", "f64")
+FEW = (1, 2, 3, 7, 8)
+MANY = (1, 2, 7, 8, 17, 64, 129)
+SHAPES = ((1, 1), (3, 5), (17, 33), (64, 48), (130, 40), (2048, 16))
+
+
+def random(shape, name, seed):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype(name).numpy)
+
+
+def plain(form, dtype_name, k, n, rows=None, leading=()):
+    """x @ w as a stage. few: rows in memory as the weight's dtype; blocked: packed rows."""
+    blocked = form == "blocked"
+    packed = "f64" if dtype_name == "f64" else "f32"
+    rows = rows or rows_symbol(4096 if blocked else 8)
+    a = leaf("a", packed if blocked else dtype_name, *leading, rows, k)
+    w = leaf("w", dtype_name, k, n)
+    y = make("matmul", a, w, dtype=dtype(packed))
+    return Runner(*make_stage([a, w], {"y": y}, blocked=blocked))
+
+
+def check(result, a, w):
+    """|error| <= k * 2^-24 * |a| @ |w| (f64: 2^-53), the bound of any order of summation.
+
+    Of wide results: the first and last columns, and some between.
+    """
+    if w.shape[1] > 200:
+        columns = np.r_[:40, np.random.default_rng(0).integers(0, w.shape[1], 100), -40:0]
+        result, w = result[..., columns], w[:, columns]
+    exact = a.astype(np.float64) @ w.astype(np.float64)
+    unit = 2.0**-53 if result.dtype == np.float64 else 2.0**-24
+    bound = (a.shape[-1] + 1) * unit * (np.abs(a.astype(np.float64)) @ np.abs(
+        w.astype(np.float64)))
+    error = np.abs(result.astype(np.float64) - exact)
+    worst = np.unravel_index((error - bound).argmax(), error.shape)
+    assert (error <= bound).all(), f"{error[worst]} at {worst}, bound {bound[worst]}"
+
+
+@pytest.mark.parametrize("form, sizes", [("few", FEW), ("blocked", MANY)])
+@pytest.mark.parametrize("dtype_name", DTYPES)
+@pytest.mark.parametrize("k, n", SHAPES)
+def test_matches_float64(form, sizes, dtype_name, k, n):
+    run = plain(form, dtype_name, k, n)
+    w = random((k, n), dtype_name, 1)
+    for rows in sizes:
+        a = random((rows, k), run.program.buffers["a"].type.dtype.name, rows)
+        check(run(rows, a=a, w=w)["y"], a, w)
+
+
+@pytest.mark.parametrize("form, sizes", [("few", (1, 2, 7, 8)), ("blocked", (17, 64, 129, 512))])
+@pytest.mark.parametrize("dtype_name", ["f32", "bf16"])
+@pytest.mark.parametrize("k, n", [(2048, 3072), (2048, 2048), (8192, 2048)])
+def test_layers_of_1b(form, sizes, dtype_name, k, n):
+    run = plain(form, dtype_name, k, n)
+    w = random((k, n), dtype_name, 1)
+    for rows in sizes:
+        a = random((rows, k), run.program.buffers["a"].type.dtype.name, rows)
+        check(run(rows, a=a, w=w)["y"], a, w)
+
+
+def swiglu(form, dtype_name, k, n, result):
+    rows = rows_symbol(4096 if form == "blocked" else 8)
+    a = leaf("a", "f32", rows, k)
+    w = leaf("w", dtype_name, k, 2 * n)
+    y = make("matmul", a, w, dtype=dtype("f32"))
+    gate, up = (make("slice", y, starts=(0, i * n), stops=(rows, (i + 1) * n), steps=(1, 1))
+                for i in (0, 1))
+    value = make("cast", make("mul", make("silu", gate), up), dtype=dtype(result))
+    return Runner(*make_stage([a, w], {"y": value}, blocked=form == "blocked", parts=2))
+
+
+@pytest.mark.parametrize("form, rows", [("few", 1), ("few", 7), ("blocked", 17)])
+@pytest.mark.parametrize("result", ["f32", "bf16"])
+@pytest.mark.parametrize("k, n", [(64, 24), (17, 8), (33, 13), (2048, 1024)])
+def test_gate_and_up_in_one_tile(form, rows, result, k, n):
+    run = swiglu(form, "bf16", k, n, result)
+    a, w = random((rows, k), "f32", 1), random((k, 2 * n), "bf16", 2)
+    product = a.astype(np.float64) @ w.astype(np.float64)
+    gate, up = product[:, :n], product[:, n:]
+    exact = gate / (1 + np.exp(-gate)) * up
+    error = np.abs(run(rows, a=a, w=w)["y"].astype(np.float64) - exact)
+    magnitude = np.abs(a) @ np.abs(w.astype(np.float64))
+    slack = k * 2.0**-24 * (magnitude[:, :n] * np.abs(up) + magnitude[:, n:] * np.abs(gate) * 1.1)
+    unit = 2.0**-8 if result == "bf16" else 2.0**-21
+    assert (error <= slack + unit * np.abs(exact) + 1e-30).all()
+
+
+@pytest.mark.parametrize("form, rows", [("few", 3), ("blocked", 19)])
+@pytest.mark.parametrize("n", [32, 37])
+def test_bias_activation_residual_and_cast(form, rows, n):
+    count = rows_symbol(4096 if form == "blocked" else 8)
+    a, w = leaf("a", "f32", count, 40), leaf("w", "bf16", 40, n)
+    bias, residual = leaf("bias", "f32", n), leaf("residual", "bf16", count, n)
+    product = make("matmul", a, w, dtype=dtype("f32"))
+    activated = make("relu", make("add", product, bias))
+    total = make("cast", make("add", activated, make("cast", residual, dtype=dtype("f32"))),
+                 dtype=dtype("bf16"))
+    run = Runner(*make_stage([a, w, bias, residual], {"y": total, "raw": activated},
+                             blocked=form == "blocked"))
+    arrays = {"a": random((rows, 40), "f32", 1), "w": random((40, n), "bf16", 2),
+              "bias": random((n,), "f32", 3), "residual": random((rows, n), "bf16", 4)}
+    wide = {name: value.astype(np.float64) for name, value in arrays.items()}
+    exact = np.maximum(wide["a"] @ wide["w"] + wide["bias"], 0)
+    results = run(rows, **arrays)
+    np.testing.assert_allclose(results["raw"], exact, atol=2e-5)
+    total_exact = exact + wide["residual"]
+    error = np.abs(results["y"].astype(np.float64) - total_exact)
+    assert (error <= 2.0**-8 * np.abs(total_exact) + 2e-5).all()
+
+
+def test_norm_as_prologue():
+    rows = rows_symbol(8)
+    x, scale, w = leaf("x", "bf16", rows, 75), leaf("scale", "bf16", 75), leaf("w", "bf16", 75, 20)
+    normed = make("rms_norm", x, scale, epsilon=1e-5)
+    run = Runner(*make_stage([x, scale, w], {"y": make("matmul", normed, w, dtype=dtype("f32"))}))
+    arrays = {"x": random((5, 75), "bf16", 1), "scale": random((75,), "bf16", 2),
+              "w": random((75, 20), "bf16", 3)}
+    wide = {name: value.astype(np.float64) for name, value in arrays.items()}
+    mean = (wide["x"]**2).mean(-1, keepdims=True)
+    normed_exact = wide["x"] / np.sqrt(mean + 1e-5) * wide["scale"]
+    np.testing.assert_allclose(run(5, **arrays)["y"], normed_exact @ wide["w"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["few", "blocked"])
+def test_leading_axes_are_rows(form):
+    run = plain(form, "f32", 33, 20, rows=4, leading=(2,))
+    a, w = random((2, 4, 33), "f32", 1), random((33, 20), "f32", 2)
+    check(run(8, a=a, w=w)["y"], a, w)
+
+
+def test_result_seen_with_another_shape():
+    rows = rows_symbol(8)
+    a, w = leaf("a", "f32", rows, 16), leaf("w", "f32", 16, 24)
+    y = make("matmul", a, w, dtype=dtype("f32"))
+    run = Runner(*make_stage([a, w], {"y": make("reshape", y, shape=(rows, 3, 8))}))
+    arrays = {"a": random((3, 16), "f32", 1), "w": random((16, 24), "f32", 2)}
+    check(run(3, **arrays)["y"].reshape(3, 24), arrays["a"], arrays["w"])
+
+
+def test_rows_do_not_depend_on_their_neighbours_or_workers():
+    run = plain("blocked", "bf16", 70, 40)
+    a, w = random((33, 70), "f32", 1), random((70, 40), "bf16", 2)
+    whole = run(33, a=a, w=w)["y"]
+    for workers in (1, 2, 5):
+        np.testing.assert_array_equal(run(33, workers=workers, a=a, w=w)["y"], whole)
+    np.testing.assert_array_equal(run(9, a=a[:9], w=w)["y"], whole[:9])
+
+
+def test_not_elementwise_behind_the_product_is_refused():
+    rows = rows_symbol(8)
+    a, w = leaf("a", "f32", rows, 16), leaf("w", "f32", 16, 24)
+    y = make("softmax", make("matmul", a, w, dtype=dtype("f32")), axis=1)
+    with pytest.raises(CompileError, match="softmax"):
+        Runner(*make_stage([a, w], {"y": y}))
+
+
+# ---- golden properties of the code ---------------------------------------------------------
+
+
+def inner_loop(text):
+    """The straight piece of code with the most multiply-adds: the body of the loop over k."""
+    pieces = re.split(r"^\.?L?[\w.]+:.*$|^\s+(?:j\w+|b\.\w+|tbn?z|cbn?z)\s.*$", text,
+                      flags=re.MULTILINE)
+    return max(pieces, key=lambda piece: len(re.findall(r"fmadd|fmla|dpbf16", piece)))
+
+
+CASES = {
+    "x86_64:znver3 f32": (r"vfmadd\w+ps.*ymm", 48),
+    "x86_64:znver3 bf16": (r"vfmadd\w+ps.*ymm", 48),
+    "x86_64:znver3 f16": (r"vfmadd\w+ps.*ymm", 48),
+    "x86_64:skylake-avx512 bf16": (r"vfmadd\w+ps.*zmm", 48),
+    "x86_64:znver5 f32": (r"vfmadd\w+ps.*zmm", 48),
+    "x86_64:znver5 bf16": (r"vdpbf16ps.*zmm", 48),
+    "aarch64:neoverse-n1 f32": (r"fmla\s+v\d+\.4s", 48),
+    "aarch64:neoverse-n1 bf16": (r"fmla\s+v\d+\.4s", 48),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_inner_loop_is_multiply_adds_without_spills(case):
+    target, dtype_name = Target.parse(case.split()[0]), case.split()[1]
+    pattern, least = CASES[case]
+    packed = target.capabilities().packed_activation(dtype(dtype_name), dtype(dtype_name))
+    a = leaf("a", packed, rows_symbol(), 2048)
+    w = leaf("w", dtype_name, 2048, 256)
+    y = make("matmul", a, w, dtype=dtype("f32"))
+    stage, program = make_stage([a, w], {"y": y}, blocked=True, target=target)
+    loop = inner_loop(assembly(stage, program, target))
+    assert len(re.findall(pattern, loop)) >= least
+    assert not re.search(r"\(%r[sb]p|\[sp", loop), loop
+
+
+def test_no_library_calls_on_the_oldest_cpu():
+    target = Target.parse("x86_64:x86-64")
+    a, w = leaf("a", "f32", rows_symbol(), 64), leaf("w", "bf16", 64, 64)
+    y = make("matmul", a, w, dtype=dtype("f32"))
+    stage, program = make_stage([a, w], {"y": y}, blocked=True, target=target)
+    assert "call" not in assembly(stage, program, target)
