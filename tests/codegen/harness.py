@@ -81,8 +81,7 @@ class Runner:
         memory = self.memory = {
             name: self._fill(buffer, arrays, dims)
             for name, buffer in program.buffers.items() if buffer.role != "arena"}
-        roles = [[memory[b.name].ctypes.data for b in program.with_role(role)]
-                 for role in ("input", "output", "weight", "state")]
+        roles = [self.table(role, memory) for role in ("input", "output", "weight", "state")]
         tables = [(POINTER * max(1, len(addresses)))(*addresses) for addresses in roles]
         symbols = np.array([dims.get(name, low) for name, low, _ in program.symbols] or [0],
                            np.int64)
@@ -95,6 +94,10 @@ class Runner:
         self.returned = self.step(ctypes.addressof(arguments))
         return {name: self._read(program.buffers[name], memory[name], dims)
                 for name in memory if program.buffers[name].role in ("output", "state")}
+
+    def table(self, role, memory):
+        """Addresses of the buffers of a role."""
+        return [memory[buffer.name].ctypes.data for buffer in self.program.with_role(role)]
 
     def _fill(self, buffer, arrays, dims):
         shape = tuple(evaluate(size, dims) for size in buffer.type.shape)
