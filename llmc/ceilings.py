@@ -29,7 +29,7 @@ class Ceilings:
     def __init__(self, threads: int | None = None, target: Target | None = None):
         self.threads = threads or len(os.sched_getaffinity(0))
         self._code = generate_ceilings(target or Target.host())
-        self._library = load_object(self._code.object)
+        self._library = load_object(self._code.object, self._code.exports)
         self._pool = ThreadPoolExecutor(self.threads)
         self._buffer: np.ndarray | None = None
         self._turns: dict[str, int] = {}

@@ -31,6 +31,12 @@ class CeilingCode:
     f32_flops: int
     bf16_flops: int
 
+    @property
+    def exports(self) -> tuple[str, ...]:
+        """Names of the functions that are there."""
+        names = ("llmc_read", "llmc_peak_f32", "llmc_peak_bf16")
+        return names if self.bf16_flops else names[:2]
+
 
 def generate_ceilings(target: Target) -> CeilingCode:
     """Code for the ceilings of one core of a host target."""
