@@ -1,0 +1,187 @@
+"""The packed matmul at layer shapes, next to what this machine can do.
+
+    python benchmarks/bench_matmul.py [--shape 1b|8b] [--threads N] [--rounds R] [--dtype bf16]
+
+One program per case: a loop over so many copies of the weight that no cache holds them, one stage,
+one native call. Prints one JSON object a line: medians over the rounds of figure / ceiling, the
+ceiling sampled on both sides of each figure. Few rows are judged by the bytes of the weight,
+many by flops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import statistics
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmc.ceilings import Ceilings
+from llmc.codegen import generate
+from llmc.codegen.target import Target
+from llmc.ir.dims import evaluate, symbol
+from llmc.ir.dtypes import dtype
+from llmc.ir.graph import Graph, Node, TensorType
+from llmc.ir.layouts import Panels, RowBlocks, Rows
+from llmc.ir.ops import make
+from llmc.ir.program import Buffer, Loop, Program, Stage
+from llmc.runtime.host_device import Team, load_object
+from llmc.runtime.memory import aligned_empty
+
+SHAPES = {  # name: (k, n, parts)
+    "1b": {"qkv": (2048, 3072, 1), "o": (2048, 2048, 1), "gate_up": (2048, 16384, 2),
+           "down": (8192, 2048, 1), "head": (2048, 128256, 1)},
+    "8b": {"qkv": (4096, 6144, 1), "o": (4096, 4096, 1), "gate_up": (4096, 28672, 2),
+           "down": (14336, 4096, 1)},
+}
+FEW_ROWS = (1, 2, 4)
+MANY_ROWS = (8, 32, 128, 512)
+STREAMED_BYTES = 256 << 20  # per call, beyond any cache
+
+
+@dataclass(frozen=True)
+class Case:
+    """One weight, once for few rows (prologue inside) and once for packed rows."""
+
+    name: str
+    k: int
+    n: int
+    parts: int
+    dtype_name: str
+    blocked: bool
+
+    def weight_bytes(self) -> int:
+        return self.k * self.n * dtype(self.dtype_name).bits // 8
+
+
+class Runner:
+    """A compiled case; `seconds(rows)` runs every copy of the weight once."""
+
+    def __init__(self, case: Case, threads: int):
+        target = Target.host()
+        self.case = case
+        self.copies = max(1, STREAMED_BYTES // case.weight_bytes())
+        self.program = make_program(case, self.copies, target)
+        started = time.perf_counter()
+        code = generate(self.program, target)
+        self.compile_seconds = time.perf_counter() - started
+        self._library = load_object(code.object)
+        self._step = self._library.function("llmc_step", ctypes.c_int32, ctypes.c_void_p)
+        self._team = Team(self._library, threads)
+        self._scratch = aligned_empty(max(64, code.scratch_bytes) * threads)
+        weights = [_ones(evaluate(self.program.buffers["w"].bytes(), {}))
+                   for _ in range(self.copies)]
+        most = {"rows": MANY_ROWS[-1]}
+        left, result = (_ones(evaluate(self.program.buffers[name].bytes(), most))
+                        for name in ("a", "y"))
+        self._memory = [*weights, left, result]
+        self._symbols = (ctypes.c_int64 * 1)()
+        tables = [_table([left]), _table([result]), _table(weights), _table([])]
+        self._tables = tables
+        cancel = np.zeros(1, np.int32)
+        self._memory.append(cancel)
+        self._arguments = (ctypes.c_void_p * 9)(
+            ctypes.addressof(self._symbols), *[ctypes.addressof(table) for table in tables], 0,
+            self._scratch.ctypes.data, self._team.handle, cancel.ctypes.data)
+
+    def seconds(self, rows: int) -> float:
+        self._symbols[0] = rows
+        started = time.perf_counter()
+        self._step(ctypes.addressof(self._arguments))
+        return time.perf_counter() - started
+
+    def close(self) -> None:
+        self._team.close()
+
+
+def make_program(case: Case, copies: int, target: Target) -> Program:
+    """y = a @ w (or silu(gate) * up) for `copies` weights in turn; every turn rewrites y."""
+    capabilities = target.capabilities()
+    high = MANY_ROWS[-1] if case.blocked else capabilities.few_rows
+    rows = symbol("rows", 1, high)
+    weight = dtype(case.dtype_name)
+    packed = dtype(capabilities.packed_activation(weight, weight)) if case.blocked else weight
+    a = make("input", name="a", type=TensorType(packed, (rows, case.k)))
+    w = make("input", name="w", type=TensorType(weight, (case.k, case.n)))
+    y = make("cast", _epilogue(make("matmul", a, w, dtype=dtype("f32")), rows, case.parts),
+             dtype=weight)
+    left = RowBlocks(capabilities.matmul_rows, capabilities.interleave(packed)) \
+        if case.blocked else Rows()
+    panels = Panels(capabilities.panel_columns, capabilities.interleave(weight), case.parts)
+    buffers = {"a": Buffer("a", a.type, "input", left), "y": Buffer("y", y.type, "output"),
+               "w": Buffer("w", w.type, "weight", panels, copies)}
+    stage = Stage(case.name, "matmul", Graph(case.name, (a, w), (("y", y),)), ("a", "w"), ("y",))
+    return Program(case.name, capabilities, (("rows", 1, high),), buffers, {},
+                   (Loop(copies, (stage,)),), 0)
+
+
+def _epilogue(product: Node, rows, parts: int) -> Node:
+    if parts == 1:
+        return product
+    size = product.shape[-1] // 2
+    gate, up = (make("slice", product, starts=(0, first), stops=(rows, first + size), steps=(1, 1))
+                for first in (0, size))
+    return make("mul", make("silu", gate), up)
+
+
+def _ones(size: int) -> np.ndarray:
+    """Memory full of small normal numbers in every dtype: 0x3c3c is 0.0115 as bf16."""
+    memory = aligned_empty(size)
+    memory[:] = 0x3C
+    return memory
+
+
+def _table(arrays):
+    return (ctypes.c_void_p * max(1, len(arrays)))(*[array.ctypes.data for array in arrays])
+
+
+def measure(runner: Runner, ceilings: Ceilings, rows: int, rounds: int) -> dict:
+    """Figure and ceiling, interleaved; the ratio of a round is to the mean of its two ceilings."""
+    case = runner.case
+    bound = "flops" if case.blocked else "bytes"
+    work = runner.copies * (2 * rows * case.k * case.n if case.blocked else case.weight_bytes())
+    if case.blocked:
+        ceiling = ceilings.peak_bf16 if case.dtype_name == "bf16" else ceilings.peak_f32
+    else:
+        ceiling = ceilings.read_bandwidth
+    runner.seconds(rows)
+    figures, ratios = [], []
+    for _ in range(rounds):
+        before = ceiling()
+        figures.append(work / runner.seconds(rows))
+        ratios.append(2 * figures[-1] / (before + ceiling()))
+    return {"stage": case.name, "k": case.k, "n": case.n, "dtype": case.dtype_name, "rows": rows,
+            "bound": bound, "giga_per_second": round(statistics.median(figures) / 1e9, 1),
+            "share_of_ceiling": round(statistics.median(ratios), 3),
+            "best_share": round(max(ratios), 3),
+            "compile_seconds": round(runner.compile_seconds, 3)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--stages", default="", help="comma-separated names; all by default")
+    parser.add_argument("--dtype", choices=("f32", "bf16", "f16"), default="bf16")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    ceilings = Ceilings(arguments.threads)
+    wanted = arguments.stages.split(",") if arguments.stages else list(SHAPES[arguments.shape])
+    for name in wanted:
+        for blocked in (False, True):
+            if blocked and name == "head":  # only the wanted rows reach the head
+                continue
+            case = Case(name, *SHAPES[arguments.shape][name], arguments.dtype, blocked)
+            runner = Runner(case, arguments.threads)
+            for rows in MANY_ROWS if blocked else FEW_ROWS:
+                report = measure(runner, ceilings, rows, arguments.rounds)
+                print(json.dumps(report), flush=True)
+            runner.close()
+
+
+if __name__ == "__main__":
+    main()
