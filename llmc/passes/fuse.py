@@ -159,7 +159,7 @@ def _merge_maps(partition: Partition) -> None:
 def _merge_along_edges(partition: Partition) -> bool:
     changed = False
     for producer in reversed(partition.groups()):
-        if producer.anchor not in ("map", "view"):
+        if producer.anchor not in ("map", "view") or not partition.is_live(producer):
             continue
         consumers = partition.consumers(producer)
         only = len(consumers) == 1 and not producer.nodes & partition.results
@@ -194,17 +194,18 @@ def _recomputes(partition: Partition, producer: Group, consumer: Group) -> bool:
 
 
 def _merge_siblings(partition: Partition) -> bool:
-    """Merges two maps that read the same group and run over the same rows."""
-    for producer in partition.groups():
-        seen: list[Group] = []
+    """Merges maps that read the same group, one after the other, and run over the same rows."""
+    changed = False
+    for producer in filter(partition.is_live, partition.groups()):
+        last: Group | None = None
         for reader in _map_readers(partition, producer):
-            for other in seen:
-                if _rows(partition, other) == _rows(partition, reader) and \
-                        partition.can_merge(other, reader):
-                    _merge_maps_pair(partition, other, reader)
-                    return True
-            seen.append(reader)
-    return False
+            if last is not None and _rows(partition, last) == _rows(partition, reader) \
+                    and partition.can_merge(last, reader):
+                partition.merge(last, reader)
+                changed = True
+            else:
+                last = reader
+    return changed
 
 
 def _map_readers(partition: Partition, producer: Group) -> list[Group]:

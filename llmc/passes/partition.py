@@ -44,6 +44,10 @@ class Partition:
         """All groups, by the position of their first node."""
         return list(dict.fromkeys(self.group.values()))
 
+    def is_live(self, group: Group) -> bool:
+        """Whether the group has not been merged into another."""
+        return self.group[group.core] is group
+
     def producers(self, group: Group) -> set[Group]:
         """The groups that the group reads."""
         found = {self.group[each] for node in group.nodes for each in node.inputs

@@ -70,6 +70,14 @@ def neutral_operand(node: Node) -> Node | None:
     return left
 
 
+@rule("and", "or")
+def neutral_truth(node: Node) -> Node | None:
+    """x and true -> x, x or false -> x"""
+    left, right = node.inputs
+    is_neutral = node.dtype.kind == "bool" and uniform_value(right) == (node.op == "and")
+    return left if is_neutral and left.type == node.type else None
+
+
 @rule("neg", "not", "abs", "relu", "floor", "ceil", "round")
 def unary_twice(node: Node) -> Node | None:
     """-(-x) -> x, not not x -> x; |(|x|)| -> |x| and the like"""
@@ -276,8 +284,9 @@ def _broadcast_shape(inputs: tuple[Node, ...]) -> tuple | None:
 
 
 SIMPLIFY_RULES: list[Rule] = [
-    fold_constants, constant_to_the_right, neutral_operand, unary_twice, sum_with_negative,
-    constants_together, scale_of_sum, division_by_power_of_two, reciprocal_forms,
-    reciprocal_of_sqrt, division_by_sqrt, small_powers, needless_cast, constant_condition,
-    negated_comparison, dim_arithmetic, cast_of_dim, known_dim, broadcast_operand, *MOVEMENT_RULES,
+    fold_constants, constant_to_the_right, neutral_operand, neutral_truth, unary_twice,
+    sum_with_negative, constants_together, scale_of_sum, division_by_power_of_two,
+    reciprocal_forms, reciprocal_of_sqrt, division_by_sqrt, small_powers, needless_cast,
+    constant_condition, negated_comparison, dim_arithmetic, cast_of_dim, known_dim,
+    broadcast_operand, *MOVEMENT_RULES,
 ]

@@ -24,7 +24,7 @@ RULE = "=" * 80
 PASSES: dict[str, Callable[[Graph], Graph]] = {
     "simplify": simplify,
     "outline": outline,
-    "raise_patterns": lambda graph: raise_patterns(simplify(graph)),
+    "raise_patterns": lambda graph: simplify(raise_patterns(simplify(graph))),
     "merge_matmuls": merge_matmuls,
     "legalize": lambda graph: legalize(graph, CAPABILITIES),
     "split_prelude": split_prelude,
