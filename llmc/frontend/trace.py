@@ -407,14 +407,17 @@ def packed_attention(
     k: Tensor,
     v: Tensor,
     offsets: Tensor,
+    lengths: Tensor | None = None,
     *,
     scale: float | None = None,
     causal: bool = False,
     window: int = 0,
     softcap: float = 0.0,
 ) -> Tensor:
-    """q, k, v [tokens, heads, d]: each token attends within its sequence (offsets[i]..)."""
-    return apply("packed_attention", q, k, v, offsets, scale=scale, causal=causal, window=window,
+    """q, k, v [tokens, heads, d]: each token attends within its sequence (offsets[i]..), to the
+    first lengths[i] tokens of it (all, if not given)."""
+    operands = (q, k, v, offsets) if lengths is None else (q, k, v, offsets, lengths)
+    return apply("packed_attention", *operands, scale=scale, causal=causal, window=window,
                   softcap=softcap)
 
 

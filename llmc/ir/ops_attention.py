@@ -245,14 +245,19 @@ def _decompose_attention(node: Node) -> Node:
 
 
 def _infer_packed(inputs: Inputs, attributes: Attributes, bodies: Bodies) -> Type:
-    """q [tokens, h, d], k [tokens, g, d], v [tokens, g, e], offsets [sequences + 1]: each token
-    attends within its own sequence -> [tokens, h, e]."""
+    """q [tokens, h, d], k [tokens, g, d], v [tokens, g, e], offsets [sequences + 1] and, if given,
+    lengths [sequences]: each token attends within its own sequence -> [tokens, h, e]. Only the
+    first `lengths` tokens of a sequence are keys; the others ask but are not seen."""
     q, k, v = inputs[:3]
     for index in range(3):
         require_rank("packed_attention", inputs, index, 3)
         require_same_dim("packed_attention", inputs, "tokens", q.shape[0], inputs[index].shape[0])
-    require_rank("packed_attention", inputs, 3, 1)
-    require_integer("packed_attention", inputs, 3)
+    for index in range(3, len(inputs)):
+        require_rank("packed_attention", inputs, index, 1)
+        require_integer("packed_attention", inputs, index)
+    if len(inputs) == 5:
+        require_same_dim("packed_attention", inputs, "lengths and sequences",
+                         inputs[4].shape[0] + 1, inputs[3].shape[0])
     _check_heads("packed_attention", inputs, 1, attributes)
     require_same_dim("packed_attention", inputs, "key and value heads", k.shape[1], v.shape[1])
     return TensorType(q.dtype, (*q.shape[:2], v.shape[-1]))
@@ -261,12 +266,16 @@ def _infer_packed(inputs: Inputs, attributes: Attributes, bodies: Bodies) -> Typ
 def _packed_attention(node: Node, arrays: Sequence[Array], context: Context) -> Array:
     q, k, v = (np.swapaxes(widen(array, node.dtype, context.exact), 0, 1) for array in arrays[:3])
     result = np.zeros((q.shape[1], q.shape[0], v.shape[-1]), q.dtype)
-    for start, stop in zip(arrays[3][:-1].tolist(), arrays[3][1:].tolist(), strict=True):
-        if not 0 <= start <= stop <= q.shape[1]:
-            raise ShapeError(f"packed_attention: offsets {start}..{stop} of {q.shape[1]} tokens")
-        at = np.arange(start, stop)
-        seen = visible(at, at, node["causal"], node["window"])
-        part = attend(q[:, start:stop], k[:, start:stop], v[:, start:stop], node, seen)
+    lengths = arrays[4] if len(arrays) == 5 else np.diff(arrays[3])
+    for start, stop, length in zip(arrays[3][:-1].tolist(), arrays[3][1:].tolist(),
+                                   lengths.tolist(), strict=True):
+        end = start + length
+        if not 0 <= start <= end <= stop <= q.shape[1]:
+            raise ShapeError(f"packed_attention: offsets {start}..{stop} and length {length} of "
+                             f"{q.shape[1]} tokens")
+        seen = visible(np.arange(start, stop), np.arange(start, end), node["causal"],
+                       node["window"])
+        part = attend(q[:, start:stop], k[:, start:end], v[:, start:end], node, seen)
         result[start:stop] = np.swapaxes(part, 0, 1)
     return round_to(result, node.dtype, context.exact)
 
@@ -372,7 +381,7 @@ TABLE = [
        attributes={"interleaved": Attribute(flag, False)}),
     Op("attention", _infer_attention, _attention, _decompose_attention, arity=(3, 4),
        attributes=_MASKED),
-    Op("packed_attention", _infer_packed, _packed_attention, arity=(4, 4), attributes=_MASKED),
+    Op("packed_attention", _infer_packed, _packed_attention, arity=(4, 5), attributes=_MASKED),
     Op("cache_append", _infer_cache_append, _cache_append, arity=(5, 5)),
     Op("paged_attention", _infer_paged, _paged_attention, arity=(7, 7), attributes=_SCORE),
 ]

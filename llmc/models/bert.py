@@ -63,12 +63,12 @@ class BertConfig(ModelConfig):
 
 def bert(config: BertConfig, step: Step) -> dict[str, Tensor]:
     """`last_hidden_state` f32[tokens, hidden]; where the checkpoint has a pooler also
-    `pooler_output` f32[sequences, hidden], made of each sequence's first token."""
+    `pooler_output` f32[sequences, hidden], made of the tokens that `pooled` names."""
     x = encode(config, step)
     outputs = {"last_hidden_state": trace.cast(x, f32)}
     pooler = step.weights.under("bert.pooler.dense")
     if pooler.has("weight"):
-        first = trace.gather(x, step.offsets[:-1], axis=0)  # [sequences, hidden]
+        first = trace.gather(x, step.pooled, axis=0)  # [sequences, hidden]
         pooled = trace.tanh(linear(first, pooler, config.hidden_size, config.hidden_size, True))
         outputs["pooler_output"] = trace.cast(pooled, f32)
     return outputs
@@ -126,7 +126,7 @@ def attention(config: BertConfig, step: Step, weights: Weights, x: Tensor) -> Te
         split_heads(linear(x, weights.under(name), hidden, hidden, True), heads, size)
         for name in ("query", "key", "value")
     )
-    attended = trace.packed_attention(q, k, v, step.offsets, scale=size**-0.5, causal=False)
+    attended = trace.packed_attention(q, k, v, step.offsets, step.lengths, scale=size**-0.5)
     return merge_heads(attended)
 
 

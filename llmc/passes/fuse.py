@@ -57,7 +57,8 @@ def fuse(graph: Graph) -> Graph:
 def anchor_of(node: Node, weights: set[Node]) -> str:
     """The kind of fusion that a node is the core of; `view` and `structure` are no fusions."""
     if node.op == "matmul":
-        is_weight = node.inputs[1] in weights and node.inputs[1].rank == 2
+        weight = node.inputs[1]
+        is_weight = weight in weights and weight.rank == 2 and weight.dtype.is_float
         return "matmul" if is_weight and node.inputs[0].rank >= 1 else "dense_matmul"
     if node.op in ATTENTION:
         return "attention"

@@ -5,8 +5,9 @@
     variants/NAME.o   object code      variants/NAME.txt   the program it was made from
     files/...         tokenizer and configuration files of the model
 
-Loading an artifact runs the code in it: load only what you would run. Sizes and offsets are checked
-against the files before anything is mapped; an artifact for another CPU is refused.
+Loading an artifact runs the code in it: load only what you would run. The manifest carries its own
+checksum, and the code's: code and manifest must fit each other, so an edited one is refused. Sizes
+and offsets are checked against the files before anything is mapped; the weights' hash is `verify`'s.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ _LISTS = {"symbols": SymbolInfo, "inputs": TensorInfo, "outputs": TensorInfo, "s
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    (directory / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
+    data = asdict(manifest)
+    (directory / MANIFEST).write_text(json.dumps(data | {"checksum": _checksum(data)}, indent=1))
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -121,12 +123,19 @@ def read_manifest(directory: Path) -> Manifest:
         raise ModelError(f"{path} is not valid JSON ({error}): compile the model again") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ModelError(f"{path} is not an artifact of format {FORMAT}: compile the model again")
+    if data.pop("checksum", None) != _checksum(data):
+        raise ModelError(f"{path} was changed after it was written: compile the model again")
     try:
         for name, kind in _LISTS.items():
             data[name] = tuple(kind(**_tuples(item)) for item in data[name])
         return Manifest(**data)
     except (KeyError, TypeError) as error:
         raise ModelError(f"{path} is damaged ({error}): compile the model again") from None
+
+
+def _checksum(data: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest's contents, however its JSON is laid out."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def _tuples(item: Any) -> Any:
@@ -182,9 +191,12 @@ class Artifact:
     def _read(self, name: str) -> bytes:
         path = self.directory / "variants" / name
         try:
-            return path.read_bytes()
+            contents = path.read_bytes()
         except OSError as error:
             raise ModelError(f"{path}: {error.strerror}: compile the model again") from None
+        if hashlib.sha256(contents).hexdigest() != self.manifest.hashes.get(f"variants/{name}"):
+            raise ModelError(f"{path} was changed after it was written: compile the model again")
+        return contents
 
     def _check_weights(self) -> None:
         path = self.directory / WEIGHTS

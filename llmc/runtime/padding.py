@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,11 +12,30 @@ from llmc.errors import ShapeError
 NAMES = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 
-def unpad(arrays: Mapping[str, np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
-    """(ids of each row, token types of each row, mask [batch, length]) of a dense batch.
+@dataclass(frozen=True)
+class DenseBatch:
+    """A dense batch: integers [batch, length]; mask: bool, True for tokens."""
 
-    Positions count the tokens that are not padding; other `position_ids` are refused.
-    """
+    ids: np.ndarray
+    mask: np.ndarray
+    types: np.ndarray
+    positions: np.ndarray | None
+
+    def rows(self, name: str) -> list[np.ndarray]:
+        """The values of one array that belong to tokens, row by row."""
+        array = getattr(self, name)
+        return [array[row, kept] for row, kept in enumerate(self.mask)]
+
+    def require_counted_positions(self) -> None:
+        """ShapeError unless positions count 0, 1, 2 ... over the tokens that are not padding."""
+        expected = np.cumsum(self.mask, axis=1) - 1
+        if self.positions is not None and (self.positions != expected)[self.mask].any():
+            raise ShapeError("position_ids must count 0, 1, 2 ... over the tokens that are not "
+                             "padding")
+
+
+def read_dense(arrays: Mapping[str, np.ndarray]) -> DenseBatch:
+    """The checked arrays of a dense batch; ShapeError names what does not fit."""
     unknown = set(arrays) - set(NAMES)
     if unknown or "input_ids" not in arrays:
         raise ShapeError(f"a checkpoint takes {', '.join(NAMES)} (input_ids at least), got "
@@ -31,18 +51,9 @@ def unpad(arrays: Mapping[str, np.ndarray]) -> tuple[list[np.ndarray], list[np.n
     if (gaps := np.flatnonzero((np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1) == 1
                                 ).sum(axis=1) != 1)).size:
         raise ShapeError(f"attention_mask row {gaps[0]} is not one run of ones")
-    _check_positions(arrays.get("position_ids"), mask)
     types = np.asarray(arrays.get("token_type_ids", np.zeros_like(ids)))
-    rows = range(len(ids))
-    return [ids[i, mask[i]] for i in rows], [types[i, mask[i]] for i in rows], mask
-
-
-def _check_positions(positions: np.ndarray | None, mask: np.ndarray) -> None:
-    if positions is None:
-        return
-    expected = np.cumsum(mask, axis=1) - 1
-    if (np.asarray(positions)[mask] != expected[mask]).any():
-        raise ShapeError("position_ids must count 0, 1, 2 ... over the tokens that are not padding")
+    positions = arrays.get("position_ids")
+    return DenseBatch(ids, mask, types, None if positions is None else np.asarray(positions))
 
 
 def pad(rows: Sequence[np.ndarray], mask: np.ndarray) -> np.ndarray:

@@ -15,12 +15,12 @@ from llmc import knobs
 from llmc.errors import DeviceError, LlmcError, ModelError, ShapeError
 from llmc.runtime.artifact import Artifact, is_artifact
 from llmc.runtime.cpu import check_cpu
-from llmc.runtime.encoder import Encoder, pool
+from llmc.runtime.encoder import Encoder, Sentence, pool
 from llmc.runtime.executor import Executor
 from llmc.runtime.jit import cached_artifact
 from llmc.runtime.memory import physical_memory
 from llmc.runtime.onnx_language_model import OnnxLanguageModel
-from llmc.runtime.padding import pad, unpad
+from llmc.runtime.padding import pad, read_dense
 from llmc.runtime.pages import PAGE
 from llmc.runtime.pages import Sequence as CachedSequence
 from llmc.runtime.progress import Progress, silent
@@ -149,7 +149,7 @@ class Runtime:
     def _run_rows(self, rows: list[np.ndarray]) -> list[np.ndarray]:
         if isinstance(self._model, Encoder):
             name = self.executor.outputs[0].name
-            return [outputs[name] for outputs in self._model.run(rows)]
+            return [outputs[name] for outputs in self._model.run([Sentence.of(r) for r in rows])]
         return [self._all_logits(row) for row in rows]
 
     def _all_logits(self, ids: np.ndarray) -> np.ndarray:
@@ -166,13 +166,13 @@ class Runtime:
     def _run_named(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         if self.manifest.kind == "onnx":
             return self.executor.run(arrays)
-        rows, types, mask = unpad(arrays)
-        rows = [self._check_ids(row) for row in rows]
+        batch = read_dense(arrays)
+        self._check_ids(batch.ids.reshape(-1))
         if isinstance(self._model, Encoder):
-            results = self._model.run(rows, types)
-            return {name: pad([r[name] for r in results], mask) if results[0][name].ndim == 2
-                    else np.stack([r[name] for r in results]) for name in results[0]}
-        return {"logits": pad([self._all_logits(row) for row in rows], mask)}
+            return self._model.run_dense(batch)
+        batch.require_counted_positions()
+        rows = [self._all_logits(row.astype(np.int32)) for row in batch.rows("ids")]
+        return {"logits": pad(rows, batch.mask)}
 
     def step(self, batch: Sequence[Chunk]) -> np.ndarray:
         """The engine's entry: run chunks of sequences; logits [wanted rows, vocab] f32."""
@@ -282,7 +282,7 @@ class Runtime:
                     self._model.max_context)
         rows = [self._check_ids(_cut(self.encode(text), limit)) for text in texts]
         with self._lock:
-            results = self._model.run(rows)
+            results = self._model.run([Sentence.of(row) for row in rows])
         name = self.executor.outputs[0].name
         vectors = [pool(r[name], mode, settings["normalize"]) for r in results]
         return np.stack(vectors) if vectors else np.empty((0, self.config["hidden_size"]), np.float32)

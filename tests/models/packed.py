@@ -139,6 +139,8 @@ def encode_packed(
     inputs = packed_inputs(sequences, starts or [0] * len(sequences))
     types = token_types or [numpy.zeros(len(ids)) for ids in sequences]
     inputs["token_types"] = numpy.concatenate(types).astype(numpy.int32)
+    inputs["lengths"] = numpy.diff(inputs["offsets"])
+    inputs["pooled"] = inputs["offsets"][:-1]
     outputs = interpret(model.graph, inputs, parameters(model), {})
     bounds = list(zip(inputs["offsets"], inputs["offsets"][1:], strict=False))
     return [

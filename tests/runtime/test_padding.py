@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 
 from llmc.errors import ShapeError
-from llmc.runtime.padding import pad, unpad
+from llmc.runtime.padding import pad, read_dense
 
 IDS = np.array([[0, 0, 5, 6], [7, 8, 9, 0]])
 MASK = np.array([[0, 0, 1, 1], [1, 1, 1, 0]])
 
 
 def test_rows_lose_their_padding_on_either_side():
-    rows, types, mask = unpad({"input_ids": IDS, "attention_mask": MASK})
-    assert [row.tolist() for row in rows] == [[5, 6], [7, 8, 9]]
-    assert [t.tolist() for t in types] == [[0, 0], [0, 0, 0]]
-    dense = pad([np.ones((2, 3)), np.full((3, 3), 2.0)], mask)
+    batch = read_dense({"input_ids": IDS, "attention_mask": MASK})
+    assert [row.tolist() for row in batch.rows("ids")] == [[5, 6], [7, 8, 9]]
+    assert [t.tolist() for t in batch.rows("types")] == [[0, 0], [0, 0, 0]]
+    dense = pad([np.ones((2, 3)), np.full((3, 3), 2.0)], batch.mask)
     assert dense.shape == (2, 4, 3)
     assert (dense[0, :2] == 0).all() and (dense[0, 2:] == 1).all() and (dense[1, 3] == 0).all()
 
@@ -29,9 +29,10 @@ def test_rows_lose_their_padding_on_either_side():
 ])
 def test_what_does_not_fit_is_refused(arrays, message):
     with pytest.raises(ShapeError, match=message):
-        unpad(arrays)
+        read_dense(arrays).require_counted_positions()
 
 
 def test_positions_that_count_the_tokens_are_fine():
     positions = np.array([[9, 9, 0, 1], [0, 1, 2, 9]])
-    unpad({"input_ids": IDS, "attention_mask": MASK, "position_ids": positions})
+    batch = read_dense({"input_ids": IDS, "attention_mask": MASK, "position_ids": positions})
+    batch.require_counted_positions()

@@ -273,8 +273,9 @@ class PackedSource(_RowSource):
 
     def __init__(self, stage: Stage, program: Program, node: Node, geometry: Geometry):
         self.geometry = geometry
-        self.query, self.key, self.value, self.offsets = (
+        self.query, self.key, self.value, self.offsets, *rest = (
             Operand.of(stage, program, value) for value in node.inputs)
+        self.lengths = rest[0] if rest else None
         self.packing: _Packing | _Batch = _Packing(
             self.offsets, node.inputs[0].shape[0], geometry.query_block)
 
@@ -286,7 +287,10 @@ class PackedSource(_RowSource):
         start = self.offsets.index(e, frame, block.sequence)
         end = self.offsets.index(e, frame, e.b.add(block.sequence, i64(1)))
         position = e.b.sub(e.b.add(block.first, query), start)
-        return self.geometry.visible(e, position, e.b.sub(end, start))
+        count = e.b.sub(end, start)
+        if self.lengths is not None:
+            count = self.lengths.index(e, frame, block.sequence)
+        return self.geometry.visible(e, position, count)
 
 
 class DenseSource(_RowSource):
