@@ -58,15 +58,16 @@ class Compiled:
     def write(self, path: str | os.PathLike[str], progress: Progress = silent) -> Path:
         """Write the artifact directory, whole or not at all; an old one there is replaced."""
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
-            self._write_into(temporary, progress)
-            _replace_directory(temporary, target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+            try:
+                self._write_into(temporary, progress)
+                _replace_directory(temporary, target)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
         except OSError as error:
             raise CompileError(f"cannot write {target}: {error.strerror or error}") from None
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
         return target
 
     def _write_into(self, directory: Path, progress: Progress) -> None:

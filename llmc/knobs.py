@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from llmc.errors import LlmcError
+
 
 def cache_directory() -> Path:
     """LLMC_CACHE_DIR: where compiled models are kept (default: the platform's cache directory)."""
@@ -17,9 +19,19 @@ def cache_directory() -> Path:
 
 def threads() -> int:
     """LLMC_THREADS: host threads of a step (default: the cores this process may use)."""
-    if configured := os.environ.get("LLMC_THREADS"):
-        return max(1, int(configured))
+    if configured := positive("LLMC_THREADS"):
+        return configured
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def positive(name: str) -> int | None:
+    """A variable that must be a positive integer; None when it is not set."""
+    text = os.environ.get(name)
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise LlmcError(f"{name} must be a positive integer, got {text!r}")
+    return int(text)
 
 
 def no_interpret() -> bool:

@@ -8,6 +8,7 @@ import os
 import sys
 from typing import Any
 
+from llmc import knobs
 from llmc.errors import LlmcError
 
 COMMANDS = ("generate", "compile", "run", "bench", "inspect", "devices", "cache")
@@ -15,14 +16,14 @@ COMMANDS = ("generate", "compile", "run", "bench", "inspect", "devices", "cache"
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Exit status: 0, or 1 with one line on stderr, or 2 for a wrong command line."""
-    parser = make_parser()
-    arguments = parser.parse_args(argv)
     try:
+        arguments = make_parser().parse_args(argv)
         return arguments.run(arguments) or 0
     except LlmcError as error:
         print(f"llmc: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"llmc: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"llmc: {where}{error.strerror or error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("llmc: interrupted", file=sys.stderr)
         return 130
@@ -59,15 +60,10 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
                        help="compute dtype, such as f32 or bf16 (default: the checkpoint's)")
     group.add_argument("--threads", type=int, default=None,
                        help="host threads (default: LLMC_THREADS, else all cores)")
-    group.add_argument("--max-context", type=int, default=_int_variable("LLMC_MAX_CONTEXT"),
+    group.add_argument("--max-context", type=int, default=knobs.positive("LLMC_MAX_CONTEXT"),
                        help="longest sequence in tokens (default: the model's limit)")
     group.add_argument("--cache-dir", default=None,
                        help="where compiled models are kept (default: LLMC_CACHE_DIR)")
-
-
-def _int_variable(name: str) -> int | None:
-    value = os.environ.get(name)
-    return int(value) if value else None
 
 
 def open_runtime(model: str, arguments: argparse.Namespace, **options: Any):

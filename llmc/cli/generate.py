@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from llmc.cli import add_command, add_runtime_options, open_runtime
+from llmc.errors import LlmcError
 
 EMBEDDED = Path(__file__).parent.parent / "data" / "stories260K"
 EMBEDDED_PROMPT = "Once upon a time"
@@ -39,9 +40,8 @@ def run(arguments) -> int:
     prompt = arguments.prompt
     if prompt is None and arguments.model == str(EMBEDDED):
         prompt = EMBEDDED_PROMPT
-    if prompt is None:
-        print("llmc: give a text to continue: --prompt TEXT", file=sys.stderr)
-        return 2
+    if not prompt:
+        raise LlmcError("the prompt is empty: give a text to continue, --prompt TEXT")
     with open_runtime(arguments.model, arguments) as runtime:
         prompt_ids = runtime.encode(prompt)
         loaded = time.perf_counter()
