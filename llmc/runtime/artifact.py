@@ -7,7 +7,7 @@
 
 Loading an artifact runs the code in it: load only what you would run. The manifest carries its own
 checksum, and the code's: code and manifest must fit each other, so an edited one is refused. Sizes
-and offsets are checked against the files before anything is mapped; the weights' hash is `verify`'s.
+and offsets are checked against the files before anything is mapped; weights are hashed by `verify`.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class WeightInfo:
 
 @dataclass(frozen=True)
 class VariantInfo:
-    """One program's code. key: symbol -> (low, high); arena, and scratch of each worker: bytes, dims
-    over the symbols."""
+    """One program's code. key: symbol -> (low, high); arena, and scratch of each worker: bytes, as
+    dims over the symbols."""
 
     name: str
     key: Mapping[str, tuple[int, int]]
@@ -80,7 +80,7 @@ class SymbolInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """kind: causal_lm, encoder or onnx. config: the model's facts (vocabulary, limits, end ids ...).
+    """kind: causal_lm, encoder or onnx. config: the model's facts (vocabulary, limits, end ids).
     fingerprint: identity of the source files; dtype: compute dtype; target: CPU and features.
     hashes: SHA-256 of every other file, by its name relative to the artifact."""
 
@@ -226,7 +226,8 @@ def hash_file(path: Path) -> str:
 
 def hash_files(directory: Path) -> dict[str, str]:
     """Hashes of a folder's files, by `folder/name`."""
-    return {f"{directory.name}/{path.name}": hash_file(path) for path in sorted(directory.iterdir())}
+    return {f"{directory.name}/{path.name}": hash_file(path)
+            for path in sorted(directory.iterdir())}
 
 
 def is_artifact(path: str | os.PathLike[str]) -> bool:
