@@ -47,7 +47,7 @@ def _joined(words: Sequence[str]) -> str:
     head = _common(pieces)
     tail = _common([each[head:][::-1] for each in pieces])
     different = ["_".join(each[head : len(each) - tail]) for each in pieces]
-    glue = "" if all(len(each) == 1 for each in different) else "_"
+    glue = "" if all(len(each) == 1 and each.isalpha() for each in different) else "_"
     first = pieces[0]
     return "_".join([*first[:head], glue.join(different), *first[len(first) - tail :]])
 

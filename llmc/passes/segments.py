@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from llmc.ir.graph import Graph, Node, TensorType
 from llmc.ir.ops import LEAVES
@@ -75,9 +76,11 @@ class Segments:
         for _, value in graph.updates:
             if value in self.index:
                 self.roots[self.index[value]].append(value)
-        # A segment that gives out a value of its own stays what it is: no turn of a loop.
-        self.fixed = {self.index[value] + (value in is_joint)
-                      for _, value in graph.outputs if value in self.index}
+        results = {value for _, value in graph.outputs if value in self.index}
+        # A segment that gives out an inner value stays what it is: no turn of a loop. A joint that
+        # is given out may end a loop, but not lie inside one.
+        self.fixed = {self.index[value] for value in results - is_joint}
+        self.barriers = {self.index[value] for value in results & is_joint}
         self._tokens: dict[tuple, int] = {}
 
     def token(self, node: Node) -> int:
@@ -101,27 +104,30 @@ class Segments:
         parts: list[tuple] = []
         for root in (self.joints[index], *self.roots[index]):
             for node in self._post_order(root, index, order):
+                operands = tuple(order[each] if each in order else self._outside(each)
+                                 for each in node.inputs)
                 order[node] = len(order)
-                inside = self.is_inside(node, index)
-                operands = tuple(order[each] for each in node.inputs) if inside else ()
-                known = self.token(node) if inside or node.op in LEAVES else str(node.type)
-                parts.append((known, operands))
+                parts.append((self.token(node), operands))
             parts.append(("root", order[root]))
         return tuple(parts)
 
+    def _outside(self, node: Node) -> str:
+        """What a signature says of a leaf or of a value from outside the segment."""
+        return f"{node.op} {self.token(node)}" if node.op in LEAVES else str(node.type)
+
     def _post_order(self, root: Node, index: int, seen: dict[Node, int]) -> Iterator[Node]:
+        """The nodes that the segment computes for the root, inputs first, those in `seen` not."""
         stack = [root]
-        pushed: set[Node] = set()
         while stack:
             node = stack[-1]
-            if node in seen:
-                stack.pop()
-            elif node in pushed or not self.is_inside(node, index):
-                stack.pop()
+            pending = [each for each in node.inputs
+                       if each not in seen and self.is_inside(each, index)]
+            if node not in seen and pending:
+                stack.extend(reversed(pending))
+                continue
+            stack.pop()
+            if node not in seen:
                 yield node
-            else:
-                pushed.add(node)
-                stack.extend(each for each in reversed(node.inputs) if each not in seen)
 
     def runs(self) -> list[tuple[int, int, int]]:
         """Periodic runs (first segment, period, count): the longest first, then the least period.
@@ -135,22 +141,36 @@ class Segments:
         found = [
             (start + shift, period, length // period)
             for period in _candidate_periods(signs)
-            for start, length in _stretches(signs, period)
+            for stretch in _stretches(signs, period)
+            for start, length in self._between_barriers(*stretch)
+            if length >= 2 * period
             for shift in range(min(length % period, period - 1) + 1)
         ]
         found.sort(key=lambda run: (-run[1] * run[2], run[1]))
         best = [run for run in found if run[1:] == found[0][1:]]
         return sorted(best, key=self._irregular_names) + found[len(best):]
 
+    def _between_barriers(self, start: int, length: int) -> list[tuple[int, int]]:
+        """The stretch cut after each of its segments that ends in a barrier."""
+        stops = [each + 1 for each in sorted(self.barriers) if start <= each < start + length - 1]
+        edges = [start, *stops, start + length]
+        return [(a, b - a) for a, b in pairwise(edges)]
+
     def _irregular_names(self, run: tuple[int, int, int]) -> int:
         """How many weights of the first two turns have names that differ in more than numbers."""
         start, period, _ = run
         first, second = (
-            [node["name"] for index in range(begin, begin + period)
-             for node in self._post_order(self.joints[index], index, {})
-             if node.op == "parameter"]
+            [leaf["name"] for index in range(begin, begin + period)
+             for leaf in self._parameters(index)]
             for begin in (start, start + period))
         return sum(not is_regular(pair) for pair in zip(first, second, strict=False))
+
+    def _parameters(self, index: int) -> Iterator[Node]:
+        """The weights that a segment reads, in the order of its signature."""
+        order: dict[Node, int] = {}
+        for node in self._post_order(self.joints[index], index, order):
+            order[node] = len(order)
+            yield from (each for each in node.inputs if each.op == "parameter")
 
 
 def _stretches(signs: Sequence[int], period: int) -> list[tuple[int, int]]:

@@ -34,12 +34,13 @@ class Mismatch(Exception):
 def match_turns(segments: Segments, start: int, period: int, count: int) -> Turns | None:
     """The loop over `count` turns of `period` segments from segment `start`, or over what fits.
 
-    The first turn is the template. Where a later one differs in what a loop cannot express (another
-    input, a constant tensor), the loop ends before it; where the second one does, it begins there.
+    The second turn is the template: the first may read what is an invariant to the others as its
+    carried value. Where a turn differs in what a loop cannot express (another input, a constant
+    tensor), the loop ends before it, or begins after the first.
     """
     while count >= 2:
         turns = [_Turn(segments, start + turn * period, period) for turn in range(count)]
-        template = turns[0]
+        template = turns[1]
         maps: list[dict[Node, Node]] = []
         try:
             for turn in turns:
@@ -47,7 +48,7 @@ def match_turns(segments: Segments, start: int, period: int, count: int) -> Turn
         except Mismatch:
             pass
         if len(maps) >= 2:
-            return _build(segments, turns[: len(maps)], maps)
+            return _build(segments, template, turns[: len(maps)], maps)
         start, count = start + period, count - 1
     return None
 
@@ -110,9 +111,8 @@ def _may_differ(leaf: Node) -> bool:
 # ---- the loop ----------------------------------------------------------------------------------
 
 
-def _build(segments: Segments, turns: Sequence[_Turn], maps: Sequence[dict[Node, Node]]
-           ) -> Turns | None:
-    template = turns[0]
+def _build(segments: Segments, template: _Turn, turns: Sequence[_Turn],
+           maps: Sequence[dict[Node, Node]]) -> Turns | None:
     body = _Body(segments, template, maps)
     value = body.node(template.roots[0])
     updates = tuple((body.node(segments.updates[root]), body.node(root))
@@ -124,7 +124,7 @@ def _build(segments: Segments, turns: Sequence[_Turn], maps: Sequence[dict[Node,
     spanned = range(turns[0].range.start, turns[-1].range.stop)
     nodes = frozenset(node for node, index in segments.index.items() if index in spanned)
     final = turns[-1].roots[0]
-    return Turns(template.entry, final, len(turns), tuple(body.invariants),
+    return Turns(turns[0].entry, final, len(turns), tuple(body.invariants),
                  Graph("layer", inputs, (("carried", value),), updates), states, nodes - {final})
 
 
