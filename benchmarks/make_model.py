@@ -4,7 +4,7 @@
     make_model.py --shape 1b|8b|110m|bert-base [--layers N] [--dtype bf16|f32] OUT
 
 Weights are normal with a standard deviation of 0.02, norms near 1. The tokenizer is that of the
-embedded model: its ids are valid here, its text means nothing.
+embedded model with made-up words for the rest of the vocabulary: its text means nothing.
 """
 
 from __future__ import annotations
@@ -133,9 +133,17 @@ def make_model(shape: str, output: Path, dtype: str = "bf16", layers: int | None
                    "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu",
                    "bos_token_id": 1, "eos_token_id": 2}
     (output / "config.json").write_text(json.dumps({**config, **common}, indent=1))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(TOKENIZER / name, output / name)
+    shutil.copyfile(TOKENIZER / "tokenizer_config.json", output / "tokenizer_config.json")
+    write_tokenizer(output / "tokenizer.json", config["vocab_size"])
     return output
+
+
+def write_tokenizer(path: Path, vocabulary: int) -> None:
+    """The embedded model's tokenizer, its vocabulary filled up with words that no text holds."""
+    tokenizer = json.loads((TOKENIZER / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words.update({f"<{number}>": number for number in range(len(words), vocabulary)})
+    path.write_text(json.dumps(tokenizer))
 
 
 def main() -> int:
