@@ -258,7 +258,7 @@ class Runtime:
         if self._tokenizer is None:
             from llmc.frontend.tokenizer import Tokenizer
 
-            self._tokenizer = Tokenizer.load(self.artifact.files())
+            self._tokenizer = Tokenizer.load(self.artifact.files(), trusted=True)
         return self._tokenizer
 
     def encode(self, text: str) -> list[int]:
