@@ -62,7 +62,7 @@ class Frame:
 class Harness:
     """Compiles body (inputs, result node) for the shape `dims`; call() runs it on arrays."""
 
-    def __init__(self, inputs, result, dims=None, layouts=None):
+    def __init__(self, inputs, result, dims=None, layouts=None, lanes=LANES):
         self.dims = dims or {}
         layouts = layouts or {}
         self.result = result
@@ -72,7 +72,7 @@ class Harness:
         body = Graph("body", tuple(inputs), (("result", result),))
         stage = Stage("attention", "attention", body, tuple(x["name"] for x in inputs),
                       ("result",))
-        capabilities = Capabilities("test", LANES, 6, 16, 8, False, frozenset())
+        capabilities = Capabilities("test", lanes, 6, 16, 8, False, frozenset())
         symbols = tuple((name, 1, 100) for name in self.dims)
         self.program = Program("test", capabilities, symbols, buffers, {}, (stage,), 0)
         self.kernel = AttentionKernel(stage, self.program, None)
@@ -80,6 +80,7 @@ class Harness:
         self.scratch_bytes = evaluate(ceildiv(scratch, 64) * 64, self.dims)
         target = machine()
         self.code, self.text = emit_object(self._module(target), target)
+        self.assembly = target.emit_assembly(llvm.parse_assembly(self.text))
         jit = llvm.create_lljit_compiler(target)
         builder = llvm.JITLibraryBuilder().add_object_img(self.code).add_current_process()
         self.library = builder.export_symbol("run").link(jit, "attention")

@@ -1,5 +1,8 @@
 """Host attention against f64, at odd sizes, with poisoned scratch and unused cache slots."""
 
+import platform
+import re
+
 import numpy as np
 import pytest
 from attention_harness import Harness, evaluate_exactly, leaf, oracle, paged_case, random
@@ -56,6 +59,29 @@ def test_paged_half_precision(dtype_name, size):
                                         {"softcap": 5.0}, {"window": 40, "softcap": 50.0}])
 def test_paged_window_and_softcap(attributes):
     assert run_paged(MIX, 8, 2, 32, **attributes) < TOLERANCE
+
+
+@pytest.mark.parametrize("lanes", [4, 16])
+def test_other_vector_lengths(lanes):
+    """As NEON and AVX-512 would compute it; LLVM makes do with this machine's vectors."""
+    inputs, result, layouts, arrays, dense = paged_case([(40, 70), (1, 99)], 8, 2, 36)
+    got = Harness(inputs, result, layouts=layouts, lanes=lanes)(**arrays)
+    want = np.concatenate([oracle(arrays["q"][:40], *dense[0], 1 / 6),
+                           oracle(arrays["q"][40:], *dense[1], 1 / 6)])
+    assert error(got, want) < TOLERANCE
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86 assembly")
+@pytest.mark.parametrize("size", [64, 128])
+def test_inner_loops_do_not_spill(size):
+    inputs, result, layouts, _, _ = paged_case([(64, 0)], 32, 8, size)
+    assembly = Harness(inputs, result, layouts=layouts).assembly
+    blocks = [block for block in re.split(r"^\.?\w+:", assembly, flags=re.MULTILINE)
+              if block.count("vfmadd231ps") >= 24]
+    assert blocks
+    for block in blocks:
+        loop = block[:block.rindex("vfmadd231ps")]
+        assert not re.search(r"vmov\w+\s+%ymm\d+, -?\d*\(%rsp\)", loop), loop
 
 
 def test_repeats_bit_for_bit():
