@@ -235,8 +235,9 @@ def parse_graph(text: str) -> Graph:
     return graph
 
 
-def scan_graph(scanner: Scanner, symbols: Mapping[str, Dim]) -> Graph:
-    """Reads a graph and its preludes; `symbols` are those that an enclosing text declared."""
+def scan_graph(scanner: Scanner, symbols: Mapping[str, Dim], in_prelude: bool = False) -> Graph:
+    """Reads a graph and its preludes (which have none of their own); `symbols` are those that an
+    enclosing text declared."""
     scanner.expect("graph")
     name = _scan_name(scanner)
     header = scanner.position
@@ -259,10 +260,10 @@ def scan_graph(scanner: Scanner, symbols: Mapping[str, Dim]) -> Graph:
         updates = _scan_list(scanner, lambda: _scan_update(scanner, named))
     scanner.expect("}")
     prelude = []
-    while scanner.accept("prelude"):
+    while not in_prelude and scanner.accept("prelude"):
         made = _scan_name(scanner)
         scanner.expect("=")
-        prelude.append((made, scan_graph(scanner, symbols)))
+        prelude.append((made, scan_graph(scanner, symbols, in_prelude=True)))
     return Graph(name, inputs, tuple(outputs), tuple(updates), tuple(prelude))
 
 

@@ -136,3 +136,8 @@ def test_time_grows_with_depth_only_as_far_as_outlining_reads_the_layers() -> No
     best = {name: min(seconds(32)[name] for _ in range(3)) for name, _ in PIPELINE}
     assert best["simplify"] + best["outline"] < 0.5
     assert sum(best[name] for name, _ in PIPELINE[2:]) < 0.25
+
+
+def test_preludes_survive_the_text_form() -> None:
+    graph = optimize(llama(2), CAPABILITIES)
+    assert parse_graph(format_graph(graph)).prelude == graph.prelude
