@@ -143,7 +143,7 @@ def gather_of_constant(node: Node) -> Node | None:
     run = _run_of(index)
     if run is None or not isinstance(extent, int):
         return None
-    start = run[0] + extent if run[0] < 0 else run[0]
+    start = run[0]
     if not 0 <= start <= start + len(run) <= extent:
         return None
     starts, stops = [0] * source.rank, list(source.shape)
