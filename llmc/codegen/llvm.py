@@ -112,8 +112,8 @@ class Emitter:
     def fold(self, start, stop, initial: list, step=1, name="i"):
         """A counted loop that carries values in registers.
 
-        Yields (index, carried phis, finish); the body must call finish(new_values) exactly once when
-        it carries any; after the loop, `finish.results` holds the carried values.
+        Yields (index, carried phis, finish); the body must call finish(new_values) exactly once
+        when it carries any; after the loop, `finish.results` holds the carried values.
         """
         start, stop, step = (i64(v) if isinstance(v, int) else v for v in (start, stop, step))
         before = self.b.block

@@ -82,6 +82,15 @@ def test_a_norm_sums_each_row_once():
     assert text.count("@llvm.sqrt") <= 2  # one call and its declaration
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_norms_of_heads_made_flat(packed):
+    x, weight = leaf("x", "f32", TOKENS, 3 * 24), leaf("weight", "f32", 24)
+    heads = make("reshape", x, shape=(TOKENS, 3, 24))
+    out = make("reshape", make("rms_norm", heads, weight, epsilon=1e-5), shape=(TOKENS, 72))
+    layouts = {"out": RowBlocks(6)} if packed else {}
+    check("reduce", {"out": out}, {"tokens": 17}, KEY, layouts=layouts)
+
+
 def test_softmax_over_a_symbolic_row():
     x = leaf("x", "f32", 3, TOKENS)
     for tokens in (1, 3, 17, 33, 100):

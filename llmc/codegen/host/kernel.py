@@ -14,7 +14,7 @@ from llmc.ir.program import Buffer, Program, Stage
 
 @dataclass(frozen=True)
 class Worker:
-    """One thread's view while it runs a stage; all values are LLVM values in the current function."""
+    """One thread's view while it runs a stage: LLVM values of the current function."""
 
     index: ir.Value  # i64, 0 <= index < count
     count: ir.Value  # i64

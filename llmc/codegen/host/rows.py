@@ -8,7 +8,7 @@ stage what a row shares, such as a norm's sum, would be computed again for every
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import llvmlite.ir as ir
 
@@ -19,8 +19,8 @@ from llmc.codegen.integers import Index
 from llmc.codegen.llvm import Emitter, i64
 from llmc.codegen.reductions import usable_lanes
 from llmc.ir.dims import Dim, product
-from llmc.ir.graph import Node
-from llmc.ir.layouts import RowBlocks
+from llmc.ir.graph import Node, TensorType
+from llmc.ir.layouts import RowBlocks, Rows
 from llmc.ir.ops import PAGE
 from llmc.ir.program import Buffer, Program, Stage, unsupported
 
@@ -156,6 +156,21 @@ class ReduceKernel(MapKernel):
     final loop, so that each is computed once a row."""
 
     split_rows = False
+
+    def __init__(self, stage: Stage, program: Program, target: object):
+        super().__init__(stage, program, target)
+        self.results = [_before_reshape(result) for result in self.results]
+
+
+def _before_reshape(result: Result) -> Result:
+    """A reshape that ends a body changes nothing in a row-major buffer, but its rows may be made of
+    several of the value's own, each with a sum to be computed once (norms of heads, made flat)."""
+    value, buffer = result.value, result.buffer
+    if result.append is not None or buffer.layout != Rows():
+        return result
+    while value.op == "reshape":
+        value = value.inputs[0]
+    return Result(value, replace(buffer, type=TensorType(buffer.type.dtype, value.shape)))
 
 
 @dataclass(frozen=True)
