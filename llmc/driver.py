@@ -153,6 +153,12 @@ def variant_keys(graph: Graph, capabilities: Capabilities, limits: dict) -> dict
     return keys
 
 
+def place(size: int, count: int) -> int:
+    """Offset at which the next `count` bytes of weights go, after `size` bytes: whole pages begin on
+    a page, less on a cache line."""
+    return size + -size % (ALIGNMENT if count >= ALIGNMENT else 64)
+
+
 class WeightFile:
     """Appends packed weights to a file: aligned, hashed, by a thread of its own, so that writing one
     tensor and packing the next overlap."""
@@ -166,9 +172,8 @@ class WeightFile:
 
     def append(self, packed: np.ndarray) -> int:
         """Write raw bytes; returns their offset. At most one tensor waits."""
-        align = ALIGNMENT if packed.nbytes >= ALIGNMENT else 64
-        padding = -self.size % align
-        offset = self.size + padding
+        offset = place(self.size, packed.nbytes)
+        padding = offset - self.size
         self.size = offset + packed.nbytes
         self.flush()
         self._pending = self._writer.submit(self._write, b"\0" * padding, packed)

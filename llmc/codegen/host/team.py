@@ -64,6 +64,18 @@ def emit(module: ir.Module, linkage: str = "external") -> None:
     _Team(module, linkage).emit()
 
 
+def available_cpus(e: Emitter) -> ir.Value:
+    """CPUs that this process may use, i64; 0 where Linux does not say (more than the mask holds)."""
+    mask = e.stack(I64, _AFFINITY_WORDS)
+    with e.loop(0, _AFFINITY_WORDS) as i:
+        e.store(i64(0), e.offset(mask, i, I64))
+    e.call("sched_getaffinity", I32, i32(0), i64(8 * _AFFINITY_WORDS), mask)
+    with e.fold(0, _AFFINITY_WORDS, [i64(0)]) as (i, (total,), finish):
+        word = e.load(e.offset(mask, i, I64), I64)
+        finish([e.b.add(total, e.call("llvm.ctpop.i64", I64, word))])
+    return finish.results[0]
+
+
 class _Team:
     def __init__(self, module: ir.Module, linkage: str):
         self.module = module
@@ -246,14 +258,7 @@ class _Team:
         if not self.is_linux:
             e.b.ret(i32(_SPIN_POLLS))
             return
-        mask = e.stack(I64, _AFFINITY_WORDS)
-        with e.loop(0, _AFFINITY_WORDS) as i:
-            e.store(i64(0), e.offset(mask, i, I64))
-        e.call("sched_getaffinity", I32, i32(0), i64(8 * _AFFINITY_WORDS), mask)
-        with e.fold(0, _AFFINITY_WORDS, [i64(0)]) as (i, (total,), finish):
-            word = e.load(e.offset(mask, i, I64), I64)
-            finish([e.b.add(total, e.call("llvm.ctpop.i64", I64, word))])
-        cpus = finish.results[0]
+        cpus = available_cpus(e)
         # No answer (more CPUs than the mask holds) counts as plenty.
         plenty = e.b.or_(e.b.icmp_signed("==", cpus, i64(0)),
                          e.b.icmp_signed(">=", cpus, function.args[0]))

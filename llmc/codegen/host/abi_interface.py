@@ -1,0 +1,169 @@
+"""What the C ABI of one model is: names, codes, sizes. The code and the header are made from this."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llmc.codegen.host.frame import FIELDS
+from llmc.errors import CompileError
+from llmc.ir import dims
+from llmc.ir.dims import Dim
+from llmc.ir.program import Program
+
+# The inputs of a language model's step, and the symbols in their shapes and in those of its states.
+STEP_INPUTS = ("ids", "positions", "sequence", "offsets", "page_table", "rows")
+STEP_SYMBOLS = ("tokens", "sequences", "rows", "table_width", "pool_pages")
+
+# In C: an enum by these names, from 0 on; the text is what `error` gives.
+CODES = {
+    "OK": "no error",
+    "BAD_ARGUMENT": "a pointer that must not be null is null",
+    "BAD_WEIGHTS": "the weights are not those that the code was compiled for: wrong size, or not "
+                   "aligned to 64 bytes",
+    "BAD_CPU": "this CPU, or its system, lacks instructions that the code was compiled for",
+    "BAD_OPTION": "an option is negative or beyond what the model allows",
+    "NO_MEMORY": "out of memory",
+    "BAD_SIZE": "a size is negative, zero, or beyond what the options or the model allow",
+    "BAD_OFFSETS": "offsets must begin with 0, grow, and end with the number of tokens",
+    "BAD_SEQUENCE": "a token's sequence is not the one that offsets put it in",
+    "BAD_TOKEN": "a token id is outside the vocabulary",
+    "BAD_POSITION": "positions of a sequence must count up by one and stay below the context",
+    "BAD_PAGE": "a page number is outside the pool, or the page table is too narrow",
+    "BAD_ROW": "a wanted row is not the number of a token",
+}
+NUMBERS = {name: number for number, name in enumerate(CODES)}
+
+# Structs, all of 8-byte fields. A batch's arrays take the place of the inputs of the same name.
+OPTIONS = ("threads", "max_context", "max_sequences", "max_tokens")
+BATCH_SIZES = ("tokens", "sequences", "rows", "table_width")
+BATCH_ARRAYS = ("ids", "positions", "sequence", "offsets", "page_table", "wanted_rows")
+BATCH = {name: 8 * index for index, name in enumerate((*BATCH_SIZES, *BATCH_ARRAYS))}
+DEFAULT_TOKENS = 512  # of one step, where the options say nothing
+MOST_THREADS = 1024
+MOST_SEQUENCES = 1 << 20
+
+_RESERVED = frozenset("""
+    alignas alignof and asm auto bitand bitor bool break case catch char class compl concept const
+    constexpr continue default delete do double else enum explicit export extern false float for
+    friend goto if inline int long mutable namespace new not nullptr operator or private protected
+    public register requires restrict return short signed sizeof static struct switch template this
+    throw true try typedef typeof typename union unsigned using virtual void volatile while xor
+""".split())
+
+
+@dataclass(frozen=True)
+class Interface:
+    """A model as C sees it.
+
+    programs: variant -> program; scratch: variant -> bytes of scratch for each worker.
+    weight_offsets: where each copy of each weight lies in the packed file, in ABI order.
+    vocabulary, max_context: limits of a language model (of no meaning for other models).
+    """
+
+    name: str
+    prefix: str
+    programs: Mapping[str, Program]
+    scratch: Mapping[str, Dim]
+    weight_offsets: tuple[int, ...]
+    weight_bytes: int
+    vocabulary: int
+    max_context: int
+
+    def __post_init__(self) -> None:
+        self._check_prefix()
+        if self.has_steps:
+            self._check_step()
+        elif self.program.with_role("state"):
+            raise CompileError(f"{self.name} has states but not the inputs of a language model's "
+                               f"step ({', '.join(STEP_INPUTS)}): it has no C ABI yet")
+
+    @property
+    def program(self) -> Program:
+        """Any variant: what is read from it is the same in all."""
+        return next(iter(self.programs.values()))
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether this is a language model (create, step, feed) or any other (create, run)."""
+        return {buffer.name for buffer in self.program.with_role("input")} == set(STEP_INPUTS)
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """Names of the symbols, in ABI order."""
+        return tuple(name for name, _, _ in self.program.symbols)
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Fields of the options, in order."""
+        return OPTIONS if self.has_steps else OPTIONS[:1]
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """What the object exports, without the prefix."""
+        middle = ("step", "feed") if self.has_steps else ("run",)
+        return ("create", *middle, "destroy", "error")
+
+    @property
+    def handle(self) -> str:
+        """Name of the C type that stands for a loaded model."""
+        return self.prefix.rstrip("_")
+
+    def variants(self) -> list[str]:
+        """Names of the variants, the narrowest shape key first."""
+        return sorted(self.programs, key=lambda name: sum(
+            high - low for _, low, high in self.programs[name].symbols))
+
+    def limit(self, symbol: str, beyond: int) -> int:
+        """The highest value of a symbol that some variant covers, at most `beyond`."""
+        return max(min(high, beyond) for program in self.programs.values()
+                   for name, _, high in program.symbols if name == symbol)
+
+    def multiples(self) -> dict[str, int]:
+        """What each symbol must be a multiple of, where that is more than one."""
+        found = {symbol.name: symbol.multiple for buffer in self.program.with_role("input")
+                 for dim in buffer.type.shape for symbol in dims.symbols(dim)}
+        return {name: multiple for name, multiple in found.items() if multiple > 1}
+
+    def _check_prefix(self) -> None:
+        valid = re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", self.prefix)
+        if not valid or self.handle in _RESERVED:
+            raise CompileError(f"prefix {self.prefix!r} cannot begin names in C: letters, digits and "
+                               "underscores, beginning with a letter, such as llmc_")
+
+    def _check_step(self) -> None:
+        (logits,) = self.program.with_role("output")
+        if unknown := set(self.symbols) - set(STEP_SYMBOLS):
+            raise CompileError(f"{self.name}: the C ABI cannot bind {', '.join(sorted(unknown))}; a "
+                               f"language model's step has {', '.join(STEP_SYMBOLS)}")
+        if logits.type.shape[-1] != self.vocabulary:
+            raise CompileError(f"{self.name}: logits have {logits.type.shape[-1]} columns, the "
+                               f"vocabulary has {self.vocabulary} tokens")
+
+
+class Handle:
+    """Memory behind a handle, as byte offsets: the step's arguments, what the ABI keeps besides, and
+    the tables that the arguments point to."""
+
+    def __init__(self, interface: Interface):
+        program = interface.program
+        kept = ("cancel_word", "arena_bytes", "scratch_bytes", "workers", "max_context",
+                "max_sequences", "max_tokens", "pages", "width", "pool", "feed")
+        self.fields = {name: 8 * index for index, name in enumerate((*FIELDS, *kept))}
+        place = 8 * len(self.fields)
+        sizes = {"symbols": len(interface.symbols), "weights": len(interface.weight_offsets)}
+        for role in ("input", "output", "state"):
+            sizes[role + "s"] = sum(buffer.count for buffer in program.with_role(role))
+        self.tables: dict[str, int] = {}
+        for name, size in sizes.items():
+            self.tables[name] = place
+            place += 8 * size
+        self.bytes = place
+        self.symbols = {name: self.tables["symbols"] + 8 * i
+                        for i, name in enumerate(interface.symbols)}
+
+
+def local_name(name: str, variant: str = "internal") -> str:
+    """What an exported function of a variant is called inside: no C name, so it clashes with none."""
+    return f"{name}.{variant}"
