@@ -1,4 +1,4 @@
-"""What every test may use: a cache directory of the session's own, and the embedded model compiled."""
+"""What every test may use: a cache directory of the session, and the embedded model compiled."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EMBEDDED = Path(llmc.__file__).parent / "data" / "stories260K"
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """LLMC_CACHE_DIR of this test session; its workers share it, so that a model is compiled once."""
+    """LLMC_CACHE_DIR of this session; its workers share it, so that a model is compiled once."""
     base = tmp_path_factory.getbasetemp()
     directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "llmc-cache"
     with pytest.MonkeyPatch.context() as patch:

@@ -188,6 +188,12 @@ class Artifact:
                 raise ModelError(f"{path} is not what was written: its SHA-256 is {found}, the "
                                  f"manifest says {expected}; compile the model again")
 
+    def verify_code(self) -> None:
+        """Check the files of all variants, which are small; ModelError names the first bad one."""
+        for variant in self.manifest.variants:
+            self._read(f"{variant.name}.o")
+            self._read(f"{variant.name}.txt")
+
     def _read(self, name: str) -> bytes:
         path = self.directory / "variants" / name
         try:

@@ -1,8 +1,8 @@
 """The cache directory: compiled models by what they were made from.
 
 An entry is an artifact directory named by a key over the source files' identity, the options, and
-llmc's own sources. Writers hold a file lock per key and move finished directories into place, so any
-number of processes may start together, and a killed one leaves nothing half-written.
+llmc's own sources. Writers hold a file lock per key and move finished directories into place, so
+any number of processes may start together, and what a killed one leaves is not taken for an entry.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmc.errors import CacheError, ModelError
-from llmc.runtime.artifact import Artifact, is_artifact
+from llmc.runtime.artifact import MANIFEST, Artifact, is_artifact, read_manifest
 
 HEADER_BYTES = 1 << 16
 
@@ -48,11 +49,17 @@ class Cache:
             with FileLock(self.directory / f"{key}.lock"):
                 if (found := _open(path)) is not None:
                     return found
+                self._sweep(path.name)
                 build(path)
         except OSError as error:
             raise CacheError(f"cannot write the cache {self.directory}: {error.strerror or error}; "
                              "set LLMC_CACHE_DIR to a directory with space") from None
         return Artifact(path)
+
+    def _sweep(self, name: str) -> None:
+        """Remove what killed writers of an entry left; its lock is held, so nobody is writing."""
+        for stale in self.directory.glob(f".{name}.*"):
+            shutil.rmtree(stale, ignore_errors=True)
 
     def entries(self) -> Iterator[Entry]:
         """What is cached, oldest use first."""
@@ -60,8 +67,7 @@ class Cache:
         for path in self.directory.glob("*.llmc"):
             if is_artifact(path):
                 size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-                name = Artifact(path).manifest.name
-                found.append(Entry(path, name, size, (path / "manifest.json").stat().st_atime))
+                found.append(Entry(path, _name(path), size, (path / MANIFEST).stat().st_mtime))
         yield from sorted(found, key=lambda entry: entry.used)
 
     def clear(self) -> int:
@@ -76,9 +82,25 @@ def _open(path: Path) -> Artifact | None:
     if not is_artifact(path):
         return None
     try:
-        return Artifact(path)
+        artifact = Artifact(path)
+        artifact.verify_code()
     except ModelError:
         return None
+    _mark_used(path / MANIFEST)
+    return artifact
+
+
+def _mark_used(manifest: Path) -> None:
+    """The manifest's time of change is that of last use; a read-only cache stays as it is."""
+    with suppress(OSError):
+        os.utime(manifest)
+
+
+def _name(path: Path) -> str:
+    try:
+        return read_manifest(path).name
+    except ModelError:
+        return "(damaged)"
 
 
 def source_key(path: Path, options: str) -> str:
