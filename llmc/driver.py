@@ -154,8 +154,8 @@ def variant_keys(graph: Graph, capabilities: Capabilities, limits: dict) -> dict
 
 
 def place(size: int, count: int) -> int:
-    """Offset at which the next `count` bytes of weights go, after `size` bytes: whole pages begin on
-    a page, less on a cache line."""
+    """Offset at which the next `count` bytes of weights go, after `size` bytes: a page or more
+    begins on a page, less on a cache line."""
     return size + -size % (ALIGNMENT if count >= ALIGNMENT else 64)
 
 

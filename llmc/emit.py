@@ -1,4 +1,4 @@
-"""Models for C: an object file or shared library, its header, and its weights; no Python at run time.
+"""Models for C: an object file or shared library, its header and its weights.
 
     NAME.o or NAME.so   code with the C ABI       NAME.h   the header
     NAME.weights        packed weights, to be mapped; written beside the code

@@ -14,7 +14,8 @@ import llvmlite.binding as llvm
 import llvmlite.ir as ir
 
 from llmc.codegen.host import driver, team
-from llmc.codegen.host.abi_functions import Functions
+from llmc.codegen.host.abi_call import Call
+from llmc.codegen.host.abi_create import Create
 from llmc.codegen.host.abi_interface import Interface, local_name
 from llmc.codegen.llvm import optimise
 from llmc.codegen.target import Target
@@ -48,7 +49,8 @@ def _functions(interface: Interface, target: Target, machine: llvm.TargetMachine
     module = ir.Module(interface.name)
     module.triple = target.triple
     module.data_layout = str(machine.target_data)
-    Functions(module, interface, target).emit()
+    Create(module, interface, target).emit()
+    Call(module, interface, target).emit()
     parsed = llvm.parse_assembly(str(module))
     parsed.verify()
     optimise(parsed, machine, 2)

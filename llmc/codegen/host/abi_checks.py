@@ -12,6 +12,7 @@ from llmc.codegen.llvm import I1, I32, I64, POINTER, Emitter, i32, i64
 from llmc.ir.ops import PAGE
 
 NULL = ir.Constant(POINTER, None)
+OK = i32(NUMBERS["OK"])
 
 
 def fail_if(e: Emitter, condition: ir.Value, code: str) -> None:
@@ -22,7 +23,7 @@ def fail_if(e: Emitter, condition: ir.Value, code: str) -> None:
 
 def pass_on(e: Emitter, code: ir.Value) -> None:
     """Return a callee's code unless it is OK."""
-    with e.b.if_then(e.b.icmp_signed("!=", code, i32(NUMBERS["OK"])), likely=False):
+    with e.b.if_then(e.b.icmp_signed("!=", code, OK), likely=False):
         e.b.ret(code)
 
 

@@ -152,9 +152,9 @@ _STEP = """
 #define @P@MAX_CONTEXT @context@
 #define @P@PAGE @page@ /* tokens in a page of the cache */
 
-/* New tokens of one sequence: position says how many of its tokens went before. logits: those of the
- * last token, float[@P@VOCABULARY]. The sequence lies in the pages 0, 1, 2 ...; to begin another one,
- * feed from position 0 again. More than max_tokens tokens are fed in several steps. */
+/* New tokens of one sequence: position says how many of its tokens went before. logits: those of
+ * the last token, float[@P@VOCABULARY]. The sequence lies in the pages 0, 1, 2 ...; to begin
+ * another one, feed from position 0 again. More than max_tokens tokens take several steps. */
 int @p@feed(@t@ *model, const int32_t *ids, int64_t count, int64_t position, float *logits);
 
 /* New tokens of several sequences, packed. */
@@ -163,10 +163,10 @@ typedef struct @p@batch {
 @arrays@
 } @p@batch;
 
-/* logits: float[rows][@P@VOCABULARY], may be null where rows is 0. Keys and values of the token at
- * position p of sequence s are kept in page page_table[s][p / @P@PAGE]: the caller decides which
- * sequence owns which of the pages 0 .. max_sequences * ceil(max_context / @P@PAGE) - 1. A step that
- * is refused changes nothing. */
+/* logits: float[rows][@P@VOCABULARY], may be null where rows is 0. Keys and values of the token
+ * at position p of sequence s are kept in page page_table[s][p / @P@PAGE]: the caller decides
+ * which sequence owns which of the pages
+ * 0 .. max_sequences * ceil(max_context / @P@PAGE) - 1. A step that is refused changes nothing. */
 int @p@step(@t@ *model, const @p@batch *batch, float *logits);
 
 /*  @t@ *model;

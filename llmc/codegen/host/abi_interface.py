@@ -1,4 +1,4 @@
-"""What the C ABI of one model is: names, codes, sizes. The code and the header are made from this."""
+"""What the C ABI of one model is: names, codes, sizes. Code and header are made from this."""
 
 from __future__ import annotations
 
@@ -129,22 +129,22 @@ class Interface:
     def _check_prefix(self) -> None:
         valid = re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", self.prefix)
         if not valid or self.handle in _RESERVED:
-            raise CompileError(f"prefix {self.prefix!r} cannot begin names in C: letters, digits and "
-                               "underscores, beginning with a letter, such as llmc_")
+            raise CompileError(f"prefix {self.prefix!r} cannot begin names in C: it must be of "
+                               "letters, digits and underscores, a letter first, such as llmc_")
 
     def _check_step(self) -> None:
         (logits,) = self.program.with_role("output")
         if unknown := set(self.symbols) - set(STEP_SYMBOLS):
-            raise CompileError(f"{self.name}: the C ABI cannot bind {', '.join(sorted(unknown))}; a "
-                               f"language model's step has {', '.join(STEP_SYMBOLS)}")
+            raise CompileError(f"{self.name}: the C ABI cannot bind {', '.join(sorted(unknown))}; "
+                               f"a language model's step has {', '.join(STEP_SYMBOLS)}")
         if logits.type.shape[-1] != self.vocabulary:
             raise CompileError(f"{self.name}: logits have {logits.type.shape[-1]} columns, the "
                                f"vocabulary has {self.vocabulary} tokens")
 
 
 class Handle:
-    """Memory behind a handle, as byte offsets: the step's arguments, what the ABI keeps besides, and
-    the tables that the arguments point to."""
+    """Memory behind a handle, as byte offsets: the step's arguments, what the ABI keeps besides,
+    and the tables that the arguments point to."""
 
     def __init__(self, interface: Interface):
         program = interface.program
@@ -165,5 +165,5 @@ class Handle:
 
 
 def local_name(name: str, variant: str = "internal") -> str:
-    """What an exported function of a variant is called inside: no C name, so it clashes with none."""
+    """What an exported function of a variant is called inside: no C name, so none clashes."""
     return f"{name}.{variant}"

@@ -65,7 +65,7 @@ def emit(module: ir.Module, linkage: str = "external") -> None:
 
 
 def available_cpus(e: Emitter) -> ir.Value:
-    """CPUs that this process may use, i64; 0 where Linux does not say (more than the mask holds)."""
+    """CPUs that this process may use, i64; 0: unknown (more than the mask holds)."""
     mask = e.stack(I64, _AFFINITY_WORDS)
     with e.loop(0, _AFFINITY_WORDS) as i:
         e.store(i64(0), e.offset(mask, i, I64))
