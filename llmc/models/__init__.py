@@ -11,6 +11,10 @@ from llmc.models.bert import BertConfig, bert, bert_for_masked_lm
 from llmc.models.common import CAUSAL_INPUTS, ENCODER_INPUTS, ModelConfig, Step
 from llmc.models.config import ConfigFile
 from llmc.models.llama import LlamaConfig, llama
+from llmc.models.mistral import MistralConfig, mistral
+from llmc.models.olmo2 import Olmo2Config, olmo2
+from llmc.models.qwen import QwenConfig, qwen
+from llmc.models.smollm3 import SmolLM3Config, smollm3
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,11 @@ class Family:
 
 ARCHITECTURES = {
     "LlamaForCausalLM": Family("causal_lm", LlamaConfig.read, llama, "model."),
+    "MistralForCausalLM": Family("causal_lm", MistralConfig.read, mistral, "model."),
+    "Olmo2ForCausalLM": Family("causal_lm", Olmo2Config.read, olmo2, "model."),
+    "Qwen2ForCausalLM": Family("causal_lm", QwenConfig.read_qwen2, qwen, "model."),
+    "Qwen3ForCausalLM": Family("causal_lm", QwenConfig.read_qwen3, qwen, "model."),
+    "SmolLM3ForCausalLM": Family("causal_lm", SmolLM3Config.read, smollm3, "model."),
     "BertModel": Family("encoder", BertConfig.read, bert, "bert."),
     "BertForMaskedLM": Family("encoder", BertConfig.read, bert_for_masked_lm, "bert."),
 }

@@ -144,9 +144,9 @@ def merge_heads(x: Tensor) -> Tensor:
     return trace.reshape(x, (tokens, heads * size))
 
 
-def rope_tables(rope: Rope, positions: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, f32[tokens, size / 2], of each token's position."""
-    frequencies = trace.constant(rope.inverse_frequencies(size))
+def rope_tables(rope: Rope, positions: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, f32[tokens, half of what turns of a head], of each token's position."""
+    frequencies = trace.constant(rope.inverse_frequencies(rope.rotated(head_size)))
     angles = trace.reshape(trace.cast(positions, f32), (positions.shape[0], 1)) * frequencies
     return trace.cos(angles), trace.sin(angles)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,16 @@ class ConfigFile:
             raise self.error(key, f"is {value!r}; supported: {', '.join(sorted(known))}")
         return known[value]
 
+    def strings(self, key: str, known: Iterable[str], count: int) -> tuple[str, ...] | None:
+        """A list of `count` strings of `known`; None where missing or null."""
+        value, known = self.values.get(key), sorted(known)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != count or not all(
+                isinstance(each, str) and each in known for each in value):
+            raise self.error(key, f"is {value!r}; expected {count} of {', '.join(known)}")
+        return tuple(value)
+
     def section(self, key: str) -> ConfigFile | None:
         """The object under `key` as a config of its own; None where missing or null."""
         if not self.has(key):
@@ -93,3 +103,20 @@ def head_size(config: ConfigFile, hidden_size: int, heads: int) -> int:
     if hidden_size % heads:
         raise config.error("num_attention_heads", f"is {heads}, no divisor of {hidden_size=}")
     return hidden_size // heads
+
+
+def read_window(config: ConfigFile, default: int = 0) -> int:
+    """`sliding_window`: how many tokens attention sees; 0 for all, which null means."""
+    if "sliding_window" in config.values and not config.has("sliding_window"):
+        return 0
+    return config.integer("sliding_window", default)
+
+
+def read_layer_windows(
+    config: ConfigFile, layers: int, window: int, windowed: Sequence[bool]
+) -> tuple[int, ...]:
+    """Of each layer the window, or 0 for all tokens: by `layer_types`, else as `windowed` says."""
+    types = config.strings("layer_types", ("sliding_attention", "full_attention"), layers)
+    if types is not None:
+        windowed = [each == "sliding_attention" for each in types]
+    return tuple(window if each else 0 for each in windowed)

@@ -19,7 +19,10 @@ ROPE_TYPES = {name: name for name in ("default", "linear", "llama3")}
 
 @dataclass(frozen=True)
 class Rope:
-    """Base and scaling; the last three only where `type` is llama3."""
+    """Base and scaling; the last three only where `type` is llama3.
+
+    `part` of each head is turned, the rest carries no position.
+    """
 
     theta: float
     type: str = "default"
@@ -27,9 +30,14 @@ class Rope:
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0
     original_context: int = 0
+    part: float = 1.0
+
+    def rotated(self, head_size: int) -> int:
+        """How many elements of a head are turned, the first ones."""
+        return int(head_size * self.part)
 
     def inverse_frequencies(self, size: int) -> numpy.ndarray[Any, Any]:
-        """f32[size / 2]: the angle that each pair of a head's `size` elements turns by a position.
+        """f32[size / 2]: the angle that each pair of `size` elements turns by a position.
 
         In float32 throughout, as transformers computes them.
         """
@@ -66,17 +74,28 @@ def read_rope(config: ConfigFile, max_context: int) -> Rope:
     theta_owner = parameters if parameters is not None and parameters.has("rope_theta") else config
     theta = theta_owner.positive("rope_theta", 10000.0)
     scaling = parameters or config.section("rope_scaling")
+    part = read_part(config, parameters)
     if scaling is None:
-        return Rope(theta)
+        return Rope(theta, part=part)
     type_key = "rope_type" if scaling.has("rope_type") else "type"
     type = scaling.choice(type_key, ROPE_TYPES, "default")
     if type == "default":
-        return Rope(theta)
+        return Rope(theta, part=part)
     factor = scaling.positive("factor")
     if type == "linear":
-        return Rope(theta, type, factor)
+        return Rope(theta, type, factor, part=part)
     low, high = scaling.positive("low_freq_factor"), scaling.positive("high_freq_factor")
     if low >= high:
         raise scaling.error("high_freq_factor", f"is {high}, not above low_freq_factor {low}")
     original = scaling.size("original_max_position_embeddings", max_context)
-    return Rope(theta, type, factor, low, high, original)
+    return Rope(theta, type, factor, low, high, original, part)
+
+
+def read_part(config: ConfigFile, parameters: ConfigFile | None) -> float:
+    """`partial_rotary_factor`, from 0 to 1, where one of the two has it, else 1."""
+    owner = parameters or config
+    owner = owner if owner.has("partial_rotary_factor") else config
+    part = owner.positive("partial_rotary_factor", 1.0)
+    if part > 1:
+        raise owner.error("partial_rotary_factor", f"is {part}; expected at most 1")
+    return part
