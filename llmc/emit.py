@@ -15,7 +15,7 @@ from pathlib import Path
 
 from llmc.codegen.host.abi import generate_abi
 from llmc.codegen.host.abi_header import header
-from llmc.codegen.host.abi_interface import Interface
+from llmc.codegen.host.abi_interface import Interface, check_prefix
 from llmc.driver import Compiled, WeightFile, place, w_bytes, write_weights
 from llmc.errors import CompileError
 from llmc.ir.program import Program
@@ -33,7 +33,7 @@ def emit(compiled: Compiled, kinds: Sequence[str], output: str | os.PathLike[str
     come with obj and so, lie beside it by the same name. prefix: begins every name in C. All files
     are written, then put in place; CompileError leaves what was there.
     """
-    _check_kinds(kinds)
+    check_request(kinds, prefix)
     first = Path(output)
     paths = {kind: first if kind == kinds[0] else first.with_suffix(SUFFIXES[kind])
              for kind in kinds}
@@ -59,6 +59,17 @@ def emit(compiled: Compiled, kinds: Sequence[str], output: str | os.PathLike[str
     return list(paths.values())
 
 
+def check_request(kinds: Sequence[str], prefix: str) -> None:
+    """CompileError for kinds that cannot be emitted and prefixes that C does not allow."""
+    check_prefix(prefix)
+    if not kinds or (unknown := [kind for kind in kinds if kind not in SUFFIXES]):
+        raise CompileError(f"cannot emit {', '.join(unknown) if kinds else 'nothing'}: it must be "
+                           f"of {', '.join(SUFFIXES)}")
+    if "so" in kinds and shutil.which("cc") is None:
+        raise CompileError("a shared library needs the C compiler `cc`, which is not on PATH: emit "
+                           "obj and link it yourself where there is one")
+
+
 def make_interface(compiled: Compiled, prefix: str) -> Interface:
     """A compiled model as C will see it; CompileError where it cannot have a C ABI."""
     offsets, size = weight_places(next(iter(compiled.programs.values())))
@@ -77,15 +88,6 @@ def weight_places(program: Program) -> tuple[tuple[int, ...], int]:
             offsets.append(place(size, w_bytes(program, weight)))
             size = offsets[-1] + w_bytes(program, weight)
     return tuple(offsets), size
-
-
-def _check_kinds(kinds: Sequence[str]) -> None:
-    if not kinds or (unknown := [kind for kind in kinds if kind not in SUFFIXES]):
-        raise CompileError(f"cannot emit {', '.join(unknown) if kinds else 'nothing'}: it must be "
-                           f"of {', '.join(SUFFIXES)}")
-    if "so" in kinds and shutil.which("cc") is None:
-        raise CompileError("a shared library needs the C compiler `cc`, which is not on PATH: emit "
-                           "obj and link it yourself where there is one")
 
 
 def _write_code(compiled: Compiled, interface: Interface, kinds: Sequence[str], made: Path) -> None:

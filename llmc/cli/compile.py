@@ -1,4 +1,4 @@
-"""llmc compile: a model to an artifact, or to an object file with a C header."""
+"""llmc compile: a model to an artifact, or to code, header and weights for C."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from llmc.errors import LlmcError
 def add(subparsers) -> None:
     parser = add_command(
         subparsers, "compile", run, "Compile a model ahead of time.",
-        "llmc compile path/to/Llama-3.2-1B -o llama.llmc")
+        "llmc compile path/to/Llama-3.2-1B -o llama.llmc\n"
+        "  llmc compile path/to/Llama-3.2-1B --emit obj,header -o llama.o")
     parser.add_argument("model", metavar="MODEL", help=".onnx file or Hugging Face directory")
     parser.add_argument("-o", "--output", required=True, metavar="OUT",
                         help="artifact directory to write (or with --emit: the file)")
@@ -23,6 +24,11 @@ def add(subparsers) -> None:
     parser.add_argument("--dtype", default=None, help="compute dtype (default: the checkpoint's)")
     parser.add_argument("--shape", default="", metavar="NAME=LOW:HIGH,...",
                         help="narrow the ranges of symbols, such as tokens=1:512")
+    parser.add_argument("--emit", default="", metavar="KIND,...",
+                        help="for C instead of an artifact: obj, so (needs cc), header; several at "
+                             "once lie side by side, with the weights in NAME.weights")
+    parser.add_argument("--prefix", default=None,
+                        help="with --emit: what names in C begin with (default: llmc_)")
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")
 
 
@@ -31,13 +37,33 @@ def run(arguments) -> int:
     from llmc.codegen.target import Target
     from llmc.driver import compile_model
 
+    emit = _emitter(arguments)
     started = time.perf_counter()
     with progress_bar() as progress:
         compiled = compile_model(arguments.model, Target.parse(arguments.target), arguments.dtype,
                                  progress, parse_shape(arguments.shape))
-        path = compiled.write(arguments.output, progress)
-    _report(path, compiled, time.perf_counter() - started, arguments.json)
+        paths = emit(compiled, progress) if emit else [compiled.write(arguments.output, progress)]
+    seconds = time.perf_counter() - started
+    if emit:
+        _report_files(paths, compiled, seconds, arguments.json)
+    else:
+        _report(paths[0], compiled, seconds, arguments.json)
     return 0
+
+
+def _emitter(arguments):
+    """(compiled, progress) -> files for C, or None without --emit; what is asked for is checked
+    here, before anything is compiled."""
+    if not arguments.emit:
+        if arguments.prefix is not None:
+            raise LlmcError("--prefix is for --emit: an artifact has no names in C")
+        return None
+    from llmc.emit import check_request, emit
+
+    kinds = [kind.strip() for kind in arguments.emit.split(",")]
+    prefix = "llmc_" if arguments.prefix is None else arguments.prefix
+    check_request(kinds, prefix)
+    return lambda compiled, progress: emit(compiled, kinds, arguments.output, prefix, progress)
 
 
 def parse_shape(text: str) -> dict[str, tuple[int, int]]:
@@ -69,3 +95,13 @@ def _report(path: Path, compiled, seconds: float, as_json: bool) -> None:
     print(f"{path}: compiled in {compile_seconds:.2f} s "
           f"({', '.join(f'{n} {s / 1024:.0f} KiB' for n, s in sizes.items())}), "
           f"{weights / 1e6:.1f} MB of weights packed at {rate:.2f} GB/s")
+
+
+def _report_files(paths: list[Path], compiled, seconds: float, as_json: bool) -> None:
+    """What was emitted for C."""
+    sizes = {str(path): path.stat().st_size for path in paths}
+    if as_json:
+        print(json.dumps({"files": sizes, "seconds": seconds, "timings": compiled.timings}))
+        return
+    for name, size in sizes.items():
+        print(f"{name}: {size:,} bytes")

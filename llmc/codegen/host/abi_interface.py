@@ -72,7 +72,7 @@ class Interface:
     max_context: int
 
     def __post_init__(self) -> None:
-        self._check_prefix()
+        check_prefix(self.prefix)
         if self.has_steps:
             self._check_step()
         elif self.program.with_role("state"):
@@ -108,7 +108,7 @@ class Interface:
     @property
     def handle(self) -> str:
         """Name of the C type that stands for a loaded model."""
-        return self.prefix.rstrip("_")
+        return handle_name(self.prefix)
 
     def variants(self) -> list[str]:
         """Names of the variants, the narrowest shape key first."""
@@ -125,12 +125,6 @@ class Interface:
         found = {symbol.name: symbol.multiple for buffer in self.program.with_role("input")
                  for dim in buffer.type.shape for symbol in dims.symbols(dim)}
         return {name: multiple for name, multiple in found.items() if multiple > 1}
-
-    def _check_prefix(self) -> None:
-        valid = re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", self.prefix)
-        if not valid or self.handle in _RESERVED:
-            raise CompileError(f"prefix {self.prefix!r} cannot begin names in C: it must be of "
-                               "letters, digits and underscores, a letter first, such as llmc_")
 
     def _check_step(self) -> None:
         (logits,) = self.program.with_role("output")
@@ -162,6 +156,18 @@ class Handle:
         self.bytes = place
         self.symbols = {name: self.tables["symbols"] + 8 * i
                         for i, name in enumerate(interface.symbols)}
+
+
+def handle_name(prefix: str) -> str:
+    return prefix.rstrip("_")
+
+
+def check_prefix(prefix: str) -> None:
+    """CompileError unless names in C can begin with the prefix, and the handle's type is one."""
+    valid = re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", prefix)
+    if not valid or handle_name(prefix) in _RESERVED:
+        raise CompileError(f"prefix {prefix!r} cannot begin names in C: it must be of letters, "
+                           "digits and underscores, a letter first, such as llmc_")
 
 
 def local_name(name: str, variant: str = "internal") -> str:
