@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import threading
 import time
 from collections.abc import Mapping, Sequence
 
@@ -61,7 +60,7 @@ class Executor:
         self._state_table = _pointer_table([])
         self.known: dict[str, int] = {}  # symbols that the states' pools fix
         self._cancel = np.zeros(1, np.int32)
-        self._lock = threading.Lock()
+        self._closed = False
 
     def allocate_states(self, known: Mapping[str, int]) -> None:
         """Reserve the states' pools; `known` gives the symbols in their shapes (pool sizes)."""
@@ -87,6 +86,8 @@ class Executor:
 
         Raises ShapeError when shapes or dtypes do not fit the model.
         """
+        if self._closed:
+            raise LlmcError("this runtime is closed")
         given = check_inputs(self.inputs, arrays)
         values = bind(self.inputs, given, self.known)
         variant = self.choose(values)
@@ -121,7 +122,8 @@ class Executor:
             raise LlmcError("the step was cancelled")
 
     def close(self) -> None:
-        """Stop the threads and free the code."""
+        """Stop the threads; the executor cannot run any more."""
+        self._closed = True
         self.team.close()
 
 

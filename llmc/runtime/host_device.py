@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -64,24 +65,33 @@ def load_object(code: bytes, exports: tuple[str, ...] = EXPORTS) -> Library:
 
 
 class Team:
-    """Threads that run steps. Freed by `close`; one caller at a time.
-
-    handle: the pointer that a step takes; None with one worker.
-    """
+    """Threads that run steps. Freed by `close`; one caller at a time."""
 
     def __init__(self, library: Library, workers: int):
-        self.handle: int | None = None
+        self._workers = workers
+        self._create = library.function("llmc_team_create", ctypes.c_void_p, ctypes.c_int64)
         self._destroy = library.function("llmc_team_destroy", None, ctypes.c_void_p)
-        if workers > 1:
-            create = library.function("llmc_team_create", ctypes.c_void_p, ctypes.c_int64)
-            self.handle = create(workers)
-            if not self.handle:
-                raise DeviceError(f"no memory for a team of {workers} threads")
+        self._handle: int | None = None
+        self._process = 0
+
+    @property
+    def handle(self) -> int | None:
+        """The pointer that a step takes; None with one worker.
+
+        Threads do not survive a fork: a child process gets a team of its own.
+        """
+        if self._workers > 1 and self._process != os.getpid():
+            self._handle = self._create(self._workers)
+            self._process = os.getpid()
+            if not self._handle:
+                raise DeviceError(f"no memory for a team of {self._workers} threads")
+        return self._handle
 
     def close(self) -> None:
-        """Stop and join the threads."""
-        handle, self.handle = self.handle, None
-        if handle:
+        """Stop and join the threads, those of this process."""
+        handle, self._handle = self._handle, None
+        if handle and self._process == os.getpid():
+            self._process = 0
             self._destroy(handle)
 
     def __del__(self) -> None:

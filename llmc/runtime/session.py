@@ -70,8 +70,8 @@ def _options(given: Mapping[str, Any]) -> Options:
 class Runtime:
     """A model that runs. Steps are serialised, so several threads may call.
 
-    model: an artifact directory, a `Compiled`, a checkpoint directory or an .onnx file (the last two
-    are compiled into the cache first). target: "host". Options: see `Options`.
+    model: an artifact directory, a `Compiled`, a checkpoint directory or an .onnx file (the last
+    two are compiled into the cache first). target: "host". Options: see `Options`.
     """
 
     def __init__(self, model: str | os.PathLike[str] | Any, target: str = "host", **options: Any):
@@ -240,8 +240,8 @@ class Runtime:
         """Token ids as an array; ShapeError if empty, no integers, or outside the vocabulary."""
         ids = np.asarray(tokens)
         if ids.ndim != 1 or ids.size == 0:
-            raise ShapeError("the prompt is empty: at least one token id is needed"
-                             if ids.size == 0 else f"token ids have shape {ids.shape}, expected 1-D")
+            raise ShapeError("the prompt is empty: at least one token id is needed" if not ids.size
+                             else f"token ids have shape {ids.shape}, expected 1-D")
         if not np.issubdtype(ids.dtype, np.integer):
             raise ShapeError(f"token ids must be integers, got {ids.dtype}")
         vocabulary = self.config.get("vocab_size") or 1 << 31
@@ -285,7 +285,9 @@ class Runtime:
             results = self._model.run([Sentence.of(row) for row in rows])
         name = self.executor.outputs[0].name
         vectors = [pool(r[name], mode, settings["normalize"]) for r in results]
-        return np.stack(vectors) if vectors else np.empty((0, self.config["hidden_size"]), np.float32)
+        if not vectors:
+            return np.empty((0, self.config["hidden_size"]), np.float32)
+        return np.stack(vectors)
 
     # ---- looking inside -------------------------------------------------------------------
 
@@ -304,7 +306,7 @@ class Runtime:
         return result
 
     def close(self) -> None:
-        """Stop the threads; the Runtime must not be used afterwards."""
+        """Stop the threads; running afterwards is an LlmcError."""
         with self._lock:
             self.executor.close()
 
@@ -335,7 +337,7 @@ def _is_batch(tokens: Any) -> bool:
     """Whether tokens is a list of token lists."""
     if isinstance(tokens, np.ndarray):
         return tokens.ndim == 2
-    return bool(len(tokens)) and not isinstance(tokens[0], int | np.integer)
+    return bool(len(tokens)) and np.ndim(tokens[0]) > 0
 
 
 def _cut(ids: list[int], limit: int) -> list[int]:
