@@ -5,6 +5,8 @@ import re
 import numpy as np
 import pytest
 
+from llmc.codegen.host import microkernel
+from llmc.codegen.llvm import splat_constant
 from llmc.codegen.target import Target
 from llmc.errors import CompileError
 from llmc.ir.dtypes import dtype
@@ -148,6 +150,39 @@ def test_result_seen_with_another_shape():
     run = Runner(*make_stage([a, w], {"y": make("reshape", y, shape=(rows, 3, 8))}))
     arrays = {"a": random((3, 16), "f32", 1), "w": random((16, 24), "f32", 2)}
     check(run(3, **arrays)["y"].reshape(3, 24), arrays["a"], arrays["w"])
+
+
+@pytest.mark.parametrize("form", ["few", "blocked"])
+def test_no_rows_at_all(form):
+    run = plain(form, "f32", 33, 20)
+    assert run(0, a=random((0, 33), "f32", 1), w=random((33, 20), "f32", 2))["y"].shape == (0, 20)
+
+
+def emulated_dot(e, accumulator, pairs, column):
+    """What vdpbf16ps computes, in instructions that every CPU has."""
+    for shift in (0, 16):
+        factors = []
+        for bits in (pairs, column):
+            moved = bits if shift else e.b.shl(bits, splat_constant(bits.type, 16))
+            high = e.b.and_(moved, splat_constant(bits.type, 0xFFFF0000))
+            factors.append(e.b.bitcast(high, accumulator.type))
+        accumulator = e.multiply_add(*factors, accumulator)
+    return accumulator
+
+
+@pytest.mark.parametrize("form, sizes", [("few", (1, 3, 4)), ("blocked", (5, 12, 29))])
+@pytest.mark.parametrize("k, n", [(1, 3), (17, 33), (64, 64), (131, 40)])
+def test_pairs_of_bf16_for_dot_products(form, sizes, k, n, monkeypatch):
+    """The layouts of the dot path, on CPUs without the instruction too."""
+    monkeypatch.setattr(microkernel, "dot_product", emulated_dot)
+    a = leaf("a", "bf16", rows_symbol(4096 if form == "blocked" else 4), k)
+    w = leaf("w", "bf16", k, n)
+    run = Runner(*make_stage([a, w], {"y": make("matmul", a, w, dtype=dtype("f32"))},
+                             blocked=form == "blocked", target=Target.parse("x86_64:znver5")))
+    arrays = {"w": random((k, n), "bf16", 1)}
+    for rows in sizes:
+        arrays["a"] = random((rows, k), "bf16", rows)
+        check(run(rows, **arrays)["y"], arrays["a"], arrays["w"])
 
 
 def test_rows_do_not_depend_on_their_neighbours_or_workers():
