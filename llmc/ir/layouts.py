@@ -67,6 +67,26 @@ class Panels:
 
 
 @dataclass(frozen=True)
+class Columns:
+    """A matmul weight [k, n], column after column: [n][k], each padded with zeros to a multiple of
+    `multiple` elements. Every column is read in whole 16-byte pieces, and by bulk copies."""
+
+    multiple: int = 64
+
+    def stride(self, shape: Sequence[Dim]) -> Dim:
+        """Elements from one column to the next."""
+        return ceildiv(shape[0], self.multiple) * self.multiple
+
+    def elements(self, shape: Sequence[Dim]) -> Dim:
+        return shape[1] * self.stride(shape)
+
+    def address(self, shape: Sequence[Any], index: Sequence[Any]) -> Any:
+        k, n = index
+        stride = (shape[0] + self.multiple - 1) // self.multiple * self.multiple
+        return n * stride + k
+
+
+@dataclass(frozen=True)
 class RowBlocks:
     """Activations [rows..., k] in blocks of `rows` rows: [block][k / interleave][rows][interleave].
 
@@ -113,9 +133,9 @@ class ValuePages:
         return ((page * shape[2] + head) * shape[1] + token) * shape[3] + component
 
 
-Layout = Rows | Panels | RowBlocks | KeyPages | ValuePages
+Layout = Rows | Panels | Columns | RowBlocks | KeyPages | ValuePages
 
-_KINDS = {kind.__name__: kind for kind in (Rows, Panels, RowBlocks, KeyPages, ValuePages)}
+_KINDS = {kind.__name__: kind for kind in (Rows, Panels, Columns, RowBlocks, KeyPages, ValuePages)}
 
 
 def format_layout(layout: Layout) -> str:
@@ -144,6 +164,8 @@ def pack(array: np.ndarray, layout: Layout, out: np.ndarray | None = None,
         out = np.zeros(size, array.dtype)
     if isinstance(layout, Panels):
         _pack_panels(*_wide_lanes(array, layout, out), threads)
+    elif isinstance(layout, Columns):
+        _pack_columns(array, layout, out, threads)
     elif isinstance(layout, Rows):
         out[:] = array.reshape(-1)
     else:
@@ -180,6 +202,19 @@ def _pack_panels(array: np.ndarray, layout: Panels, out: np.ndarray, threads: in
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(lambda start: _pack_range(array, layout, view, start,
                                                 min(start + chunk, panels)), starts))
+
+
+def _pack_columns(array: np.ndarray, layout: Columns, out: np.ndarray, threads: int) -> None:
+    k, n = array.shape
+    view = out.reshape(n, -1) if n else out.reshape(0, k)
+    chunk = max(1, n // (threads * 8))
+
+    def copy(first: int) -> None:
+        view[first:first + chunk, :k] = array[:, first:first + chunk].T
+        view[first:first + chunk, k:] = 0
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(copy, range(0, n, chunk)))
 
 
 def _pack_range(array: np.ndarray, layout: Panels, view: np.ndarray, first: int, last: int) -> None:

@@ -26,6 +26,8 @@ class Capabilities:
     few_rows          up to so many rows, a matmul streams weights and computes its own prologue
     bf16_dot          bf16 x bf16 dot products exist: bf16 activations are packed as bf16
     kernels           composite and special ops that have a kernel; others are decomposed
+    weight_layout     "panels", or "columns": weights column by column, the activations of products
+                      in plain rows (computed by a stage of their own), both caches as ValuePages
     """
 
     name: str
@@ -35,6 +37,7 @@ class Capabilities:
     few_rows: int
     bf16_dot: bool
     kernels: frozenset[str]
+    weight_layout: str = "panels"
 
     def interleave(self, dtype: DType) -> int:
         """How many consecutive k of a packed weight fill a 32-bit lane; 1 for f16, whose conversion
@@ -45,6 +48,8 @@ class Capabilities:
         """Name of the dtype in which a matmul wants its packed left operand."""
         if weight.name == "f64" or activation.name == "f64":
             return "f64"
+        if self.weight_layout == "columns":  # both operands alike, as tensor cores take them
+            return weight.name
         return "bf16" if self.bf16_dot and weight.name == "bf16" else "f32"
 
 

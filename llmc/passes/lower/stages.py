@@ -46,7 +46,7 @@ class Lowering:
         self.preludes = dict(graph.prelude)
         self.panels = weight_uses(graph, capabilities)
         self.tied = tied_sources(graph, self.panels)
-        self.layouts = state_layouts(graph)
+        self.layouts = state_layouts(graph, capabilities)
         self.buffers: dict[str, Buffer] = {}
         self.weights: dict[str, Weight] = {}
         self.homes: dict[Node, str] = {}  # node -> name of the buffer that holds its value
@@ -192,19 +192,26 @@ class Lowering:
 
     def _matmul(self, name: str, body: Graph, operands: list[str],
                 results: list[str]) -> list[Step]:
-        """Few rows: one stage, each worker prepares its rows. Else the rows are packed in a stage."""
+        """Few rows: one stage, each worker prepares its rows. Else the rows are packed in a stage.
+
+        Targets that take plain rows need that stage only where the rows have to be computed.
+        """
         matmul = anchor_of(body, "matmul")
         if matmul is None:
             raise CompileError(f"the matmul fusion {name!r} does not hold exactly one matmul")
         high = bounds(product(matmul.inputs[0].shape[:-1]))[1]
-        if high is not None and high <= self.capabilities.few_rows:
+        columns = self.capabilities.weight_layout == "columns"
+        if not columns and high is not None and high <= self.capabilities.few_rows:
             return [self._stage("matmul", body, operands, results, name)]
         packed = dtype(self.capabilities.packed_activation(
             matmul.inputs[1].dtype, matmul.inputs[0].dtype))
+        if columns and matmul.inputs[0].op == "input" and matmul.inputs[0].dtype is packed:
+            return [self._stage("matmul", body, operands, results, name)]
         prologue, rest, stand_in = split_prologue(body, matmul, packed)
-        layout = RowBlocks(self.capabilities.matmul_rows, self.capabilities.interleave(packed))
         rows = self._new_buffer(f"{name}_rows", stand_in.type, "arena")
-        self.buffers[rows] = replace(self.buffers[rows], layout=layout)
+        if not columns:
+            layout = RowBlocks(self.capabilities.matmul_rows, self.capabilities.interleave(packed))
+            self.buffers[rows] = replace(self.buffers[rows], layout=layout)
         kind = "reduce" if is_row_wise(prologue) else "map"
         return [self._stage(kind, prologue, operands, [rows], f"{name}_rows"),
                 self._stage("matmul", rest, [*operands, rows], results, name)]

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llmc.ir.graph import Graph, Node
-from llmc.ir.layouts import KeyPages, Layout, Panels, ValuePages
+from llmc.ir.layouts import Columns, KeyPages, Layout, Panels, ValuePages
 from llmc.ir.program import Capabilities
 
 
@@ -24,8 +24,10 @@ def anchor_of(body: Graph, op: str) -> Node | None:
     return found[0] if len(found) == 1 else None
 
 
-def weight_layout(matmul: Node, body: Graph, capabilities: Capabilities) -> Panels:
-    """Panels for the right operand of a fusion's matmul."""
+def weight_layout(matmul: Node, body: Graph, capabilities: Capabilities) -> Layout:
+    """How the right operand of a fusion's matmul lies."""
+    if capabilities.weight_layout == "columns":
+        return Columns()
     dtype = matmul.inputs[1].dtype
     return Panels(capabilities.panel_columns, capabilities.interleave(dtype),
                   matmul_parts(matmul, body))
@@ -48,9 +50,9 @@ def matmul_parts(matmul: Node, body: Graph) -> int:
     return len(starts) if starts == list(range(0, width, size)) else 1
 
 
-def weight_uses(graph: Graph, capabilities: Capabilities) -> dict[Node, Panels]:
-    """Parameter -> panels, for parameters that some fusion multiplies by; others stay in rows."""
-    uses: dict[Node, Panels] = {}
+def weight_uses(graph: Graph, capabilities: Capabilities) -> dict[Node, Layout]:
+    """Parameter -> layout, for parameters that some fusion multiplies by; others stay in rows."""
+    uses: dict[Node, Layout] = {}
     for scope in scopes(graph):
         for node in scope.nodes():
             if node.op == "fusion" and node["anchor"] == "matmul":
@@ -61,7 +63,7 @@ def weight_uses(graph: Graph, capabilities: Capabilities) -> dict[Node, Panels]:
     return uses
 
 
-def tied_sources(graph: Graph, panels: dict[Node, Panels]) -> dict[Node, Node]:
+def tied_sources(graph: Graph, panels: dict[Node, Layout]) -> dict[Node, Node]:
     """Parameter -> packed parameter that is its transpose (an embedding tied to the output head).
 
     A tied matrix exists once: whoever gathers from the first reads the second's panels.
@@ -86,8 +88,9 @@ def _expression(parameter: Node, preludes: dict[str, Graph]) -> Node:
     return graph.outputs[0][1] if graph is not None else parameter
 
 
-def state_layouts(graph: Graph) -> dict[Node, Layout]:
+def state_layouts(graph: Graph, capabilities: Capabilities) -> dict[Node, Layout]:
     """State leaf -> layout, from how attention reads it."""
+    keys: Layout = ValuePages() if capabilities.weight_layout == "columns" else KeyPages()
     layouts: dict[Node, Layout] = {}
     for scope in scopes(graph):
         for node in scope.nodes():
@@ -96,7 +99,7 @@ def state_layouts(graph: Graph) -> dict[Node, Layout]:
             body = node.bodies[0]
             attention = anchor_of(body, "paged_attention")
             if attention is not None:
-                for operand, layout in zip(attention.inputs[1:3], (KeyPages(), ValuePages()),
+                for operand, layout in zip(attention.inputs[1:3], (keys, ValuePages()),
                                            strict=True):
                     state = root_state(node.inputs[body.inputs.index(operand)])
                     layouts[state] = layout
