@@ -16,6 +16,11 @@ HOST_KERNELS = frozenset("""
     paged_attention cache_append dequantize cumsum argmax argmin top_k scatter_nd scatter_elements
 """.split())
 
+# Graphics processors by LLVM's names. sm_90a: Hopper with its own tensor-core instructions.
+ARCHITECTURES = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
+_PTX_FEATURES = {"sm_100": "+ptx86", "sm_120": "+ptx87"}  # others: of CUDA 12.0
+DEVICE_TRIPLE = "nvptx64-nvidia-cuda"
+
 _TRIPLES = {"x86_64": "x86_64-unknown-linux-gnu", "aarch64": "aarch64-unknown-linux-gnu"}
 
 # Functions whose instructions tell what a CPU has, without a table of CPUs. (An intrinsic that the
@@ -47,9 +52,10 @@ define void @f(ptr %a, ptr %b) {
 
 @dataclass(frozen=True)
 class Target:
-    """kind: "host". features: LLVM's, each with + or -, on top of what the cpu has.
+    """kind: "host" or "nvptx". features: LLVM's, each with + or -, on top of what the cpu has.
 
-    Text form: `x86_64:znver5` or `x86_64:znver5:+avx512bf16,-avx512f`.
+    Text form: `x86_64:znver5` or `x86_64:znver5:+avx512bf16,-avx512f`; `nvptx:sm_80,sm_90a`, whose
+    cpu is a list of architectures (`machine` takes a target of one: see `architectures`).
     """
 
     kind: str
@@ -71,9 +77,12 @@ class Target:
         if text == "host":
             return Target.host()
         processor, _, rest = text.partition(":")
+        if processor == "nvptx":
+            return _parse_device(text, rest)
         if processor not in _TRIPLES:
-            raise CompileError(f"unknown target {text!r}: it must be 'host' or PROCESSOR:CPU with "
-                               f"a processor of {', '.join(_TRIPLES)}, as in x86_64:znver5")
+            raise CompileError(f"unknown target {text!r}: it must be 'host', 'nvptx:ARCH' as in "
+                               f"nvptx:sm_90a, or PROCESSOR:CPU with a processor of "
+                               f"{', '.join(_TRIPLES)}, as in x86_64:znver5")
         cpu, _, features = rest.partition(":")
         names = tuple(name for name in features.split(",") if name)
         if any(name[0] not in "+-" for name in names):
@@ -85,8 +94,14 @@ class Target:
 
     @property
     def processor(self) -> str:
-        """x86_64 or aarch64."""
-        return self.triple.split("-")[0]
+        """x86_64, aarch64 or nvptx."""
+        return "nvptx" if self.kind == "nvptx" else self.triple.split("-")[0]
+
+    def architectures(self) -> tuple[Target, ...]:
+        """One target for each architecture of an nvptx target; a host target is its own."""
+        if self.kind != "nvptx":
+            return (self,)
+        return tuple(Target("nvptx", self.triple, name) for name in self.cpu.split(","))
 
     def text(self) -> str:
         """One word; `parse` is its inverse."""
@@ -96,6 +111,10 @@ class Target:
     def machine(self) -> llvm.TargetMachine:
         """A new LLVM target machine: position-independent, -O3."""
         _initialise()
+        if self.kind == "nvptx":
+            features = _PTX_FEATURES.get(self.cpu, "+ptx80")
+            return llvm.Target.from_triple(self.triple).create_target_machine(
+                cpu=self.cpu, features=features, opt=3)
         try:
             target = llvm.Target.from_triple(self.triple)
         except RuntimeError as error:
@@ -120,12 +139,25 @@ class Target:
 
     def capabilities(self) -> Capabilities:
         """What lowering asks; the matmul tile fills the registers: 6x2, 12x2 with 32 of them."""
+        if self.kind == "nvptx":
+            return Capabilities(
+                name="nvptx", vector_lanes=4, matmul_rows=16, panel_columns=1, few_rows=8,
+                bf16_dot=True, kernels=HOST_KERNELS, weight_layout="columns")
         lanes = self.vector_lanes
         many = lanes == 16 or self.processor == "aarch64"
         name = f"{self.processor}-{32 * lanes}" + ("-bf16" if self.bf16_dot else "")
         return Capabilities(
             name=name, vector_lanes=lanes, matmul_rows=12 if many else 6, panel_columns=2 * lanes,
             few_rows=4, bf16_dot=self.bf16_dot, kernels=HOST_KERNELS)
+
+
+def _parse_device(text: str, architectures: str) -> Target:
+    names = tuple(dict.fromkeys(filter(None, architectures.split(","))))
+    unknown = [name for name in names if name not in ARCHITECTURES]
+    if unknown or not names:
+        raise CompileError(f"target {text!r}: it must name architectures, as in nvptx:sm_80,sm_90a; "
+                           f"known are {', '.join(ARCHITECTURES)}")
+    return Target("nvptx", DEVICE_TRIPLE, ",".join(names))
 
 
 @cache
