@@ -148,8 +148,10 @@ def variant_keys(graph: Graph, capabilities: Capabilities, limits: dict) -> dict
     names = {s.name: s for s in graph.symbols()}
     keys = {"generic": limits}
     if "tokens" in names and "rows" in names:
-        few = {name: (names[name].low, capabilities.few_rows) for name in FEW}
-        keys["few"] = {**limits, **few}
+        ranges = {name: limits.get(name, (names[name].low, names[name].high)) for name in FEW}
+        few = {name: (low, min(high, capabilities.few_rows)) for name, (low, high) in ranges.items()}
+        if all(low <= high for low, high in few.values()):
+            keys["few"] = {**limits, **few}
     return keys
 
 

@@ -58,19 +58,28 @@ class Executor:
         self._arena = aligned_empty(0)
         self._states: list[np.ndarray] = []
         self._state_table = _pointer_table([])
-        self.known: dict[str, int] = {}  # symbols that the states' pools fix
+        self.known = self._fixed()  # symbols that no input's shape has to tell
         self._cancel = np.zeros(1, np.int32)
         self._closed = False
 
     def allocate_states(self, known: Mapping[str, int]) -> None:
         """Reserve the states' pools; `known` gives the symbols in their shapes (pool sizes)."""
-        self.known = dict(known)
+        self.known = self._fixed() | known
         self._states = []
         for tensor in self.states:
             size = int(np.prod(tensor.concrete_shape(known), dtype=np.int64))
             stride = -(-size * tensor.dtype.bits // 8 // 64) * 64
             self._states += [aligned_empty(stride) for _ in range(tensor.count)]
         self._state_table = _pointer_table([state.ctypes.data for state in self._states])
+
+    def _fixed(self) -> dict[str, int]:
+        """Symbols that the artifact was compiled for one value of."""
+        widest = self.variants[-1].info.key
+        return {name: low for name, (low, high) in widest.items() if low == high}
+
+    def largest(self, name: str) -> int:
+        """The largest value of a symbol that some variant covers."""
+        return max(variant.info.key[name][1] for variant in self.variants)
 
     def choose(self, values: Mapping[str, int]) -> Variant:
         """The most specific variant that covers a shape."""

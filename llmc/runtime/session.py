@@ -110,8 +110,10 @@ class Runtime:
             self.options.max_context or 0)
         if self.manifest.kind == "causal_lm":
             logit_rows = LOGIT_BYTES // (4 * max(1, self.config["vocab_size"]))
-            return LanguageModel(self.executor, context, self._pool_pages(context), CHUNK_TOKENS,
-                                 max(1, logit_rows))
+            return LanguageModel(
+                self.executor, context, self._pool_pages(context),
+                min(CHUNK_TOKENS, self.executor.largest("tokens")),
+                max(1, min(logit_rows, self.executor.largest("rows"))))
         if self.manifest.kind == "encoder":
             return Encoder(self.executor, context, CHUNK_TOKENS)
         if self.manifest.token_interface:
