@@ -1,0 +1,184 @@
+"""What users get wrong ends in one clear line and exit status 1 (a wrong command line: 2)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llmc
+from tests.conftest import EMBEDDED
+
+PROMPT = ("--prompt", "Once")
+
+
+def refused(result, *words: str) -> None:
+    assert result.status == 1, result
+    assert not result.out
+    (line,) = result.err.splitlines()
+    assert line.startswith("llmc: ")
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize("command", [
+    ("generate", *PROMPT), ("bench",), ("inspect",), ("run", "--output", "out"),
+    ("compile", "-o", "out.llmc"),
+], ids=lambda command: command[0])
+def test_a_missing_model_is_named(llmc_command, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    name, *options = command
+    refused(llmc_command(name, "no/such/model", *options), "no/such/model", "no such file")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (("--prompt", ""), ("prompt is empty",)),
+    (("--prompt", "word " * 600), ("tokens, the context holds 512",)),
+    ((*PROMPT, "--max-tokens", "-3"), ("must be 0 or more, got -3",)),
+    ((*PROMPT, "--temperature", "-1"), ("temperature",)),
+    ((*PROMPT, "--temperature", "nan"), ("temperature",)),
+    ((*PROMPT, "--top-p", "1.5"), ("top_p",)),
+    ((*PROMPT, "--top-k", "-1"), ("top_k",)),
+    ((*PROMPT, "--dtype", "f7"), ("f7",)),
+    ((*PROMPT, "--dtype", "i32"), ("i32",)),
+    ((*PROMPT, "--threads", "0"), ("threads must be a positive int, got 0",)),
+    ((*PROMPT, "--max-context", "0"), ("max_context",)),
+    ((*PROMPT, "--target", "abacus"), ("abacus",)),
+])
+def test_generate(llmc_command, options, words):
+    refused(llmc_command("generate", EMBEDDED, *options), *words)
+
+
+def test_generate_needs_a_prompt_for_other_models(llmc_command, embedded_artifact):
+    refused(llmc_command("generate", embedded_artifact), "--prompt TEXT")
+
+
+def test_an_encoder_does_not_generate(llmc_command):
+    bert = Path(__file__).parent.parent / "goldens" / "hf" / "bert"
+    assert llmc_command("generate", bert, *PROMPT).status == 1
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (("--prompt-tokens", "600"), ("600 prompt tokens", "exceed the context of 512")),
+    (("--generate-tokens", "0"), ("--generate-tokens must be 1 or more",)),
+    (("--batch", "0"), ("--batch",)),
+    (("--repeat", "-1"), ("--repeat",)),
+])
+def test_bench(llmc_command, options, words):
+    refused(llmc_command("bench", EMBEDDED, *options), *words)
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (("--target", "bogus"), ("unknown target 'bogus'",)),
+    (("--target", "x86_64:nocpu"), ("nocpu",)),
+    (("--shape", "tokens"), ("NAME=LOW:HIGH",)),
+    (("--shape", "tokens=a:b"), ("NAME=LOW:HIGH",)),
+    (("--shape", "tokens=5:1"), ("5..1",)),
+    (("--shape", "colour=1:5"), ("no symbol colour",)),
+    (("--dtype", "f7"), ("f7",)),
+])
+def test_compile(llmc_command, tmp_path, options, words):
+    output = tmp_path / "out.llmc"
+    refused(llmc_command("compile", EMBEDDED, "-o", output, *options), *words)
+    assert not list(tmp_path.iterdir()), "nothing half-written"
+
+
+@pytest.mark.parametrize("output", ["/proc/out.llmc", "/dev/null/out.llmc"])
+def test_compile_to_where_nothing_can_be_written(llmc_command, output):
+    refused(llmc_command("compile", EMBEDDED, "-o", output), "cannot write", output)
+
+
+def test_compile_does_not_replace_what_is_no_artifact(llmc_command, tmp_path):
+    (tmp_path / "precious").write_text("data")
+    refused(llmc_command("compile", EMBEDDED, "-o", tmp_path), "is no artifact")
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize(("option", "words"), [
+    ("ids", ("NAME=FILE.npy",)),
+    ("ids=nothing.npy", ("nothing.npy", "No such file")),
+    ("ids={text}", ("is no .npy file",)),
+    ("ids={ids}", ("a checkpoint takes input_ids",)),
+    ("input_ids={outside}", ("token id 512 is outside the vocabulary of 512",)),
+    ("input_ids={empty}", ("empty",)),
+    ("input_ids={floats}", ("input_ids must be integers",)),
+])
+def test_run(llmc_command, tmp_path, option, words):
+    import numpy as np
+
+    files = {"ids": np.ones((1, 3), np.int64), "outside": np.full((1, 2), 512),
+             "empty": np.ones((0, 3), np.int64), "floats": np.ones((1, 3))}
+    paths = {name: tmp_path / f"{name}.npy" for name in files}
+    for name, array in files.items():
+        np.save(paths[name], array)
+    paths["text"] = tmp_path / "text.npy"
+    paths["text"].write_text("not an array")
+    output = tmp_path / "out"
+    item = option.format(**paths)
+    refused(llmc_command("run", EMBEDDED, "--input", item, "--output", output), *words)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (("--verify",), ("no artifact",)),
+    (("--stage", "imported", "--dtype", "f7"), ("f7",)),
+    (("--html", "/proc/page.html"), ("/proc/page.html",)),
+])
+def test_inspect(llmc_command, options, words):
+    refused(llmc_command("inspect", EMBEDDED, *options), *words)
+
+
+def test_inspect_says_what_an_artifact_does_not_hold(llmc_command, embedded_artifact):
+    refused(llmc_command("inspect", embedded_artifact, "--stage", "llvm"), "--stage llvm")
+
+
+@pytest.mark.parametrize("damage", ["weights", "manifest", "code"])
+def test_a_damaged_artifact(llmc_command, embedded_artifact, tmp_path, damage):
+    copy = Path(shutil.copytree(embedded_artifact, tmp_path / "copy.llmc"))
+    path = copy / {"weights": "weights.bin", "manifest": "manifest.json",
+                   "code": "variants/few.o"}[damage]
+    contents = path.read_bytes()
+    path.write_bytes(contents.replace(b'"vocab_size": 512', b'"vocab_size": 999')
+                     if damage == "manifest" else contents[:-1])
+    refused(llmc_command("generate", copy, *PROMPT), path.name, "compile the model again")
+
+
+def test_an_artifact_of_another_cpu(llmc_command, tmp_path):
+    other = tmp_path / "other.llmc"
+    assert llmc_command("compile", EMBEDDED, "-o", other, "--target",
+                        "aarch64:neoverse-v2").status == 0
+    refused(llmc_command("generate", other, *PROMPT), "aarch64", "compile the model")
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("LLMC_THREADS", "many"), ("LLMC_THREADS", "0"), ("LLMC_MAX_CONTEXT", "-1"),
+    ("LLMC_CACHE_DIR", "/proc/cache"),
+])
+def test_bad_environment_variables_are_named(llmc_command, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    refused(llmc_command("generate", EMBEDDED, *PROMPT), name)
+
+
+@pytest.mark.parametrize("arguments", [
+    (), ("frobnicate",), ("generate", "--fast"), ("compile",), ("cache", "burn"),
+    ("inspect", "--stage", "ptx"), ("generate", "--max-tokens", "few"),
+])
+def test_wrong_command_lines_exit_with_2(llmc_command, arguments):
+    result = llmc_command(*arguments)
+    assert result.status == 2
+    assert "usage: llmc" in result.err
+
+
+def test_no_traceback_from_a_fresh_process(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(Path(llmc.__file__).parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "-m", "llmc", "generate", str(tmp_path), "--prompt", "x"],
+        capture_output=True, text=True, env=environment, timeout=60, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"llmc: {tmp_path}")
