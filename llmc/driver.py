@@ -1,4 +1,4 @@
-"""compile: frontend -> passes -> lowering -> codegen -> artifact. The one place that knows them all."""
+"""compile: frontend -> passes -> lowering -> codegen -> artifact. The one place that knows all."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ from llmc.runtime.artifact import (
     write_manifest,
 )
 from llmc.runtime.progress import Progress, silent
+
 
 @dataclass
 class Compiled:
@@ -149,7 +150,8 @@ def variant_keys(graph: Graph, capabilities: Capabilities, limits: dict) -> dict
     keys = {"generic": limits}
     if "tokens" in names and "rows" in names:
         ranges = {name: limits.get(name, (names[name].low, names[name].high)) for name in FEW}
-        few = {name: (low, min(high, capabilities.few_rows)) for name, (low, high) in ranges.items()}
+        few = {name: (low, min(high, capabilities.few_rows))
+               for name, (low, high) in ranges.items()}
         if all(low <= high for low, high in few.values()):
             keys["few"] = {**limits, **few}
     return keys
@@ -162,8 +164,8 @@ def place(size: int, count: int) -> int:
 
 
 class WeightFile:
-    """Appends packed weights to a file: aligned, hashed, by a thread of its own, so that writing one
-    tensor and packing the next overlap."""
+    """Appends packed weights to a file, aligned and hashed. A thread of its own writes, so that
+    writing one tensor and packing the next overlap."""
 
     def __init__(self, file):
         self.file = file

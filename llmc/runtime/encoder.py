@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -91,12 +92,12 @@ class Encoder:
         by_token = {t.name for t in self.executor.outputs if "tokens" in str(t.shape[0])}
         return [{name: value[first:last] if name in by_token else value[row]
                  for name, value in outputs.items()}
-                for row, (first, last) in enumerate(zip(offsets, offsets[1:], strict=False))]
+                for row, (first, last) in enumerate(pairwise(offsets))]
 
 
 def _dense_row(batch: DenseBatch, row: int) -> Sentence:
-    """A row's tokens. The pooler reads column 0: where that is padding, its token comes along, to ask
-    but not to be seen."""
+    """A row's tokens. The pooler reads column 0: where that is padding, its token comes along,
+    to ask but not to be seen."""
     columns = np.flatnonzero(batch.mask[row])
     length, pooled = len(columns), 0
     if columns[0]:
@@ -106,7 +107,7 @@ def _dense_row(batch: DenseBatch, row: int) -> Sentence:
 
 
 def pool(hidden: np.ndarray, mode: str, normalize: bool) -> np.ndarray:
-    """A sentence's vector [dim] f32 from its hidden states [tokens, dim]. mode: mean, cls or max."""
+    """A sentence's vector [dim] f32 from its hidden states [tokens, dim]; mode: mean, cls, max."""
     if mode == "cls":
         vector = hidden[0]
     elif mode == "max":

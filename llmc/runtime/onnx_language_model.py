@@ -1,7 +1,7 @@
 """Generates with an ONNX language model: token ids in, logits out, with or without a cache.
 
-The graph keeps the inputs it was exported with, so this knows only names: which input takes ids, mask
-and positions, and which `present` output becomes which `past` input of the next call.
+The graph keeps the inputs it was exported with, so this knows only names: which input takes ids,
+mask and positions, and which `present` output becomes which `past` input of the next call.
 """
 
 from __future__ import annotations

@@ -38,7 +38,9 @@ def sample(logits: np.ndarray, sampling: Sampling, sequence: int, position: int)
         order = order[:sampling.top_k]
     weights = np.exp(scores[order] - scores[order[0]])
     cumulative = np.cumsum(weights / weights.sum())
-    kept = int(np.searchsorted(cumulative, sampling.top_p)) + 1 if sampling.top_p < 1 else len(order)
+    kept = len(order)
+    if sampling.top_p < 1:
+        kept = int(np.searchsorted(cumulative, sampling.top_p)) + 1
     random = np.random.Generator(
         np.random.Philox(key=[sampling.seed & (2**64 - 1), sequence], counter=position))
     target = random.random() * cumulative[min(kept, len(order)) - 1]
