@@ -52,14 +52,15 @@ def is_packed(dtype: DType) -> bool:
 
 
 def load(e: Emitter, base: ir.Value, offset: ir.Value, dtype: DType, lanes: int = 1,
-         mask: ir.Value | None = None) -> ir.Value:
-    """`lanes` consecutive elements from element `offset` of base on, as registers."""
+         mask: ir.Value | None = None, align: int | None = None) -> ir.Value:
+    """`lanes` consecutive elements from element `offset` of base on, as registers; align: bytes
+    that the address is known to be a multiple of (default: an element's)."""
     if is_packed(dtype):
         return _load_packed(e, base, offset, dtype, lanes, mask)
     element = memory_type(dtype)
     pointer = e.offset(base, offset, element)
     if mask is None:
-        return decode(e, e.load(pointer, vector(element, lanes)), dtype)
+        return decode(e, e.load(pointer, vector(element, lanes), align), dtype)
     return decode(e, _masked_load(e, pointer, vector(element, lanes), mask), dtype)
 
 
@@ -168,12 +169,12 @@ def encode(e: Emitter, value: ir.Value, dtype: DType) -> ir.Value:
 
 
 def store(e: Emitter, value: ir.Value, base: ir.Value, offset: ir.Value, dtype: DType,
-          mask: ir.Value | None = None) -> None:
+          mask: ir.Value | None = None, align: int | None = None) -> None:
     """Store register values to consecutive elements from element `offset` of base on."""
     encoded = encode(e, value, dtype)
     pointer = e.offset(base, offset, memory_type(dtype))
     if mask is None:
-        e.store(encoded, pointer)
+        e.store(encoded, pointer, align)
     else:
         e.call(f"llvm.masked.store.{_suffix(encoded.type)}.p0", ir.VoidType(), encoded, pointer,
                mask)

@@ -13,26 +13,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from math import gcd
+from typing import Any, Protocol
 
 import llvmlite.ir as ir
 
 from llmc.codegen import elements, movement, reductions
 from llmc.codegen.elementwise import ELEMENTWISE, gelu
 from llmc.codegen.host.kernel import Frame
-from llmc.codegen.integers import Index, Integer, depth_of
+from llmc.codegen.integers import Index, Integer, depth_of, multiple_of
 from llmc.codegen.leaves import LEAVES
 from llmc.codegen.llvm import Emitter, i32, lanes_of
 from llmc.codegen.scopes import Scopes
 from llmc.errors import CompileError
 from llmc.ir.dims import Dim, bounds, known_multiple
 from llmc.ir.dims import Expression as DimExpression
+from llmc.ir.dtypes import DType
 from llmc.ir.graph import Graph, Node
 from llmc.ir.layouts import Rows, ValuePages
 from llmc.ir.program import Buffer
 
+MOST_ALIGNMENT = 16  # bytes: no access is wider where alignment matters
+
 Source = Callable[[tuple[Index, ...], int, "ir.Value | None"], ir.Value]
 Key = tuple[Node, tuple[Index, ...], int, Any]
+
+
+class Group(Protocol):
+    """Threads that run an expression side by side, and reduce a row together."""
+
+    count: int
+    index: ir.Value  # i64, this thread's number
+
+    def across(self, value: ir.Value, combine: Callable[[ir.Value, ir.Value], ir.Value]
+               ) -> ir.Value:
+        """The combination of all threads' values (scalars), in each of them."""
+        ...
 
 
 class Expression:
@@ -40,12 +56,14 @@ class Expression:
     value, which stands for the node from then on (any node, not only inputs).
 
     lanes: vector width that loops over reduced axes use. mask: `<lanes x i1>`, for loads beyond the
-    end of an axis; the value of masked lanes is undefined.
+    end of an axis; the value of masked lanes is undefined. group: threads that come to the place
+    where the expression was made together, and leave its loops only together.
     """
 
     def __init__(self, e: Emitter, frame: Frame, sources: Mapping[Node, Buffer | Source],
-                 lanes: int = 1):
+                 lanes: int = 1, group: Group | None = None):
         self.e = e
+        self.group = group
         self.frame = frame
         self.lanes = lanes
         self.scopes = Scopes(e)
@@ -233,12 +251,19 @@ class Expression:
         """Elements of a buffer, by its layout."""
         dtype = buffer.type.dtype
         if lanes == 1 or is_contiguous(buffer):
-            offset = self.scopes.emit(self.address(buffer, index))
+            place = self.address(buffer, index)
             base = self.frame.pointer(buffer)
-            return elements.load(self.e, base, offset, dtype, lanes, mask)
+            return elements.load(self.e, base, self.scopes.emit(place), dtype, lanes, mask,
+                                 self._alignment(place, dtype))
         values = [self.load(buffer, (*index[:-1], index[-1] + lane), 1, None)
                   for lane in range(lanes)]
         return elements.collect(self.e, values)
+
+    def _alignment(self, place: Index, dtype: DType) -> int | None:
+        """Bytes that an element's address is known to be a multiple of, at most 16."""
+        size = dtype.bits // 8
+        known = gcd(multiple_of(place) * size, self.frame.alignment, MOST_ALIGNMENT)
+        return known if known > size else None
 
     def address(self, buffer: Buffer, index: Sequence[Index]) -> Index:
         """Position of an element in its buffer, in elements."""
@@ -253,8 +278,9 @@ class Expression:
         base = self.frame.pointer(buffer)
         lanes = lanes_of(value)
         if lanes == 1 or is_contiguous(buffer):
-            offset = self.scopes.emit(self.address(buffer, index))
-            elements.store(self.e, value, base, offset, dtype, mask)
+            address = self.address(buffer, index)
+            elements.store(self.e, value, base, self.scopes.emit(address), dtype, mask,
+                           self._alignment(address, dtype))
             return
         encoded = elements.encode(self.e, value, dtype)
         for lane in range(lanes):

@@ -7,20 +7,21 @@ so that results repeat bit for bit.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import gcd
 from typing import TYPE_CHECKING
 
 import llvmlite.ir as ir
 
 from llmc.codegen import elements
 from llmc.codegen.elementwise import maximum, minimum
-from llmc.codegen.integers import Index
+from llmc.codegen.integers import Index, multiple_of
 from llmc.codegen.llvm import i32, lanes_of, splat_constant
 from llmc.ir.dims import product
 from llmc.ir.dtypes import DType
 from llmc.ir.graph import Node
 
 if TYPE_CHECKING:
-    from llmc.codegen.expr import Expression
+    from llmc.codegen.expr import Expression, Group
 
 Combine = Callable[[ir.Value, ir.Value], ir.Value]
 ACCUMULATORS = 4
@@ -72,6 +73,8 @@ def _element(x: Expression, node: Node, place: list[Index], lanes: int,
 def _reduce_row(x: Expression, node: Node, place: list[Index], combine: Combine) -> ir.Value:
     """One row along the last axis: wide, then a vector at a time, then element by element."""
     stop = x.dim(node.inputs[0].shape[-1])
+    if x.group is not None and x.scopes.depth == 0:
+        return _reduce_row_together(x, x.group, node, place, combine)
     width = usable_lanes(x.lanes, stop)
     wide = width * ACCUMULATORS
 
@@ -95,6 +98,24 @@ def _reduce_row(x: Expression, node: Node, place: list[Index], combine: Combine)
     with x.fold(stop_of_vectors, stop, [scalar]) as (i, (carried,), finish):
         finish([combine(carried, element(i, 1))])
     return finish.results[0]
+
+
+def _reduce_row_together(x: Expression, group: Group, node: Node, place: list[Index],
+                         combine: Combine) -> ir.Value:
+    """One row by a group of threads: each takes every count-th vector."""
+    stop = x.dim(node.inputs[0].shape[-1])
+    width = whole_lanes(x.lanes, stop)
+    first = x.scopes.integers.leaf(group.index, 0) * width
+    start = [_identity(x, node, width)]
+    with x.fold(first, stop, start, width * group.count) as (i, (carried,), finish):
+        finish([combine(carried, _element(x, node, [*place[:-1], i], width))])
+    return group.across(_across(x, finish.results[0], combine), combine)
+
+
+def whole_lanes(lanes: int, size: Index) -> int:
+    """The greatest power of two up to `lanes` that divides an axis; 1 where that is not known."""
+    known = gcd(multiple_of(size), lanes)
+    return known & -known if known else lanes
 
 
 def usable_lanes(lanes: int, size: Index) -> int:

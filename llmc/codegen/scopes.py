@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import gcd
 from typing import Any
 
 import llvmlite.ir as ir
 
-from llmc.codegen.integers import Index, Integer, Integers, emit_operation, high_of
+from llmc.codegen.integers import Index, Integer, Integers, emit_operation, high_of, multiple_of
 from llmc.codegen.llvm import I64, Emitter, i64
 
 
@@ -129,10 +130,7 @@ class Scopes:
 
     def _counter(self, counter: ir.Value, start: Index, stop: Index, step: int) -> Integer:
         high = high_of(stop)
-        multiple = step if isinstance(start, int) and start % step == 0 else 1
-        if isinstance(start, Integer) and start.multiple % step == 0:
-            multiple = step
-        index = self.integers.leaf(counter, self.depth, multiple,
+        index = self.integers.leaf(counter, self.depth, gcd(multiple_of(start), step),
                                    None if high is None else max(0, high - 1))
         assert isinstance(index, Integer)
         return index

@@ -155,7 +155,7 @@ def _parse_device(text: str, architectures: str) -> Target:
     names = tuple(dict.fromkeys(filter(None, architectures.split(","))))
     unknown = [name for name in names if name not in ARCHITECTURES]
     if unknown or not names:
-        raise CompileError(f"target {text!r}: it must name architectures, as in nvptx:sm_80,sm_90a; "
+        raise CompileError(f"target {text!r}: name architectures, as in nvptx:sm_80,sm_90a; "
                            f"known are {', '.join(ARCHITECTURES)}")
     return Target("nvptx", DEVICE_TRIPLE, ",".join(names))
 

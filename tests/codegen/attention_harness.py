@@ -47,6 +47,7 @@ class Frame:
     """Dims are constants of one shape; buffers come from a table of pointers."""
 
     layer = None
+    alignment = 1
 
     def __init__(self, program, e, table, dims):
         self.program, self.e, self.table, self.dims = program, e, table, dims

@@ -49,6 +49,7 @@ class Frame:
     """The symbol `rows` is an argument; buffers come from a table of pointers."""
 
     layer = None
+    alignment = 1
 
     def __init__(self, program, e, table, rows):
         self.program, self.e, self.table, self.rows = program, e, table, rows

@@ -24,6 +24,8 @@ class StageFrame:
     but a branch to the code), so that it is known wherever it is used.
     """
 
+    alignment = 1  # inputs and outputs are the caller's
+
     def __init__(self, program: Program, e: Emitter, arguments: ir.Value, layer: ir.Value):
         self.program = program
         self.layer = layer

@@ -26,6 +26,7 @@ class Frame(Protocol):
 
     program: Program
     layer: ir.Value | None  # i64 inside a Loop
+    alignment: int  # bytes: every buffer starts at a multiple of it
 
     def dim(self, dim: Dim) -> ir.Value:
         """The value of a dim, i64; a constant where the shape key fixes it."""
