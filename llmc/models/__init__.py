@@ -10,11 +10,18 @@ from llmc.ir.dims import Dim
 from llmc.models.bert import BertConfig, bert, bert_for_masked_lm
 from llmc.models.common import CAUSAL_INPUTS, ENCODER_INPUTS, ModelConfig, Step
 from llmc.models.config import ConfigFile
+from llmc.models.gemma import GemmaConfig, gemma
+from llmc.models.gemma2 import Gemma2Config, gemma2
+from llmc.models.gemma3 import Gemma3Config, gemma3
+from llmc.models.gpt2 import GPT2Config, gpt2
+from llmc.models.gpt_neox import GPTNeoXConfig, gpt_neox
 from llmc.models.llama import LlamaConfig, llama
 from llmc.models.mistral import MistralConfig, mistral
 from llmc.models.olmo2 import Olmo2Config, olmo2
+from llmc.models.phi import PhiConfig, phi
 from llmc.models.qwen import QwenConfig, qwen
 from llmc.models.smollm3 import SmolLM3Config, smollm3
+from llmc.models.starcoder2 import Starcoder2Config, starcoder2
 
 
 @dataclass(frozen=True)
@@ -37,12 +44,19 @@ class Family:
 
 
 ARCHITECTURES = {
+    "BertForMaskedLM": Family("encoder", BertConfig.read, bert_for_masked_lm, "bert."),
+    "BertModel": Family("encoder", BertConfig.read, bert, "bert."),
+    "GPT2LMHeadModel": Family("causal_lm", GPT2Config.read, gpt2, "transformer."),
+    "GPTNeoXForCausalLM": Family("causal_lm", GPTNeoXConfig.read, gpt_neox, "gpt_neox."),
+    "Gemma2ForCausalLM": Family("causal_lm", Gemma2Config.read, gemma2, "model."),
+    "Gemma3ForCausalLM": Family("causal_lm", Gemma3Config.read, gemma3, "model."),
+    "GemmaForCausalLM": Family("causal_lm", GemmaConfig.read, gemma, "model."),
     "LlamaForCausalLM": Family("causal_lm", LlamaConfig.read, llama, "model."),
     "MistralForCausalLM": Family("causal_lm", MistralConfig.read, mistral, "model."),
     "Olmo2ForCausalLM": Family("causal_lm", Olmo2Config.read, olmo2, "model."),
+    "PhiForCausalLM": Family("causal_lm", PhiConfig.read, phi, "model."),
     "Qwen2ForCausalLM": Family("causal_lm", QwenConfig.read_qwen2, qwen, "model."),
     "Qwen3ForCausalLM": Family("causal_lm", QwenConfig.read_qwen3, qwen, "model."),
     "SmolLM3ForCausalLM": Family("causal_lm", SmolLM3Config.read, smollm3, "model."),
-    "BertModel": Family("encoder", BertConfig.read, bert, "bert."),
-    "BertForMaskedLM": Family("encoder", BertConfig.read, bert_for_masked_lm, "bert."),
+    "Starcoder2ForCausalLM": Family("causal_lm", Starcoder2Config.read, starcoder2, "model."),
 }

@@ -148,7 +148,8 @@ def rope_tables(rope: Rope, positions: Tensor, head_size: int) -> tuple[Tensor, 
     """cos and sin, f32[tokens, half of what turns of a head], of each token's position."""
     frequencies = trace.constant(rope.inverse_frequencies(rope.rotated(head_size)))
     angles = trace.reshape(trace.cast(positions, f32), (positions.shape[0], 1)) * frequencies
-    return trace.cos(angles), trace.sin(angles)
+    cos, sin = trace.cos(angles), trace.sin(angles)
+    return (cos, sin) if rope.amplitude == 1 else (cos * rope.amplitude, sin * rope.amplitude)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -39,14 +39,15 @@ class DecoderConfig(ModelConfig):
     tied: bool
 
 
-def read_sizes(config: ConfigFile) -> dict[str, Any]:
+def read_sizes(config: ConfigFile, rope: Rope | None = None) -> dict[str, Any]:
     """The sizes and rope of a DecoderConfig by name, under the keys that most families use."""
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
     kv_heads = config.size("num_key_value_heads", heads)
     if heads % kv_heads:
         raise config.error("num_attention_heads", f"is {heads}, no multiple of {kv_heads=}")
     max_context = config.size("max_position_embeddings")
-    rope, size = read_rope(config, max_context), head_size(config, hidden, heads)
+    rope = rope or read_rope(config, max_context)
+    size = head_size(config, hidden, heads)
     if rope.rotated(size) % 2 or not rope.rotated(size):
         raise config.error("head_dim", f"is {size}; rotary positions need an even size")
     return {

@@ -6,6 +6,7 @@ Qwen 2, Qwen 2.5 and Qwen 3, which are not mixtures of experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from llmc.frontend import trace
 from llmc.frontend.trace import Tensor
@@ -44,7 +45,7 @@ class QwenConfig(DecoderConfig):
         return cls(**read_values(config), qkv_bias=bias, output_bias=bias, head_norms=True)
 
 
-def read_values(config: ConfigFile) -> dict[str, object]:
+def read_values(config: ConfigFile) -> dict[str, Any]:
     """What the configs of both have."""
     sizes = read_sizes(config)
     layers = sizes["layers"]

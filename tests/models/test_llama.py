@@ -241,7 +241,7 @@ def read(**changes):
         ("tie_word_embeddings", "yes"),
         ("max_position_embeddings", 0),
         ("rope_parameters", [1]),
-        ("rope_parameters", {"rope_type": "yarn", "factor": 2.0}),
+        ("rope_parameters", {"rope_type": "dynamic", "factor": 2.0}),
         ("rope_parameters", {"rope_theta": 0}),
         ("rope_parameters", {"rope_type": "linear"}),
     ],
