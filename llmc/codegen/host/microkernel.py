@@ -31,6 +31,9 @@ from llmc.codegen.llvm import (
 from llmc.ir.dtypes import DType
 from llmc.ir.layouts import Panels
 
+# Ahead of the panel's reads; best of 0 to 8192 on Zen 3: few rows stream 1.2 x as fast as without.
+PREFETCH_BYTES = 2560
+
 Tile = list[list[ir.Value]]  # [row][vector] -> <lanes x f32> (f64 for f64)
 
 
@@ -119,11 +122,11 @@ class LeftRows:
         return e.splat(e.load(address, I32), reader.lanes)
 
 
-def tile_product(e: Emitter, reader: PanelReader, left: LeftRows, panel: ir.Value, k: int,
-                 prefetch: int = 0) -> Tile:
+def tile_product(e: Emitter, reader: PanelReader, left: LeftRows, panel: ir.Value,
+                 k: int) -> Tile:
     """left @ panel over all k, accumulated in registers in a fixed order.
 
-    prefetch: bytes ahead of the panel's reads, 0 for none. A k that is no multiple of the unrolled
+    A k that is no multiple of the unrolled
     groups ends in straight code, which reads the left operand up to k only: what lies behind it may
     be anything.
     """
@@ -132,7 +135,7 @@ def tile_product(e: Emitter, reader: PanelReader, left: LeftRows, panel: ir.Valu
     whole = k // interleave // unroll * unroll
     tile = _zeros(reader, rows)
     if whole:
-        tile = _stream(e, reader, left, panel, whole, unroll, prefetch)
+        tile = _stream(e, reader, left, panel, whole, unroll)
     for group in range(whole, -(-k // interleave)):
         steps = reader.group(e, panel, group * reader.group_bytes)
         for step, columns in enumerate(steps[:k - group * interleave]):
@@ -151,7 +154,7 @@ def _unroll(reader: PanelReader, rows: int) -> int:
 
 
 def _stream(e: Emitter, reader: PanelReader, left: LeftRows, panel: ir.Value, groups: int,
-            unroll: int, prefetch: int) -> Tile:
+            unroll: int) -> Tile:
     """The loop over k. Tiles of few accumulators get several chains per accumulator, so that 8
     additions are in flight; the chains are added up in the end."""
     rows, vectors = len(left.pointers), reader.vectors
@@ -162,8 +165,7 @@ def _stream(e: Emitter, reader: PanelReader, left: LeftRows, panel: ir.Value, gr
         tiles = [_unflatten(flat[c * size:(c + 1) * size], vectors) for c in range(chains)]
         columns_at = e.offset(panel, e.b.mul(group, i64(reader.group_bytes)))
         base = e.b.mul(group, i64(left.group_bytes))
-        if prefetch:
-            _prefetch(e, e.offset(columns_at, prefetch), unroll * reader.group_bytes)
+        _prefetch(e, e.offset(columns_at, PREFETCH_BYTES), unroll * reader.group_bytes)
         for u in range(unroll):
             for step, columns in enumerate(reader.group(e, columns_at, u * reader.group_bytes)):
                 tile = tiles[(u * reader.steps + step) % chains]
