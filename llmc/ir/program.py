@@ -159,29 +159,29 @@ class Program:
 
 
 def _stage_line(stage: Stage, program: Program) -> str:
-    result = stage.results[0]
-    target = ", ".join(stage.results)
-    return (f"{target:24} = {stage.kind:10} {describe(stage, program):70} "
-            f"{program.buffers[result].type}")
+    buffers = [program.buffers[name] for name in stage.results]
+    target = ", ".join(_short_name(buffer) for buffer in buffers)
+    return f"{target:24} = {stage.kind:10} {describe(stage, program):90} {buffers[0].type}"
 
 
 def describe(stage: Stage, program: Program) -> str:
     """The body as one expression over buffer names, such as `rms_norm(x, norm1) @ qkv`."""
-    names = {node: _operand_name(program.buffers[operand])
+    names = {node: _short_name(program.buffers[operand])
              for node, operand in zip(stage.body.inputs, stage.operands, strict=True)}
     texts: dict = dict(names)
     for node in stage.body.nodes():
         if node not in texts:
             texts[node] = _expression_text(node, texts)
-    return "; ".join(_shorten(texts[node]) for _, node in stage.body.outputs)
+    return _shorten("; ".join(_bare(texts[node]) for _, node in stage.body.outputs))
 
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "matmul": "@"}
 _INVISIBLE = {"cast", "reshape", "broadcast", "transpose"}
 
 
-def _operand_name(buffer: Buffer) -> str:
-    return f"{buffer.name}[layer]" if buffer.count > 1 else buffer.name
+def _short_name(buffer: Buffer) -> str:
+    """`model.layers.{}.mlp.down_proj` is `mlp.down_proj[layer]`."""
+    return f"{buffer.name.split('{}.')[-1]}[layer]" if buffer.count > 1 else buffer.name
 
 
 def _expression_text(node, texts) -> str:
@@ -195,9 +195,11 @@ def _expression_text(node, texts) -> str:
     return f"{node.op}({', '.join(inputs)})" if inputs else node.op
 
 
-def _shorten(text: str, limit: int = 90) -> str:
-    if text.startswith("(") and text.endswith(")"):
-        text = text[1:-1]
+def _bare(text: str) -> str:
+    return text[1:-1] if text.startswith("(") and text.endswith(")") else text
+
+
+def _shorten(text: str, limit: int = 120) -> str:
     return text if len(text) <= limit else text[:limit - 3] + "..."
 
 
