@@ -93,4 +93,4 @@ def test_two_prefixes_in_one_program_and_a_shared_library(tmp_path):
         done = subprocess.run(["./both"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0
         assert done.stdout.splitlines()[0].startswith("a pointer that must not be null")
-        assert done.stdout.splitlines()[1].startswith("the weights are not those")
+        assert done.stdout.splitlines()[1].startswith("these are not the weights")

@@ -10,6 +10,7 @@ from llmc.codegen.host.abi_interface import (
     CODES,
     DEFAULT_TOKENS,
     MOST_THREADS,
+    RESERVED,
     Interface,
 )
 from llmc.ir.dims import format_dim
@@ -102,7 +103,9 @@ def _shape(interface: Interface) -> str:
 def identifier(name: str) -> str:
     """A symbol's name as a field of a C struct."""
     plain = re.sub(r"[^A-Za-z0-9_]", "_", name)
-    return plain if plain[:1].isalpha() else f"_{plain}"
+    if plain in RESERVED:
+        return f"{plain}_"
+    return plain if plain[:1].isalpha() else f"n{plain}"
 
 
 def _comment(text: str) -> str:
@@ -113,8 +116,8 @@ def _comment(text: str) -> str:
 _TOP = """\
 /* @name@, compiled by llmc. Link with -lpthread -lm.
  *
- * Functions give @P@OK or a code; @p@error tells what a code means. One call at a time on a model;
- * models are independent of each other. The child of a fork must create its own.
+ * Functions give @P@OK or a code; @p@error tells what a code means. One call at a time on
+ * a model; models are independent of each other. The child of a fork must create its own.
  */
 #ifndef @guard@
 #define @guard@

@@ -20,17 +20,16 @@ STEP_SYMBOLS = ("tokens", "sequences", "rows", "table_width", "pool_pages")
 CODES = {
     "OK": "no error",
     "BAD_ARGUMENT": "a pointer that must not be null is null",
-    "BAD_WEIGHTS": "the weights are not those that the code was compiled for: wrong size, or not "
-                   "aligned to 64 bytes",
-    "BAD_CPU": "this CPU, or its system, lacks instructions that the code was compiled for",
+    "BAD_WEIGHTS": "these are not the weights of this code, or they are not aligned to 64",
+    "BAD_CPU": "this CPU, or its system, lacks instructions that the code uses",
     "BAD_OPTION": "an option is negative or beyond what the model allows",
     "NO_MEMORY": "out of memory",
-    "BAD_SIZE": "a size is negative, zero, or beyond what the options or the model allow",
+    "BAD_SIZE": "a size is zero, negative, or beyond what options or model allow",
     "BAD_OFFSETS": "offsets must begin with 0, grow, and end with the number of tokens",
     "BAD_SEQUENCE": "a token's sequence is not the one that offsets put it in",
     "BAD_TOKEN": "a token id is outside the vocabulary",
-    "BAD_POSITION": "positions of a sequence must count up by one and stay below the context",
-    "BAD_PAGE": "a page number is outside the pool, or the page table is too narrow",
+    "BAD_POSITION": "positions of a sequence must count up and stay below the context",
+    "BAD_PAGE": "a page is outside the pool, or the page table is too narrow",
     "BAD_ROW": "a wanted row is not the number of a token",
 }
 NUMBERS = {name: number for number, name in enumerate(CODES)}
@@ -44,7 +43,7 @@ DEFAULT_TOKENS = 512  # of one step, where the options say nothing
 MOST_THREADS = 1024
 MOST_SEQUENCES = 1 << 20
 
-_RESERVED = frozenset("""
+RESERVED = frozenset("""
     alignas alignof and asm auto bitand bitor bool break case catch char class compl concept const
     constexpr continue default delete do double else enum explicit export extern false float for
     friend goto if inline int long mutable namespace new not nullptr operator or private protected
@@ -165,7 +164,7 @@ def handle_name(prefix: str) -> str:
 def check_prefix(prefix: str) -> None:
     """CompileError unless names in C can begin with the prefix, and the handle's type is one."""
     valid = re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", prefix)
-    if not valid or handle_name(prefix) in _RESERVED:
+    if not valid or handle_name(prefix) in RESERVED:
         raise CompileError(f"prefix {prefix!r} cannot begin names in C: it must be of letters, "
                            "digits and underscores, a letter first, such as llmc_")
 
