@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from llmc.cli import add_command
@@ -79,7 +78,9 @@ def _print_program(program, whole: bool) -> None:
 
         print(format_program(program), end="")
         return
-    print(program.summary())
+    from llmc.ir.summary import summarize
+
+    print(summarize(program))
 
 
 def _inspect_artifact(arguments) -> int:

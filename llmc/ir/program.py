@@ -1,7 +1,7 @@
 """The lowered form of one graph for one target and shape key: buffers, and stages in order.
 
 Text form: `format_program` and `parse_program` are inverses; compile processes are fed with it.
-`Program.summary()` is the short form for people.
+`llmc.ir.summary.summarize` is the short form for people.
 """
 
 from __future__ import annotations
@@ -143,64 +143,6 @@ class Program:
     def covers(self, shape: Mapping[str, int]) -> bool:
         """Whether the code for this key may run at these values of the symbols."""
         return all(low <= shape[name] <= high for name, low, high in self.symbols)
-
-    def summary(self) -> str:
-        """One line per stage, for people."""
-        ranges = ", ".join(f"{name}: {low}" if low == high else f"{name}: {low}..{high}"
-                           for name, low, high in self.symbols)
-        lines = [f"program {self.name}({ranges})"]
-        for step in self.steps:
-            if isinstance(step, Loop):
-                lines.append(f"  repeat layer in 0..{step.count}")
-                lines.extend("    " + _stage_line(stage, self) for stage in step.stages)
-            else:
-                lines.append("  " + _stage_line(step, self))
-        return "\n".join(lines)
-
-
-def _stage_line(stage: Stage, program: Program) -> str:
-    buffers = [program.buffers[name] for name in stage.results]
-    target = ", ".join(_short_name(buffer) for buffer in buffers)
-    return f"{target:24} = {stage.kind:10} {describe(stage, program):90} {buffers[0].type}"
-
-
-def describe(stage: Stage, program: Program) -> str:
-    """The body as one expression over buffer names, such as `rms_norm(x, norm1) @ qkv`."""
-    names = {node: _short_name(program.buffers[operand])
-             for node, operand in zip(stage.body.inputs, stage.operands, strict=True)}
-    texts: dict = dict(names)
-    for node in stage.body.nodes():
-        if node not in texts:
-            texts[node] = _expression_text(node, texts)
-    return _shorten("; ".join(_bare(texts[node]) for _, node in stage.body.outputs))
-
-
-_INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "matmul": "@"}
-_INVISIBLE = {"cast", "reshape", "broadcast", "transpose"}
-
-
-def _short_name(buffer: Buffer) -> str:
-    """`model.layers.{}.mlp.down_proj` is `mlp.down_proj[layer]`."""
-    return f"{buffer.name.split('{}.')[-1]}[layer]" if buffer.count > 1 else buffer.name
-
-
-def _expression_text(node, texts) -> str:
-    inputs = [texts[source] for source in node.inputs]
-    if node.op in _INVISIBLE:
-        return inputs[0]
-    if node.op in _INFIX:
-        return f"({inputs[0]} {_INFIX[node.op]} {inputs[1]})"
-    if node.op == "constant":
-        return "constant"
-    return f"{node.op}({', '.join(inputs)})" if inputs else node.op
-
-
-def _bare(text: str) -> str:
-    return text[1:-1] if text.startswith("(") and text.endswith(")") else text
-
-
-def _shorten(text: str, limit: int = 120) -> str:
-    return text if len(text) <= limit else text[:limit - 3] + "..."
 
 
 def unsupported(stage: Stage, reason: str) -> CompileError:
