@@ -181,16 +181,36 @@ class Multiplier:
                       for i in range(height)]
             initial = [e.b.fmul(c.load(e, *place, self.lanes), scales[index // vectors])
                        for index, place in enumerate(places)]
-        with e.fold(*depth, initial, name="depth") as (k, sums, finish):
+        def turn(k, sums) -> list[ir.Value]:
             if row == 0:  # known rows only: the first block fetches for all
                 b.prefetch(e, k, column, vectors * self.lanes)
             right = [b.load(e, k, add(e, column, j * self.lanes), self.lanes)
                      for j in range(vectors)]
             left = [e.splat(a.load(e, add(e, row, i), k), self.lanes) for i in range(height)]
-            finish([e.fma(left[index // vectors], right[index % vectors], total)
-                    for index, total in enumerate(sums)])
-        for place, total in zip(places, finish.results, strict=True):
+            return [e.fma(left[index // vectors], right[index % vectors], total)
+                    for index, total in enumerate(sums)]
+
+        results = _fold_unrolled(e, depth, initial, turn)
+        for place, total in zip(places, results, strict=True):
             c.store(e, total, *place)
+
+
+def _fold_unrolled(e: Emitter, depth: tuple, initial: list[ir.Value],
+                   turn: Callable[..., list[ir.Value]], unroll: int = 2) -> list[ir.Value]:
+    """turn(k, sums) for k in range(*depth), `unroll` of them in each round of the loop."""
+    first, last = (i64(v) if isinstance(v, int) else v for v in depth)
+    rounds = e.b.udiv(e.b.sub(last, first), i64(unroll))
+    whole = e.b.add(first, e.b.mul(rounds, i64(unroll)))
+    with e.fold(first, whole, initial, unroll, "depth") as (k, sums, finish):
+        for step in range(unroll):
+            sums = turn(add(e, k, step), sums)
+        finish(sums)
+    if isinstance(depth[0], int) and isinstance(depth[1], int) \
+            and (depth[1] - depth[0]) % unroll == 0:
+        return finish.results
+    with e.fold(whole, last, finish.results, 1, "depth.rest") as (k, sums, finish):
+        finish(turn(k, sums))
+    return finish.results
 
 
 def copy_row(e: Emitter, source: ir.Value, offset, stride, dtype: DType, target: ir.Value,
