@@ -11,11 +11,14 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from llmc.codegen.host.abi import generate_abi
 from llmc.codegen.host.abi_header import header
-from llmc.codegen.host.abi_interface import Interface, check_prefix
+from llmc.codegen.host.abi_interface import Interface, check_prefix, fingerprint
 from llmc.driver import Compiled, WeightFile, place, w_bytes, write_weights
 from llmc.errors import CompileError
 from llmc.ir.program import Program
@@ -38,7 +41,7 @@ def emit(compiled: Compiled, kinds: Sequence[str], output: str | os.PathLike[str
     paths = {kind: first if kind == kinds[0] else first.with_suffix(SUFFIXES[kind])
              for kind in kinds}
     interface = make_interface(compiled, prefix)
-    if code_kinds := {"obj", "so"} & set(kinds):
+    if {"obj", "so"} & set(kinds):
         paths["weights"] = first.with_suffix(_WEIGHTS)
     if len(set(paths.values())) < len(paths):
         raise CompileError(f"{first}: its name must differ from those of the files beside it "
@@ -49,9 +52,9 @@ def emit(compiled: Compiled, kinds: Sequence[str], output: str | os.PathLike[str
             made = Path(directory)
             if "header" in kinds:
                 (made / "header").write_text(header(interface))
-            if code_kinds:
-                _write_code(compiled, interface, kinds, made)
-                _write_weights(compiled, made / "weights", progress)
+            if "weights" in paths:
+                mark = _write_weights(compiled, made / "weights", progress)
+                _write_code(compiled, replace(interface, fingerprint=mark), kinds, made)
             for kind, path in paths.items():
                 (made / kind).replace(path)
     except OSError as error:
@@ -102,10 +105,13 @@ def _write_code(compiled: Compiled, interface: Interface, kinds: Sequence[str], 
             raise CompileError(f"cc cannot link the shared library: {reason}")
 
 
-def _write_weights(compiled: Compiled, path: Path, progress: Progress) -> None:
+def _write_weights(compiled: Compiled, path: Path, progress: Progress) -> int:
+    """Pack the weights into a file; its fingerprint."""
     with open(path, "wb") as stream:
         file = WeightFile(stream)
         program = next(iter(compiled.programs.values()))
         for _ in write_weights(program, compiled.model, file, progress):
             pass
         file.close()
+    packed = np.memmap(path, np.uint8, "r") if file.size else np.empty(0, np.uint8)
+    return fingerprint(packed)

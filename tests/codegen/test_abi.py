@@ -253,6 +253,13 @@ def test_bad_creates(story, arguments, code):
     assert handle.value is None
 
 
+def test_weights_of_another_model(story):
+    foreign = aligned_empty(story.weights.size)
+    foreign[:] = story.weights
+    foreign[4096 * 20:4096 * 40] ^= 1
+    assert story.create(packed=foreign.ctypes.data)[0] == NUMBERS["BAD_WEIGHTS"]
+
+
 def test_weights_must_be_aligned_and_there(story):
     assert story.create(packed=story.weights.ctypes.data + 8)[0] == NUMBERS["BAD_WEIGHTS"]
     assert story.create(packed=0)[0] == NUMBERS["BAD_ARGUMENT"]

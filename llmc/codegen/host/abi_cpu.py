@@ -119,7 +119,7 @@ def _assembler(text: str, arguments: list[ir.Type], constraint: str, results: in
 
 def _initialise_assembler(target: Target) -> None:
     """LLVM aborts the process where it cannot parse inline assembly, so that is asked first."""
-    if target.processor != platform.machine().replace("AMD64", "x86_64"):
+    if target.processor != platform.machine():
         raise CompileError(f"a C ABI for {target.processor} can only be emitted on such a machine "
                            f"(this one is {platform.machine()})")
     llvm.initialize_native_asmparser()

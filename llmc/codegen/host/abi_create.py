@@ -10,9 +10,12 @@ from llmc.codegen.host.abi_cpu import emit_check
 from llmc.codegen.host.abi_functions import Functions
 from llmc.codegen.host.abi_interface import (
     DEFAULT_TOKENS,
+    FINGERPRINT_FACTOR,
+    FINGERPRINT_START,
     MOST_SEQUENCES,
     MOST_THREADS,
     local_name,
+    samples,
 )
 from llmc.codegen.llvm import I32, I64, POINTER, VOID, Emitter, i32, i64
 from llmc.ir.dims import Dim, ceildiv
@@ -89,6 +92,7 @@ class Create(Functions):
         unaligned = e.b.and_(e.b.ptrtoint(packed, I64), i64(63))
         wrong = e.b.icmp_signed("!=", size, i64(self.interface.weight_bytes))
         fail_if(e, e.b.or_(wrong, e.b.icmp_signed("!=", unaligned, i64(0))), "BAD_WEIGHTS")
+        fail_if(e, self._is_foreign(e, packed), "BAD_WEIGHTS")
         handle = e.call("calloc", POINTER, i64(1), i64(self.layout.bytes))
         fail_if(e, is_null(e, handle), "NO_MEMORY")
         code = self.call(e, "fill", handle, packed, options)
@@ -97,6 +101,16 @@ class Create(Functions):
             e.b.ret(code)
         e.store(handle, out)
         e.b.ret(OK)
+
+    def _is_foreign(self, e: Emitter, packed: ir.Value) -> ir.Value:
+        """Whether the packed bytes have another fingerprint."""
+        count, stride = samples(self.interface.weight_bytes)
+        start = ir.Constant(I64, FINGERPRINT_START)
+        with e.fold(0, count, [start], name="sample") as (index, (value,), finish):
+            word = e.load(e.offset(packed, e.b.mul(index, i64(stride))), I64)
+            finish([e.b.mul(e.b.xor(value, word), i64(FINGERPRINT_FACTOR))])
+        expected = ir.Constant(I64, self.interface.fingerprint)
+        return e.b.icmp_unsigned("!=", finish.results[0], expected)
 
     def _define_fill(self) -> None:
         """i32 fill(handle, packed, options): everything in a zeroed handle."""

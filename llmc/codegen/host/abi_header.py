@@ -36,6 +36,16 @@ _ARRAY_NOTES = {
     "page_table": "[sequences][table_width] pages, see below",
     "wanted_rows": "[rows] numbers of tokens whose logits to give",
 }
+# Inputs of a checkpoint that is no language model, all int32.
+_INPUT_NOTES = {
+    "ids": "sequence after sequence",
+    "positions": "of each token in its sequence, from 0",
+    "sequence": "number of each token's sequence",
+    "offsets": "first token of each sequence, then tokens",
+    "token_types": "0, or 1 in the second text of a pair",
+    "lengths": "tokens of each sequence",
+    "pooled": "the token of each sequence that is pooled: its first",
+}
 
 
 def header(interface: Interface) -> str:
@@ -87,12 +97,13 @@ def _symbols(interface: Interface) -> str:
 
 
 def _tensors(interface: Interface, role: str) -> str:
+    buffers = interface.program.with_role(role)
+    packed = role == "input" and {buffer.name for buffer in buffers} <= _INPUT_NOTES.keys()
     lines = []
-    for index, buffer in enumerate(interface.program.with_role(role)):
-        shape = ", ".join(identifier(format_dim(dim)) if not format_dim(dim).isdigit()
-                          and format_dim(dim) in interface.symbols else format_dim(dim)
-                          for dim in buffer.type.shape)
-        lines.append(f" *   {index} {_comment(buffer.name)}: {buffer.type.dtype}[{shape}]")
+    for index, buffer in enumerate(buffers):
+        shape = ", ".join(map(format_dim, buffer.type.shape))
+        note = f" ({_INPUT_NOTES[buffer.name]})" if packed else ""
+        lines.append(f" *   {index} {_comment(buffer.name)}: {buffer.type.dtype}[{shape}]{note}")
     return "\n".join(lines)
 
 

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from llmc.codegen.host.frame import FIELDS
 from llmc.errors import CompileError
 from llmc.ir import dims
@@ -41,6 +43,8 @@ BATCH_ARRAYS = ("ids", "positions", "sequence", "offsets", "page_table", "wanted
 BATCH = {name: 8 * index for index, name in enumerate((*BATCH_SIZES, *BATCH_ARRAYS))}
 DEFAULT_TOKENS = 512  # of one step, where the options say nothing
 MOST_THREADS = 1024
+FINGERPRINT_START, FINGERPRINT_FACTOR = 0xCBF29CE484222325, 0x100000001B3  # FNV's
+_SAMPLES = 256
 MOST_SEQUENCES = 1 << 20
 
 RESERVED = frozenset("""
@@ -58,6 +62,7 @@ class Interface:
 
     programs: variant -> program; scratch: variant -> bytes of scratch for each worker.
     weight_offsets: where each copy of each weight lies in the packed file, in ABI order.
+    fingerprint: of the packed weights (see `fingerprint`), which `create` compares.
     vocabulary, max_context: limits of a language model (of no meaning for other models).
     """
 
@@ -69,6 +74,7 @@ class Interface:
     weight_bytes: int
     vocabulary: int
     max_context: int
+    fingerprint: int = 0
 
     def __post_init__(self) -> None:
         check_prefix(self.prefix)
@@ -155,6 +161,23 @@ class Handle:
         self.bytes = place
         self.symbols = {name: self.tables["symbols"] + 8 * i
                         for i, name in enumerate(interface.symbols)}
+
+
+def samples(size: int) -> tuple[int, int]:
+    """(count, stride in bytes) of the 8-byte words of a packed file that its fingerprint takes."""
+    words = size // 8
+    return min(words, _SAMPLES), 8 * max(1, words // _SAMPLES)
+
+
+def fingerprint(packed: np.ndarray) -> int:
+    """What tells one model's packed bytes from another's of the same size, such as the same model
+    packed for another CPU: a hash of a few words, cheap enough for every create."""
+    count, stride = samples(packed.size)
+    value = FINGERPRINT_START
+    for place in range(0, count * stride, stride):
+        word = int.from_bytes(packed[place:place + 8].tobytes(), "little")
+        value = (value ^ word) * FINGERPRINT_FACTOR % (1 << 64)
+    return value
 
 
 def handle_name(prefix: str) -> str:
