@@ -17,14 +17,14 @@ their readers.
 
 from __future__ import annotations
 
-from llmc.ir.graph import Graph, Node, rebuild
+from llmc.ir.graph import Graph, Node
 from llmc.ir.ops import ELEMENTWISE, LEAVES
 from llmc.passes.bodies import build
 from llmc.passes.epilogue import absorb_epilogue
 from llmc.passes.match import ATTENTION, MOVEMENT, NORMS, REDUCTIONS, VIEWS, is_last_axis
 from llmc.passes.partition import Group, Partition
 from llmc.passes.prelude import weight_expressions
-from llmc.passes.rewrite import with_inputs
+from llmc.passes.rewrite import with_repeats
 
 SINGLE = {"cumsum": "cumsum", "argmax": "argmax", "argmin": "argmin", "top_k": "top_k",
           "scatter_nd": "scatter", "scatter_elements": "scatter"}
@@ -35,9 +35,7 @@ COSTLY = frozenset({"exp", "log", "sin", "cos", "tanh", "erf", "pow", "sigmoid",
 
 def fuse(graph: Graph) -> Graph:
     """The graph as fusions, repeats (their bodies too), `get`s, views and leaves."""
-    bodies = {node: with_inputs(node, node.inputs, map(fuse, node.bodies))
-              for node in graph.nodes() if node.op == "repeat"}
-    graph = rebuild(graph, {old: new for old, new in bodies.items() if old is not new})
+    graph = with_repeats(graph, fuse)
     weights = weight_expressions(graph)
     anchors = {node: anchor_of(node, weights) for node in graph.nodes() if node.op not in LEAVES}
     partition = Partition(graph, anchors, _free_nodes(graph))

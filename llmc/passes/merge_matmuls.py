@@ -11,18 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmc.ir.dims import Dim
-from llmc.ir.graph import Graph, Node, merge_origins, rebuild
+from llmc.ir.graph import Graph, Node, merge_origins
 from llmc.ir.ops import constant, make
 from llmc.passes.match import slice_last
 from llmc.passes.prelude import weight_expressions
-from llmc.passes.rewrite import only_user, with_inputs, with_roots
+from llmc.passes.rewrite import only_user, with_inputs, with_repeats, with_roots
 
 
 def merge_matmuls(graph: Graph) -> Graph:
     """The graph with matmuls of the same left operand merged, in the bodies of repeats too."""
-    bodies = {node: with_inputs(node, node.inputs, map(merge_matmuls, node.bodies))
-              for node in graph.nodes() if node.op == "repeat"}
-    graph = rebuild(graph, {old: new for old, new in bodies.items() if old is not new})
+    graph = with_repeats(graph, merge_matmuls)
     users, weights = graph.users(), weight_expressions(graph)
     results = {node for _, node in graph.outputs}
     groups: dict[tuple, list[_Product]] = {}

@@ -13,7 +13,7 @@ from llmc.ir.graph import Graph, Node, rebuild, walk
 from llmc.ir.ops import make
 from llmc.passes.match import is_static
 from llmc.passes.names import result_name
-from llmc.passes.rewrite import with_inputs
+from llmc.passes.rewrite import with_repeats
 
 VIEWED = ("broadcast",)  # evaluated in the step: storing the result would only take more memory
 
@@ -43,14 +43,14 @@ class _Splitter:
     def __init__(self, graph: Graph):
         self.prelude: dict[str, Graph] = dict(graph.prelude)
         self.made: dict[Node, Node] = {}
-        self.names = {node["name"] for node in (*graph.parameters(), *graph.states())}
+        leaves = (*graph.parameters(), *graph.states())
+        self.names = {node["name"] for node in leaves}
+        self.names.update(name for node in leaves for name in node["names"] or ())
         self.names.update(node["name"] for node in graph.inputs)
 
     def scope(self, graph: Graph) -> Graph:
         """The graph, or a repeat's body, with its weight expressions replaced by parameters."""
-        changes = {node: with_inputs(node, node.inputs, map(self.scope, node.bodies))
-                   for node in graph.nodes() if node.op == "repeat"}
-        graph = rebuild(graph, {old: new for old, new in changes.items() if old is not new})
+        graph = with_repeats(graph, self.scope)
         weights = weight_expressions(graph)
         users = graph.users()
         results = {node for _, node in graph.outputs}
@@ -70,8 +70,8 @@ class _Splitter:
         count = max((len(each) for each in turns if each), default=0)
         if count:
             attributes["names"] = tuple(
-                result_name([each[turn] if each else leaf["name"]
-                             for each, leaf in zip(turns, sources, strict=True)])
+                self._unique(result_name([each[turn] if each else leaf["name"]
+                                          for each, leaf in zip(turns, sources, strict=True)]))
                 for turn in range(count))
         self.prelude[name] = Graph(name, (), (("value", root),))
         self.made[root] = make("parameter", **attributes)

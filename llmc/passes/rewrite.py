@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from llmc.errors import CompileError
-from llmc.ir.graph import Graph, Node, intern_node, merge_origins
+from llmc.ir.graph import Graph, Node, intern_node, map_graph, merge_origins
 from llmc.ir.ops import make
 
 Apply = Callable[[Node], Node | None]
@@ -68,6 +68,17 @@ def with_roots(graph: Graph, change: Callable[[Node], Node]) -> Graph:
     if outputs == graph.outputs and updates == graph.updates:
         return graph
     return replace(graph, outputs=outputs, updates=updates)
+
+
+def with_repeats(graph: Graph, change: Callable[[Graph], Graph]) -> Graph:
+    """The graph with the body of each of its repeats changed, also where one feeds the next."""
+
+    def changed(node: Node) -> Node | None:
+        if node.op != "repeat":
+            return None
+        return with_inputs(node, node.inputs, map(change, node.bodies))
+
+    return map_graph(graph, changed)
 
 
 def only_user(users: dict[Node, list[Node]], node: Node) -> Node | None:

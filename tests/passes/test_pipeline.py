@@ -6,10 +6,22 @@ import time
 
 import numpy as np
 import pytest
-from steps import CAPABILITIES, bert, llama, parameters_of, step_of
+from steps import (
+    CAPABILITIES,
+    F32,
+    I32,
+    TOKENS,
+    bert,
+    llama,
+    parameters_of,
+    step_of,
+    tensor,
+    weight,
+)
 
 from llmc.ir.graph import Graph, Node
 from llmc.ir.interpret import interpret_step
+from llmc.ir.ops import constant, make
 from llmc.ir.text import format_graph, parse_graph
 from llmc.ir.verify import verify
 from llmc.passes.pipeline import PIPELINE, optimize
@@ -141,3 +153,20 @@ def test_time_grows_with_depth_only_as_far_as_outlining_reads_the_layers() -> No
 def test_preludes_survive_the_text_form() -> None:
     graph = optimize(llama(2), CAPABILITIES)
     assert parse_graph(format_graph(graph)).prelude == graph.prelude
+
+
+def test_a_loop_that_feeds_another_is_optimized_too() -> None:
+    ids = tensor("ids", I32, TOKENS)
+    x = make("gather", weight("embed", 33, 9), ids, axis=0)
+    for number in range(6):
+        scale = make("add", weight(f"h.{number}.norm", 9), constant(1, F32))
+        normed = make("rms_norm", x, scale, epsilon=1e-5)
+        y = make("matmul", normed, weight(f"h.{number}.w", 9, 9))
+        x = make("add", x, make("silu" if number < 3 else "tanh", y))
+    graph = Graph("two_stacks", (ids,), (("y", x),))
+    optimized = optimize(graph, CAPABILITIES)
+    loops = [node for node in optimized.nodes() if node.op == "repeat"]
+    assert [loop["count"] for loop in loops] == [3, 3]
+    for loop in loops:
+        assert {node.op for node in loop.bodies[0].nodes()} == {"input", "parameter", "fusion"}
+    check_equal(graph, optimized)
