@@ -45,6 +45,10 @@ class Code:
     scratch_bytes: Dim
     target: Target
 
+    def files(self) -> dict[str, bytes]:
+        """File name extension -> contents."""
+        return {"o": self.object}
+
     def asm(self) -> str:
         """Assembly of the same code."""
         return self.target.machine().emit_assembly(llvm.parse_assembly(self.llvm))

@@ -22,7 +22,7 @@ from llmc.ir.program import Buffer, Program, Stage, unsupported
 
 
 @dataclass(frozen=True)
-class _Result:
+class MatmulResult:
     """A value of the body and the buffer it is stored in, seen with the value's own shape."""
 
     value: Node
@@ -37,18 +37,18 @@ class Epilogue:
         self.stage, self.program, self.product, self.reader = stage, program, product, reader
         self.rows = rows
         layout = reader.layout
-        self.parts = _parts(stage, product, layout.parts)
+        self.parts = product_parts(stage, product, layout.parts)
         self.part_size = evaluate(product.shape[-1], {}) // layout.parts
         self.width = layout.columns // layout.parts
         self.lanes = reader.lanes if self.width % reader.lanes == 0 else 1
-        self.results = [_result(stage, program, name, value)
+        self.results = [matmul_result(stage, program, name, value)
                         for name, (_, value) in zip(stage.results, stage.body.outputs, strict=True)]
         for result in self.results:
             self._check(result.value)
 
     def _check(self, output: Node) -> None:
         """Between product and output, every node is elementwise and of the output's shape."""
-        reached = _dependents(self.stage, set(self.parts))
+        reached = dependents(self.stage, set(self.parts))
         shape = output.shape
         pending, seen = [output], {output}
         while pending:
@@ -134,7 +134,7 @@ def split_row(x: Expression, product: Node, row: Index) -> tuple[Index, ...]:
     return (row, *reversed(index)) if leading else ()
 
 
-def _parts(stage: Stage, product: Node, parts: int) -> dict[Node, int]:
+def product_parts(stage: Stage, product: Node, parts: int) -> dict[Node, int]:
     """What stands for the sums: the product itself, or its equal slices -> their number."""
     if parts == 1:
         return {product: 0}
@@ -148,7 +148,7 @@ def _parts(stage: Stage, product: Node, parts: int) -> dict[Node, int]:
     return found
 
 
-def _dependents(stage: Stage, sources: set[Node]) -> set[Node]:
+def dependents(stage: Stage, sources: set[Node]) -> set[Node]:
     """The nodes that depend on one of the sources, and these."""
     reached = set(sources)
     for node in stage.body.nodes():
@@ -157,9 +157,9 @@ def _dependents(stage: Stage, sources: set[Node]) -> set[Node]:
     return reached
 
 
-def _result(stage: Stage, program: Program, name: str, value: Node) -> _Result:
+def matmul_result(stage: Stage, program: Program, name: str, value: Node) -> MatmulResult:
     """An output; a reshape at its end changes nothing in a row-major buffer."""
     buffer = program.buffers[name]
     while value.op == "reshape" and buffer.layout == Rows():
         value = value.inputs[0]
-    return _Result(value, replace(buffer, type=TensorType(buffer.type.dtype, value.shape)))
+    return MatmulResult(value, replace(buffer, type=TensorType(buffer.type.dtype, value.shape)))

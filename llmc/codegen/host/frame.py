@@ -72,12 +72,15 @@ class StageFrame:
         if buffer.count > 1:
             slot = self._e.b.add(slot, self.layer)
         entry = self._e.offset(self._table(_TABLES[buffer.role]), slot, POINTER)
-        return self._e.load(entry, POINTER)
+        return self._load_pointer(entry)
+
+    def _load_pointer(self, place: ir.Value) -> ir.Value:
+        return self._e.load(place, POINTER)
 
     def _table(self, field: str) -> ir.Value:
         if field not in self._tables:
             place = self._e.offset(self._arguments, ARGUMENTS[field])
-            self._tables[field] = self._e.load(place, POINTER)
+            self._tables[field] = self._load_pointer(place)
         return self._tables[field]
 
     def _evaluate(self, dim: Expression) -> ir.Value:

@@ -40,7 +40,7 @@ def absorb(body: Graph, operands: list[Node]) -> tuple[Graph, list[Node]]:
             value = inputs[operand]
         else:
             value = inputs[operand] = (
-                body_input(stand_in["name"], operand.type) if chain else stand_in)
+                body_input(stand_in["name"], operand.tensor_type) if chain else stand_in)
         for view in reversed(chain):
             attributes = {key: view[key] for key, _ in view.attributes}
             value = make(view.op, value, **attributes)
@@ -55,7 +55,7 @@ VIEWS = {"reshape", "transpose", "broadcast", "slice", "cast"}
 
 
 def retarget(body: Graph, replace: dict[Node, Node], inputs: list[Node]) -> Graph:
-    """The body with nodes replaced and new inputs (those no longer reached are kept: order matters)."""
+    """The body with nodes replaced and new inputs (unreached ones are kept: order matters)."""
     bare = rebuild(Graph(body.name, tuple(dict.fromkeys((*body.inputs, *inputs))), body.outputs),
                    replace)
     return Graph(body.name, tuple(inputs), bare.outputs)
@@ -71,12 +71,12 @@ def prune(body: Graph, operands: list[str]) -> tuple[Graph, tuple[str, ...]]:
 
 
 def split_prologue(body: Graph, matmul: Node, packed: DType) -> tuple[Graph, Graph, Node]:
-    """(prologue, rest, a): the left operand's computation as a body of its own, cast to `packed`, and
-    the rest with a new input `a` in its place. Inputs of both are body's (unused ones too), and a."""
+    """(prologue, rest, a): the left operand's computation as a body of its own, cast to `packed`,
+    and the rest with a new input `a` in its place. Both keep all of the body's inputs."""
     left, right = matmul.inputs
     value = left if left.dtype is packed else make("cast", left, dtype=packed)
     prologue = Graph("prologue", body.inputs, (("a", value),))
-    stand_in = body_input("packed_rows", value.type)
+    stand_in = body_input("packed_rows", value.tensor_type)
     product = make("matmul", stand_in, right, dtype=matmul.dtype)
     rest = retarget(body, {matmul: product}, [*body.inputs, stand_in])
     return prologue, rest, stand_in
@@ -85,6 +85,13 @@ def split_prologue(body: Graph, matmul: Node, packed: DType) -> tuple[Graph, Gra
 def is_row_wise(body: Graph) -> bool:
     """Whether a body needs the row-wise kernel rather than an elementwise map."""
     return any(node.op in ROW_WISE for node in body.nodes())
+
+
+def is_rows_of_input(node: Node) -> bool:
+    """Whether a node is a body input, or reshapes of one: rows that lie in memory as they are."""
+    while node.op == "reshape":
+        node = node.inputs[0]
+    return node.op == "input"
 
 
 def reads_in_place(body: Graph, source: Node, output: Node) -> bool:

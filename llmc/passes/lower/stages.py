@@ -18,6 +18,7 @@ from llmc.passes.lower.bodies import (
     body_input,
     copy_body,
     is_row_wise,
+    is_rows_of_input,
     prune,
     reads_in_place,
     retarget,
@@ -102,8 +103,9 @@ class Lowering:
         if home and self.buffers[home].role == "arena" and initial not in held \
                 and len(users[initial]) == 1:
             return home
-        copy = self._new_buffer("carried", initial.type, "arena")
-        before.append(self._stage("map", copy_body(initial.type), [self._operand(initial)], [copy]))
+        copy = self._new_buffer("carried", initial.tensor_type, "arena")
+        body = copy_body(initial.tensor_type)
+        before.append(self._stage("map", body, [self._operand(initial)], [copy]))
         return copy
 
     def _close_loop(self, stages: list[Stage], body: Graph, loop_buffers: list[str]) -> list[Stage]:
@@ -169,7 +171,7 @@ class Lowering:
         for stand_in, operand in zip(body.inputs, operands, strict=True):
             packed = self.tied.get(operand)
             if packed is not None:
-                source = body_input(stand_in["name"], packed.type)
+                source = body_input(stand_in["name"], packed.tensor_type)
                 change[stand_in] = make("transpose", source, permutation=(1, 0))
                 stand_in, operand = source, packed
             inputs.append(stand_in)
@@ -184,7 +186,7 @@ class Lowering:
                 home = operands[body.inputs.index(updated_state(value))]
             else:
                 label = node["name"] if len(body.outputs) == 1 else name
-                home = self._new_buffer(label, value.type, "arena")
+                home = self._new_buffer(label, value.tensor_type, "arena")
             self.parts[node, index] = home
             results.append(home)
         self.homes[node] = results[0]
@@ -197,18 +199,16 @@ class Lowering:
         Targets that take plain rows need that stage only where the rows have to be computed.
         """
         matmul = anchor_of(body, "matmul")
-        if matmul is None:
-            raise CompileError(f"the matmul fusion {name!r} does not hold exactly one matmul")
         high = bounds(product(matmul.inputs[0].shape[:-1]))[1]
         columns = self.capabilities.weight_layout == "columns"
         if not columns and high is not None and high <= self.capabilities.few_rows:
             return [self._stage("matmul", body, operands, results, name)]
         packed = dtype(self.capabilities.packed_activation(
             matmul.inputs[1].dtype, matmul.inputs[0].dtype))
-        if columns and matmul.inputs[0].op == "input" and matmul.inputs[0].dtype is packed:
+        if columns and matmul.inputs[0].dtype is packed and is_rows_of_input(matmul.inputs[0]):
             return [self._stage("matmul", body, operands, results, name)]
         prologue, rest, stand_in = split_prologue(body, matmul, packed)
-        rows = self._new_buffer(f"{name}_rows", stand_in.type, "arena")
+        rows = self._new_buffer(f"{name}_rows", stand_in.tensor_type, "arena")
         if not columns:
             layout = RowBlocks(self.capabilities.matmul_rows, self.capabilities.interleave(packed))
             self.buffers[rows] = replace(self.buffers[rows], layout=layout)
@@ -251,7 +251,7 @@ class Lowering:
             tuple((name, turns[turn]) for name, turns in sources) for turn in range(count)))
 
     def _home(self, node: Node, name: str, role: str, layout=None, count: int = 1) -> str:
-        home = self._new_buffer(name, node.type, role, layout, count)
+        home = self._new_buffer(name, node.tensor_type, role, layout, count)
         self.homes[node] = home
         return home
 
@@ -270,8 +270,8 @@ class Lowering:
         """Output buffers are filled by copies; outputs.py then removes the needless ones."""
         steps: list[Step] = []
         for name, value in self.graph.outputs:
-            body, operands = absorb(copy_body(value.type), [value])
+            body, operands = absorb(copy_body(value.tensor_type), [value])
             body, names = self._operands(body, operands)
-            output = self._new_buffer(name, value.type, "output")
+            output = self._new_buffer(name, value.tensor_type, "output")
             steps.append(self._stage("map", body, names, [output]))
         return steps

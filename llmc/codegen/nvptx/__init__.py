@@ -1,0 +1,163 @@
+"""GPU code: program -> LLVM module -> PTX -> cubin, for each architecture of a target.
+
+Each stage is a kernel `void stage_N(arguments*, i64 layer)`; arguments are the host ABI's, in device
+memory. A step is a list of launches in order, which the runtime captures into one graph.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from typing import Any
+
+import llvmlite.binding as llvm
+import llvmlite.ir as ir
+
+from llmc.codegen.llvm import I64, POINTER, VOID
+from llmc.codegen.nvptx.assemble import Assembled, assemble
+from llmc.codegen.nvptx.kernel import GLOBAL, DeviceEmitter, DeviceFrame, Kernel
+from llmc.codegen.target import Target
+from llmc.ir.dims import Dim, format_dim
+from llmc.ir.program import Loop, Program, Stage, unsupported
+
+# Stage kind -> module and name of what is called with (stage, program, target).
+KERNELS = {
+    "map": ("rows", "MapKernel"),
+    "reduce": ("rows", "ReduceKernel"),
+    "matmul": ("matmul", "matmul"),
+    "dense_matmul": ("single", "DenseMatmulKernel"),
+    "attention": ("attention", "attention"),
+    "argmax": ("single", "AlongAxisKernel"),
+    "argmin": ("single", "AlongAxisKernel"),
+    "cumsum": ("single", "AlongAxisKernel"),
+    "top_k": ("single", "AlongAxisKernel"),
+    "scatter": ("single", "ScatterKernel"),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """blocks: a dim in text form over the program's symbols; threads of a block; bytes of dynamic
+    shared memory."""
+
+    kernel: str
+    blocks: str
+    threads: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """Launches that run `count` times, with the number of the turn as their layer."""
+
+    count: int
+    launches: tuple[Launch, ...]
+
+
+@dataclass(frozen=True)
+class DeviceCode:
+    """What an artifact stores of a program for GPUs.
+
+    assembled and steps: by architecture (another one may choose other kernels); llvm: the optimised
+    module's text for the last of them. Scratch is a host matter.
+    """
+
+    target: Target
+    assembled: dict[str, Assembled]
+    steps: dict[str, tuple[Repeat, ...]]
+    llvm: str
+    scratch_bytes: Dim = 0
+
+    @property
+    def object(self) -> bytes:
+        """The last architecture's cubin, or PTX where none was made."""
+        last = list(self.assembled.values())[-1]
+        return last.cubin or last.ptx.encode()
+
+    def files(self) -> dict[str, bytes]:
+        """File name extension -> contents."""
+        files = {}
+        for name, assembled in self.assembled.items():
+            files[f"{name}.ptx"] = assembled.ptx.encode()
+            if assembled.cubin is not None:
+                files[f"{name}.cubin"] = assembled.cubin
+            files[f"{name}.json"] = json.dumps({
+                "steps": [asdict(step) for step in self.steps[name]],
+                "report": [asdict(kernel) for kernel in assembled.report]}, indent=1).encode()
+        return files
+
+    def asm(self) -> str:
+        """PTX for the last architecture, with its report as comments."""
+        last = list(self.assembled.values())[-1]
+        return "".join(f"// {kernel}\n" for kernel in last.report) + last.ptx
+
+
+def generate(program: Program, target: Target) -> DeviceCode:
+    """Code of a program for each architecture; CompileError where no kernel computes a stage."""
+    assembled, steps, text = {}, {}, ""
+    for single in target.architectures():
+        module, steps[single.cpu] = emit_module(program, single)
+        machine = single.machine()
+        optimised = llvm.parse_assembly(str(module))
+        optimised.verify()
+        _optimise(optimised, machine)
+        text = str(optimised)
+        assembled[single.cpu] = assemble(machine.emit_assembly(optimised), single.cpu)
+    return DeviceCode(target, assembled, steps, text)
+
+
+def emit_module(program: Program, target: Target) -> tuple[ir.Module, tuple[Repeat, ...]]:
+    """Every stage's kernel, and the launches of a step. target: of one architecture."""
+    module = ir.Module(program.name)
+    module.triple = target.triple
+    module.data_layout = str(target.machine().target_data)
+    launches = {}
+    for number, stage in enumerate(program.stages()):
+        kernel = make_kernel(stage, program, target)
+        name = f"stage_{number}_{_identifier(stage.name)}"
+        define_kernel(module, name, program, kernel)
+        launches[id(stage)] = Launch(name, format_dim(kernel.blocks()), kernel.threads,
+                                     kernel.shared_bytes)
+    steps = tuple(
+        Repeat(step.count, tuple(launches[id(stage)] for stage in step.stages))
+        if isinstance(step, Loop) else Repeat(1, (launches[id(step)],)) for step in program.steps)
+    return module, steps
+
+
+def make_kernel(stage: Stage, program: Program, target: Target) -> Kernel:
+    """The kernel of a stage, by its kind."""
+    if stage.kind not in KERNELS:
+        raise unsupported(stage, "there is no GPU kernel of this kind")
+    module, name = KERNELS[stage.kind]
+    make: Callable[..., Any] = getattr(import_module(f"llmc.codegen.nvptx.{module}"), name)
+    return make(stage, program, target)
+
+
+def define_kernel(module: ir.Module, name: str, program: Program, kernel: Kernel) -> None:
+    """A kernel function. Its entry block is the frame's; the code begins in a block of its own."""
+    function = ir.Function(module, ir.FunctionType(VOID, [GLOBAL, I64]), name)
+    function.calling_convention = "ptx_kernel"
+    # llvmlite knows no string attributes, and prints what it is given.
+    set.add(function.attributes, f'"nvvm.reqntid"="{kernel.threads}"')
+    entry = DeviceEmitter(ir.IRBuilder(function.append_basic_block("entry")))
+    arguments = entry.b.addrspacecast(function.args[0], POINTER)
+    body = function.append_basic_block("body")
+    entry.b.branch(body)
+    e = DeviceEmitter(ir.IRBuilder(body))
+    frame = DeviceFrame(program, e, arguments, function.args[1])
+    kernel.emit(e, frame)
+    e.b.ret_void()
+
+
+def _optimise(module: llvm.ModuleRef, machine: llvm.TargetMachine) -> None:
+    options = llvm.create_pipeline_tuning_options(speed_level=3)
+    options.loop_vectorization = False
+    options.slp_vectorization = False
+    builder = llvm.create_pass_builder(machine, options)
+    builder.getModulePassManager().run(module, builder)
+
+
+def _identifier(name: str) -> str:
+    return "".join(c if c.isascii() and c.isalnum() else "_" for c in name)
