@@ -24,7 +24,7 @@ from llmc.ir.dims import Dim, format_dim
 from llmc.ir.dtypes import DType
 from llmc.ir.graph import Graph
 from llmc.ir.layouts import format_layout, pack
-from llmc.ir.program import Capabilities, Program, Weight
+from llmc.ir.program import Buffer, Capabilities, Program, Weight
 from llmc.ir.program_text import format_program
 from llmc.passes.lower import ShapeKey, lower
 from llmc.passes.pipeline import optimize
@@ -108,7 +108,7 @@ class Compiled:
             weights, variants, size, _plain(interface) if interface else None, self.timings, hashes)
 
 
-def compile_model(path: str | os.PathLike[str], target: Target, dtype: str | None = None,
+def compile_model(path: str | Path, target: Target, dtype: str | None = None,
                   progress: Progress = silent, limits: ShapeKey | None = None) -> Compiled:
     """Read, optimise, lower and compile a model.
 
@@ -184,7 +184,7 @@ class WeightFile:
         return offset
 
     def _write(self, padding: bytes, packed: np.ndarray) -> None:
-        for part in (padding, memoryview(packed)):
+        for part in (padding, packed.data):
             self.file.write(part)
             self.hash.update(part)
 
@@ -214,9 +214,17 @@ def write_weights(program: Program, model: ImportedModel, file: WeightFile, prog
             offsets.append(file.append(pack_weight(weight, names, buffer.layout, model, threads)))
             progress("weights", file.size / max(total, 1))
         yield WeightInfo(
-            buffer.name, str(buffer.type.dtype), tuple(buffer.type.shape),
+            buffer.name, str(buffer.type.dtype), static_shape(buffer),
             format_layout(buffer.layout), w_bytes(program, weight), tuple(offsets),
             tuple(tuple(source for _, source in names) for names in weight.names))
+
+
+def static_shape(buffer: Buffer) -> tuple[int, ...]:
+    """The shape of a weight; CompileError if it has symbols."""
+    shape = tuple(dim for dim in buffer.type.shape if isinstance(dim, int))
+    if len(shape) != len(buffer.type.shape):
+        raise CompileError(f"weight {buffer.name} has a symbolic shape: {buffer.type}")
+    return shape
 
 
 def w_bytes(program: Program, weight: Weight) -> int:

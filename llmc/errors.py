@@ -3,7 +3,7 @@
     LlmcError
     ├── ModelError      a model, artifact or tokenizer file is bad or unsupported
     ├── ShapeError      values or shapes that do not fit the model
-    ├── GraphError      a graph that breaks the rules of the IR (also: text that does not parse)
+    ├── GraphError      a graph that breaks the rules of the IR, or text that does not parse
     ├── TraceError      Python code that cannot be traced
     ├── CompileError    lowering or code generation cannot do what was asked
     ├── DeviceError     the machine lacks what the code needs
@@ -12,7 +12,7 @@
 
 
 class LlmcError(Exception):
-    """Root of all errors that llmc raises on purpose; the text is one line and names the way out."""
+    """Root of all errors that llmc raises on purpose: one line that names the way out."""
 
 
 class ModelError(LlmcError):

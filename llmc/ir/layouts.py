@@ -1,7 +1,7 @@
 """How a tensor lies in memory. One definition of each address serves packing, tests and codegen.
 
-`address(shape, index)` is written with + * // % only, so that index may hold ints, NumPy arrays, dims
-or a wrapper round LLVM values. Results count elements, not bytes.
+`address(shape, index)` is written with + * // % only, so that index may hold ints, NumPy arrays,
+dims or a wrapper round LLVM values. Results count elements, not bytes.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Rows:
 class Panels:
     """A matmul weight [k, n] in panels of `columns` columns, streamed from top to bottom.
 
-    In memory: [panel][k / interleave][columns][interleave]; `interleave` consecutive k of one column
-    fill one 32-bit lane. With parts > 1 the n columns are that many equal parts (gate and up), and a
-    panel holds columns / parts columns of each, side by side. k and n are padded with zeros.
+    In memory: [panel][k / interleave][columns][interleave]; `interleave` consecutive k of one
+    column fill one 32-bit lane. With parts > 1 the n columns are that many equal parts (gate and
+    up), and a panel holds columns / parts columns of each, side by side. k and n are padded with zeros.
     """
 
     columns: int
@@ -110,8 +110,8 @@ class RowBlocks:
 
 @dataclass(frozen=True)
 class KeyPages:
-    """Cached keys [pages, PAGE, heads, size] as [page][head][size][PAGE]: scores of a whole page are
-    vectors over its tokens, with no horizontal sums."""
+    """Cached keys [pages, PAGE, heads, size] as [page][head][size][PAGE]: scores of a whole page
+    are vectors over its tokens, with no horizontal sums."""
 
     def elements(self, shape: Sequence[Dim]) -> Dim:
         return product(shape)
@@ -196,6 +196,7 @@ def _wide_lanes(array: np.ndarray, layout: Panels, out: np.ndarray
 def _pack_panels(array: np.ndarray, layout: Panels, out: np.ndarray, threads: int) -> None:
     depth = -(-array.shape[0] // layout.interleave)
     panels = layout.panels(array.shape)
+    assert isinstance(panels, int)
     view = out.reshape(panels, depth, layout.columns, layout.interleave)
     chunk = max(1, panels // (threads * 8))
     starts = range(0, panels, chunk)
@@ -220,7 +221,8 @@ def _pack_columns(array: np.ndarray, layout: Columns, out: np.ndarray, threads: 
 def _pack_range(array: np.ndarray, layout: Panels, view: np.ndarray, first: int, last: int) -> None:
     """Panels first..last; full ones by one strided copy, the ragged edge element by element."""
     k, n = array.shape
-    part_size, width, interleave = n // layout.parts, layout.columns // layout.parts, layout.interleave
+    part_size, width = n // layout.parts, layout.columns // layout.parts
+    interleave = layout.interleave
     whole = k // interleave
     for part in range(layout.parts):
         lanes = slice(part * width, (part + 1) * width)
@@ -237,11 +239,13 @@ def _pack_range(array: np.ndarray, layout: Panels, view: np.ndarray, first: int,
             _pack_ragged(array, layout, view, part, max(full, first))
 
 
-def _pack_ragged(array: np.ndarray, layout: Panels, view: np.ndarray, part: int, panel: int) -> None:
+def _pack_ragged(array: np.ndarray, layout: Panels, view: np.ndarray, part: int,
+                 panel: int) -> None:
     k, n = array.shape
     part_size, width = n // layout.parts, layout.columns // layout.parts
     lanes = slice(part * width, (part + 1) * width)
     columns = array[:, part * part_size + panel * width:(part + 1) * part_size]
     padded = np.zeros((view.shape[1] * layout.interleave, width), array.dtype)
     padded[:k, :columns.shape[1]] = columns
-    view[panel, :, lanes] = padded.reshape(view.shape[1], layout.interleave, width).transpose(0, 2, 1)
+    lines = padded.reshape(view.shape[1], layout.interleave, width)
+    view[panel, :, lanes] = lines.transpose(0, 2, 1)

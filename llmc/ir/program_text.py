@@ -117,12 +117,13 @@ def _scan_program(scanner: Scanner) -> Program:
 
 def _scan_capabilities(scanner: Scanner) -> Capabilities:
     name, values = _string(scanner), scan_value(scanner, {})
-    plain = [frozenset(v) if isinstance(v, tuple) else v for v in values]
+    plain: list[Any] = [frozenset(v) if isinstance(v, tuple) else v for v in values]
     return Capabilities(name, *plain)
 
 
 def _scan_symbols(scanner: Scanner) -> tuple[tuple[tuple[str, int, int], ...], dict[str, Dim]]:
-    ranges, named = [], {}
+    ranges: list[tuple[str, int, int]] = []
+    named: dict[str, Dim] = {}
     while scanner.accept("symbol"):
         name = scanner.name("a symbol")
         scanner.expect("in")

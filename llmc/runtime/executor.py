@@ -64,7 +64,7 @@ class Executor:
 
     def allocate_states(self, known: Mapping[str, int]) -> None:
         """Reserve the states' pools; `known` gives the symbols in their shapes (pool sizes)."""
-        self.known = self._fixed() | known
+        self.known = self._fixed() | dict(known)
         self._states = []
         for tensor in self.states:
             size = int(np.prod(tensor.concrete_shape(known), dtype=np.int64))

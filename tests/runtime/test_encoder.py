@@ -1,4 +1,4 @@
-"""An encoder's dense form against the goldens: padding on either side, the pooled padding token too."""
+"""An encoder's dense form against the goldens: padding on either side, pooled padding too."""
 
 import json
 

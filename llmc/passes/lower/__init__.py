@@ -1,8 +1,8 @@
 """lower(graph, capabilities, key): an optimised graph to a program.
 
-What depends on (graph, capabilities) only: weight layouts, state layouts, the order of buffers in the
-step's ABI. What the shape key decides: which matmuls stream weights past a few rows (prologue inside),
-and which pack their rows in a stage of their own.
+What depends on (graph, capabilities) only: weight layouts, state layouts, the order of buffers in
+the step's ABI. What the shape key decides: which matmuls stream weights past a few rows (prologue
+inside), and which pack their rows in a stage of their own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Memory planning: one arena for everything that lives only within a step.
 
-Buffers whose lifetimes do not overlap share a slot. Sizes may be symbolic: a slot is as large as the
-largest of its buffers (`maximum`), and offsets are sums of slot sizes, so both may be expressions.
+Buffers whose lifetimes do not overlap share a slot. Sizes may be symbolic: a slot is as large as
+the largest of its buffers (`maximum`), and offsets are sums of slot sizes, so both may be
+expressions.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def plan_memory(steps: Sequence[Step], buffers: dict[str, Buffer]) -> tuple[dict
         slot.size = maximum(slot.size, size)
         slot.free_after = lifetimes[name].last
         chosen[name] = slot
-    offsets, total = {}, 0
+    offsets: dict[int, Dim] = {}
+    total: Dim = 0
     for slot in slots:
         offsets[id(slot)] = total
         total = total + slot.size
@@ -48,7 +50,7 @@ def plan_memory(steps: Sequence[Step], buffers: dict[str, Buffer]) -> tuple[dict
 
 
 def _choose_slot(slots: list[Slot], size: Dim, first: int) -> Slot:
-    """A free slot of the same size, else one that is large enough, else any free one, else a new one."""
+    """A free slot: of the same size, else large enough, else any; else a new one."""
     free = [slot for slot in slots if slot.free_after < first]
     for fits in (known_equal, known_at_least, lambda a, b: True):
         for slot in free:

@@ -19,7 +19,7 @@ def direct_outputs(steps: Sequence[Step], buffers: dict[str, Buffer]
     steps = list(steps)
     buffers = dict(buffers)
     for step in list(steps):
-        if not _is_plain_copy(step, buffers):
+        if not isinstance(step, Stage) or not _is_plain_copy(step, buffers):
             continue
         source, output = step.operands[0], step.results[0]
         steps.remove(step)
@@ -28,8 +28,8 @@ def direct_outputs(steps: Sequence[Step], buffers: dict[str, Buffer]
     return steps, buffers
 
 
-def _is_plain_copy(step: Step, buffers: dict[str, Buffer]) -> bool:
-    if not isinstance(step, Stage) or step.kind != "map" or len(step.results) != 1:
+def _is_plain_copy(step: Stage, buffers: dict[str, Buffer]) -> bool:
+    if step.kind != "map" or len(step.results) != 1:
         return False
     value = step.body.outputs[0][1]
     if value.op != "input" or buffers[step.results[0]].role != "output":

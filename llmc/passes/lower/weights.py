@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from llmc.errors import CompileError
 from llmc.ir.graph import Graph, Node
 from llmc.ir.layouts import Columns, KeyPages, Layout, Panels, ValuePages
 from llmc.ir.program import Capabilities
@@ -18,10 +19,18 @@ def scopes(graph: Graph) -> Iterator[Graph]:
             yield from scopes(node.bodies[0])
 
 
-def anchor_of(body: Graph, op: str) -> Node | None:
+def find_anchor(body: Graph, op: str) -> Node | None:
     """The only node of that op in a fusion's body, or None."""
     found = [node for node in body.nodes() if node.op == op]
     return found[0] if len(found) == 1 else None
+
+
+def anchor_of(body: Graph, op: str) -> Node:
+    """The only node of that op in a fusion's body; CompileError if there is not exactly one."""
+    anchor = find_anchor(body, op)
+    if anchor is None:
+        raise CompileError(f"the fusion {body.name!r} does not hold exactly one {op}")
+    return anchor
 
 
 def weight_layout(matmul: Node, body: Graph, capabilities: Capabilities) -> Layout:
@@ -46,6 +55,8 @@ def matmul_parts(matmul: Node, body: Graph) -> int:
     if len(sizes) != 1 or any(user.shape[:-1] != matmul.shape[:-1] for user in users):
         return 1
     size = sizes.pop()
+    if not isinstance(size, int):
+        return 1
     starts = sorted(user["starts"][-1] for user in users)
     return len(starts) if starts == list(range(0, width, size)) else 1
 
@@ -77,9 +88,9 @@ def tied_sources(graph: Graph, panels: dict[Node, Layout]) -> dict[Node, Node]:
     tied = {}
     for scope in scopes(graph):
         for parameter in scope.parameters():
-            packed = transposed.get(_expression(parameter, preludes))
-            if packed is not None and parameter not in panels:
-                tied[parameter] = packed
+            twin = transposed.get(_expression(parameter, preludes))
+            if twin is not None and parameter not in panels:
+                tied[parameter] = twin
     return tied
 
 
@@ -97,7 +108,7 @@ def state_layouts(graph: Graph, capabilities: Capabilities) -> dict[Node, Layout
             if node.op != "fusion" or node["anchor"] != "attention":
                 continue
             body = node.bodies[0]
-            attention = anchor_of(body, "paged_attention")
+            attention = find_anchor(body, "paged_attention")
             if attention is not None:
                 for operand, layout in zip(attention.inputs[1:3], (keys, ValuePages()),
                                            strict=True):
