@@ -1,0 +1,69 @@
+"""Compiled models under hostile memory: whatever a step does not write itself is NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+import llmc
+from llmc.codegen.target import Target
+from llmc.driver import compile_model
+from llmc.runtime import executor as executors
+from llmc.runtime.pages import Sequence as CachedSequence
+from llmc.runtime.step import Chunk, LanguageModel
+
+
+def build(checkpoint: Path, dtype: str, output: Path) -> Path:
+    """Compile a checkpoint for this CPU into an artifact."""
+    return compile_model(checkpoint, Target.host(), dtype).write(output)
+
+
+def poison(executor: executors.Executor) -> None:
+    """From now on every step begins with an arena and scratch that are all NaN."""
+    launch = executor._call
+
+    def call(variant, values, given, results) -> None:
+        for name, size in (("_arena", executors.evaluate(variant.arena, values)),
+                           ("_scratch", executors.evaluate(variant.scratch, values)
+                            * executor.threads)):
+            memory = executors._at_least(getattr(executor, name), size)
+            memory[:] = 0xFF
+            setattr(executor, name, memory)
+        for result in results:
+            result.view(np.uint8)[...] = 0xFF
+        launch(variant, values, given, results)
+
+    executor._call = call  # type: ignore[method-assign]
+
+
+class PoisonedModel:
+    """A language model's steps. Pages come in random order and are NaN until they are written."""
+
+    def __init__(self, artifact: Path, threads: int):
+        self.runtime = llmc.Runtime(artifact, threads=threads, max_context=2112, max_batch=4)
+        executor = self.runtime.executor
+        assert isinstance(self.runtime._model, LanguageModel)
+        self.model = self.runtime._model
+        np.random.default_rng(2).shuffle(self.model.pool._free)
+        for state in executor._states:
+            state[:] = 0xFF
+        poison(executor)
+
+    def logits(self, sequences: Sequence[np.ndarray], past: Sequence[int], new: Sequence[int]
+               ) -> list[np.ndarray]:
+        """Logits [new, vocab] of tokens past .. past + new of every sequence, from one step."""
+        cached = [CachedSequence() for _ in sequences]
+        for sequence, ids, length in zip(cached, sequences, past, strict=True):
+            if length:
+                list(self.model.feed(sequence, ids[:length]))
+        chunks = [Chunk(sequence, ids[start:start + count], count)
+                  for sequence, ids, start, count in zip(cached, sequences, past, new, strict=True)]
+        logits = self.runtime.step(chunks)
+        for sequence in cached:
+            self.runtime.release(sequence)
+        return np.split(logits, np.cumsum(new)[:-1])
+
+    def close(self) -> None:
+        self.runtime.close()
