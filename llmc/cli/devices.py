@@ -24,7 +24,7 @@ def run(arguments) -> int:
     of_interest = ("avx2", "fma", "avx512f", "avx512bf16", "avx512vnni", "avxvnni", "amx-tile",
                    "neon", "dotprod", "bf16", "sve")
     host = {"target": "host", "cpu": llvm.get_host_cpu_name(), "cores": os.cpu_count(),
-            "threads": knobs.threads(), "memory_bytes": physical_memory(),
+            "threads": knobs.threads() or knobs.cores(), "memory_bytes": physical_memory(),
             "features": [name for name in of_interest if features.get(name)]}
     if arguments.json:
         print(json.dumps([host]))
