@@ -115,8 +115,8 @@ class _Places:
             turn, earliest = max((self.reached[s] for s in node.inputs), default=(0, 0))
             place = self._by_weight(node, readers)
             if place is None and node in self.runtime and node.op not in LEAVES | VIEWS:
-                found: list[int] = next((origins[k] for k in _origin_keys(node) if k in origins), [])
-                later = [stage for stage in found if stage >= earliest]
+                keys = [key for key in _origin_keys(node) if key in origins]
+                later = [s for s in (origins[keys[0]] if keys else ()) if s >= earliest]
                 place = (min(later), turn) if later else None
             if place is not None:
                 self._put(node, *place)
