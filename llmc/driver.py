@@ -206,7 +206,7 @@ def write_weights(program: Program, model: ImportedModel, file: WeightFile, prog
     """Evaluate, pack and append every weight, tensor by tensor."""
     total = sum(w_bytes(program, w) * program.buffers[w.buffer].count
                 for w in program.weights.values())
-    threads = knobs.threads()
+    threads = knobs.cores()
     for weight in program.weights.values():
         buffer = program.buffers[weight.buffer]
         offsets = []

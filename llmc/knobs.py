@@ -17,10 +17,13 @@ def cache_directory() -> Path:
     return Path(platformdirs.user_cache_dir("llmc", appauthor=False))
 
 
-def threads() -> int:
-    """LLMC_THREADS: host threads of a step (default: the cores this process may use)."""
-    if configured := positive("LLMC_THREADS"):
-        return configured
+def threads() -> int | None:
+    """LLMC_THREADS: host threads of a step (None: as many as the model's size pays for)."""
+    return positive("LLMC_THREADS")
+
+
+def cores() -> int:
+    """The cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -40,5 +43,5 @@ def no_interpret() -> bool:
 
 
 def log_topics() -> frozenset[str]:
-    """LLMC_LOG: comma-separated topics to print to stderr (compile, cache)."""
+    """LLMC_LOG: comma-separated topics to print to stderr."""
     return frozenset(filter(None, os.environ.get("LLMC_LOG", "").split(",")))

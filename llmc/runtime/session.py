@@ -36,7 +36,7 @@ class Options:
     """What Runtime takes besides the model and the target.
 
     dtype        compute dtype (default: the checkpoint's)
-    threads      host threads (default: LLMC_THREADS, else the cores this process may use)
+    threads      host threads (default: LLMC_THREADS, else what the model's size pays for)
     max_context  tokens of a sequence, at most (default: the model's limit)
     max_batch    sequences that must fit the KV cache together at full length (default 1)
     kv_memory    bytes for the KV cache (default: what max_batch and max_context need, at most half
@@ -82,7 +82,7 @@ class Runtime:
         self.manifest = self.artifact.manifest
         self.config = self.manifest.config
         check_cpu(self.manifest.target)
-        self.threads = self.options.threads or knobs.threads()
+        self.threads = self.options.threads or default_threads(self.manifest.weight_bytes)
         self.executor = Executor(self.artifact, self.threads)
         self._lock = threading.RLock()
         self._tokenizer: Any = None
@@ -113,7 +113,8 @@ class Runtime:
             return LanguageModel(
                 self.executor, context, self._pool_pages(context),
                 min(CHUNK_TOKENS, self.executor.largest("tokens")),
-                max(1, min(logit_rows, self.executor.largest("rows"))))
+                max(1, min(logit_rows, self.executor.largest("rows"))),
+                self.config.get("growth_limit") or 0)
         if self.manifest.kind == "encoder":
             return Encoder(self.executor, context, CHUNK_TOKENS)
         if self.manifest.token_interface:
@@ -333,6 +334,12 @@ class DispatchTable:
             mean = variant.seconds / variant.calls * 1e3 if variant.calls else 0.0
             lines.append(f"{variant.info.name:10} {key:60} {variant.calls:8} calls {mean:9.3f} ms")
         return "\n".join(lines)
+
+
+def default_threads(weight_bytes: int) -> int:
+    """LLMC_THREADS, else all cores, but at most one for each MiB of weights: a step of a smaller
+    model is over before its threads have met at a barrier."""
+    return knobs.threads() or min(knobs.cores(), 1 + (weight_bytes >> 20))
 
 
 def _is_batch(tokens: Any) -> bool:

@@ -47,15 +47,18 @@ def pack_batch(chunks: Sequences[Chunk]) -> dict[str, np.ndarray]:
 class LanguageModel:
     """Steps an executor whose model has paged states.
 
-    chunk_tokens: most tokens of one step of `feed`; logit_rows: most rows of logits of one.
+    chunk_tokens: most tokens of one step of `feed`; logit_rows: most rows of logits of one;
+    growth_limit: a sequence of up to that many tokens cannot grow past it in a later step (0: it
+    can).
     """
 
     def __init__(self, executor: Executor, max_context: int, pages: int, chunk_tokens: int,
-                 logit_rows: int):
+                 logit_rows: int, growth_limit: int = 0):
         self.executor = executor
         self.max_context = max_context
         self.chunk_tokens = chunk_tokens
         self.logit_rows = logit_rows
+        self.growth_limit = growth_limit
         self.pool = PagePool(pages)
         executor.allocate_states({"pool_pages": pages})
 
@@ -82,12 +85,18 @@ class LanguageModel:
         if length > self.max_context:
             raise ShapeError(f"{length} tokens exceed the context of {self.max_context} "
                              "(max_context)")
+        if 0 < chunk.sequence.length <= self.growth_limit < length:
+            raise ShapeError(f"the sequence cannot grow from {chunk.sequence.length} to {length} "
+                             f"tokens: this model computes those of more than {self.growth_limit} "
+                             "differently from the first token on. Start with the longer prompt")
         self.pool.reserve(chunk.sequence, length)
 
     def feed(self, sequence: Sequence, tokens: Sequences[int] | np.ndarray, every: bool = False
              ) -> Iterator[np.ndarray]:
         """Run a long input chunk by chunk; yields logits of all rows, or of the very last one."""
         size = min(self.chunk_tokens, self.logit_rows) if every else self.chunk_tokens
+        if sequence.length == 0 and self.growth_limit and len(tokens) > self.growth_limit:
+            size = len(tokens)  # in one step, whatever memory that takes: it cannot grow there
         for start in range(0, len(tokens), size):
             part = tokens[start:start + size]
             last = start + len(part) == len(tokens)
