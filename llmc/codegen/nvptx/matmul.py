@@ -1,8 +1,9 @@
 """a @ w on the GPU: which kernel takes a stage, by a written rule.
 
+f16, bf16   `TensorMatvec` for few rows, `TensorMatmul` for more: on tensor cores.
 few rows    `MatrixVector`: each warp streams columns of the weight past all rows.
-else        `TiledMatmul`: tiles through shared memory, any dtype, in FMAs: the kernel that is always
-            right. Faster kernels for a dtype and architecture are asked first: see `KERNELS`.
+else        `TiledMatmul`: tiles through shared memory, any dtype, in FMAs: the kernel that is
+            always right.
 """
 
 from __future__ import annotations

@@ -1,0 +1,126 @@
+"""Tiles of both operands on their way from global to shared memory.
+
+A chunk is 128 bytes of k of every row of the left tile, then of every column of the right one; a
+row's eight 16-byte pieces are swizzled (piece ^ row % 8), which is what ldmatrix reads without bank
+conflicts and what wgmma's 128-byte swizzle means. Chunks lie in a ring of stages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import llvmlite.ir as ir
+
+from llmc.codegen.host.kernel import Frame
+from llmc.codegen.llvm import I32, I64, Emitter, i32, i64
+from llmc.codegen.nvptx.matmul_ptx import copy_async, shared_pointer
+from llmc.codegen.nvptx.product import Product
+
+PIECE = 16  # bytes of a copy
+CHUNK = 128  # bytes of k of a chunk
+PIECES = CHUNK // PIECE
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """rows x columns of a block's tile; columns is parts x width."""
+
+    rows: int
+    columns: int
+    threads: int
+    stages: int
+
+    @property
+    def stage_bytes(self) -> int:
+        return (self.rows + self.columns) * CHUNK
+
+
+class TileLoader:
+    """One thread's share of a block's copies. Emitted where it is made: the addresses of its pieces
+    in chunk 0."""
+
+    def __init__(self, e: Emitter, frame: Frame, product: Product, shape: TileShape,
+                 thread: ir.Value, first_row: ir.Value, first_column: ir.Value):
+        """thread: i32; first_row, first_column (of each part): i64."""
+        self.e, self.product, self.shape = e, product, shape
+        self.step = shape.threads // PIECES  # rows that one round of copies covers
+        self.row = e.b.lshr(thread, i32(3))
+        self.piece = e.b.and_(thread, i32(PIECES - 1))
+        swizzled = e.b.xor(self.piece, e.b.and_(self.row, i32(7)))
+        self.place = e.b.add(e.b.mul(self.row, i32(CHUNK)), e.b.mul(swizzled, i32(PIECE)))
+        size = product.dtype.bits // 8
+        self.whole = product.k * size % PIECE == 0  # rows start at pieces
+        along = e.b.mul(e.b.zext(self.piece, I64), i64(PIECE))
+        left, right = frame.pointer(product.left), frame.pointer(product.weight)
+        last_row = e.b.sub(frame.dim(product.rows), i64(1))
+        self.left = []
+        for start in range(0, shape.rows, self.step):
+            row = e.minimum(e.b.add(first_row, e.b.add(self._row64(), i64(start))), last_row)
+            self.left.append(e.offset(left, e.b.add(e.b.mul(row, i64(product.k * size)), along)))
+        self.right = []
+        for start in range(0, shape.columns, self.step):
+            column = self._column(start, first_column)
+            self.right.append(e.offset(right, e.b.add(
+                e.b.mul(column, i64(product.stride * size)), along)))
+
+    def _row64(self) -> ir.Value:
+        return self.e.b.zext(self.row, I64)
+
+    def _column(self, start: int, first_column: ir.Value) -> ir.Value:
+        """The right operand's column behind a column of the tile; beyond the end, the last one."""
+        e, product = self.e, self.product
+        width = self.shape.columns // product.parts
+        if width % self.step == 0:  # all threads are in one part
+            part, inside = divmod(start, width)
+            column = e.b.add(first_column, e.b.add(self._row64(), i64(inside)))
+            first = i64(part * product.part_size)
+        else:
+            place = e.b.add(self._row64(), i64(start))
+            part = e.minimum(e.b.udiv(place, i64(width)), i64(product.parts - 1))
+            column = e.b.add(first_column, e.b.sub(place, e.b.mul(part, i64(width))))
+            first = e.b.mul(part, i64(product.part_size))
+        if product.part_size % width or self.shape.columns % product.parts:
+            column = e.minimum(column, i64(product.part_size - 1))
+        return e.b.add(first, column)
+
+    def load(self, chunk: ir.Value, stage: ir.Value) -> None:
+        """Start this thread's copies of a chunk (i64) to a stage (its shared address, i32)."""
+        e = self.e
+        offset = e.b.mul(chunk, i64(CHUNK))
+        target = e.b.add(stage, self.place)
+        count = self._bytes_left(chunk)
+        round_bytes = self.step * CHUNK
+        for number, pointer in enumerate(self.left):
+            place = e.b.add(target, i32(number * round_bytes))
+            if self.whole:
+                copy_async(e, place, e.offset(pointer, offset), count)
+            else:
+                self._copy_elements(place, e.offset(pointer, offset), count)
+        for number, pointer in enumerate(self.right):
+            place = e.b.add(target, i32(self.shape.rows * CHUNK + number * round_bytes))
+            copy_async(e, place, e.offset(pointer, offset))
+
+    def _bytes_left(self, chunk: ir.Value) -> ir.Value | None:
+        """Bytes of this thread's piece that lie before the end of a row; None: always all."""
+        e, product = self.e, self.product
+        row_bytes = product.k * product.dtype.bits // 8
+        if row_bytes % CHUNK == 0:
+            return None
+        start = e.b.add(e.b.mul(e.b.trunc(chunk, I32), i32(CHUNK)), e.b.mul(self.piece, i32(PIECE)))
+        left = e.b.sub(i32(row_bytes), start)
+        return e.maximum(i32(0), e.minimum(left, i32(PIECE)))
+
+    def _copy_elements(self, place: ir.Value, source: ir.Value, count: ir.Value | None) -> None:
+        """A piece element by element, for rows that do not start at multiples of 16 bytes."""
+        e = self.e
+        size = self.product.dtype.bits // 8
+        assert count is not None
+        bits = ir.IntType(8 * size)
+        target = shared_pointer(e, place)
+        for byte in range(0, PIECE, size):
+            exists = e.b.icmp_signed("<", i32(byte), count)
+            with e.b.if_else(exists) as (inside, outside):
+                with inside:
+                    e.store(e.load(e.offset(source, byte), bits), e.offset(target, byte))
+                with outside:
+                    e.store(ir.Constant(bits, 0), e.offset(target, byte))
