@@ -14,8 +14,8 @@ from llmc.frontend.model import load_model
 from llmc.ir.interpret import allowed, interpret
 from llmc.runtime.encoder import Encoder, Sentence
 from tests.real_shapes.compiled import build, poison
-from tests.real_shapes.reference import Error, some_ids, write_checkpoint
-from tests.real_shapes.test_llama import BF16_FACTOR, DEVIATIONS
+from tests.real_shapes.reference import Error, one_chain, some_ids, write_checkpoint
+from tests.real_shapes.test_llama import FACTOR
 
 OUTPUTS = ("last_hidden_state", "pooler_output")
 Outputs = dict[str, np.ndarray]
@@ -63,16 +63,15 @@ def check(checkpoint: Path, dtype: str, lengths: list[int], output: Path) -> Non
     oracle = interpreted(checkpoint, "f32", sentences, True)
     rounded = interpreted(checkpoint, dtype, sentences, False)
     artifact = build(checkpoint, dtype, output)
+    longest_sum = make_model.BERT["intermediate_size"]
     wrong = []
     for at_once in (1, len(sentences)):
         got = compiled(artifact, sentences, at_once)
         for name in OUTPUTS:
             scale = float(np.abs(oracle[name]).max())
-            bound = Error.of(rounded[name], oracle[name], scale).times(BF16_FACTOR)
+            bound = Error.of(rounded[name], oracle[name], scale).times(FACTOR)
             if dtype == "f32":
-                one_chain = 2.0 ** -24 * make_model.BERT["intermediate_size"] ** 0.5
-                typical = one_chain * float(oracle[name].std()) / scale
-                bound = Error(DEVIATIONS * typical, typical)
+                bound = bound.plus(one_chain(longest_sum, oracle[name], scale))
             error = Error.of(got[name], oracle[name], scale)
             print(f"\n    {dtype} {at_once:3} at once {name:20} {error}, allowed {bound}")
             if not error.within(bound):
