@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -96,6 +97,7 @@ class DeviceCode:
 
 def generate(program: Program, target: Target) -> DeviceCode:
     """Code of a program for each architecture; CompileError where no kernel computes a stage."""
+    _set_options()
     assembled, steps, text = {}, {}, ""
     for single in target.architectures():
         module, steps[single.cpu] = emit_module(program, single)
@@ -140,7 +142,9 @@ def define_kernel(module: ir.Module, name: str, program: Program, kernel: Kernel
     function = ir.Function(module, ir.FunctionType(VOID, [GLOBAL, I64]), name)
     function.calling_convention = "ptx_kernel"
     # llvmlite knows no string attributes, and prints what it is given.
-    set.add(function.attributes, f'"nvvm.reqntid"="{kernel.threads}"')
+    attributes = {"nvvm.reqntid": kernel.threads, **getattr(kernel, "attributes", {})}
+    for key, value in attributes.items():
+        set.add(function.attributes, f'"{key}"="{value}"')
     entry = DeviceEmitter(ir.IRBuilder(function.append_basic_block("entry")))
     arguments = entry.b.addrspacecast(function.args[0], POINTER)
     body = function.append_basic_block("body")
@@ -149,6 +153,12 @@ def define_kernel(module: ir.Module, name: str, program: Program, kernel: Kernel
     frame = DeviceFrame(program, e, arguments, function.args[1])
     kernel.emit(e, frame)
     e.b.ret_void()
+
+
+@cache
+def _set_options() -> None:
+    """f32 divisions within 2 ulp: exact ones call a function, next to which wgmma is serialised."""
+    llvm.set_option("llmc", "--nvptx-prec-divf32=1")
 
 
 def _optimise(module: llvm.ModuleRef, machine: llvm.TargetMachine) -> None:

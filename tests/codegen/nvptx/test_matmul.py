@@ -1,0 +1,84 @@
+"""Matmul kernels for GPUs: assembled without one, compared with float64 where there is one."""
+
+import numpy as np
+import pytest
+from matmul_on_device import MatmulStage, product_body, rows_symbol, run_once
+
+from llmc.codegen.nvptx.matmul_tensor import TensorMatmul
+from llmc.codegen.nvptx.matvec import TensorMatvec
+from llmc.errors import DeviceError
+from llmc.ir.graph import Graph
+from llmc.ir.interpret import interpret
+from llmc.runtime.cuda_device import Device
+
+pytest.importorskip("cuda.bindings.nvjitlink")
+
+ASSEMBLED = [  # dtype, k, n, most rows, options
+    ("bf16", 4096, 4096, 1, {"residual": True}), ("bf16", 2048, 16384, 8, {"gated": True}),
+    ("f16", 33, 17, 16, {}), ("bf16", 4096, 4096, 64, {"residual": True}),
+    ("bf16", 14336, 4096, 512, {"residual": True}), ("bf16", 4096, 28672, 2048, {"gated": True}),
+    ("f16", 33, 17, 77, {}), ("f16", 264, 96, 300, {"result": "f32"}),
+]
+COMPUTED = [
+    *(("bf16", k, n, rows, {"result": "f32"}) for k, n in ((33, 17), (128, 130), (264, 96))
+      for rows in (1, 3, 8, 9, 16, 17, 33, 65, 129, 300)),
+    *(("f16", 2048, 1024, rows, {"residual": True}) for rows in (1, 2, 7, 33, 64, 129, 512)),
+    *(("bf16", 1024, 2048, rows, {"gated": True}) for rows in (1, 8, 16, 17, 64, 128, 513, 2047)),
+]
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    """The first GPU; skips where there is none."""
+    try:
+        device = Device()
+    except DeviceError as error:
+        pytest.skip(f"no GPU: {error}")
+    return device
+
+
+def symbolic_rows(most):
+    return rows_symbol(most) if most > 1 else 1
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("dtype, k, n, rows, options", ASSEMBLED)
+def test_assembles_without_spills(architecture, dtype, k, n, rows, options):
+    body = product_body(dtype, k, n, symbolic_rows(rows), **options)
+    stage = MatmulStage(*body, architecture=architecture, rows=(1, rows))
+    assert isinstance(stage.kernel, TensorMatvec if rows <= 16 else TensorMatmul)
+    assert stage.report.spill_bytes == stage.report.stack_bytes == 0
+    assert stage.warnings == ()
+
+
+def test_large_tiles_use_the_tensor_cores_of_the_architecture():
+    body = product_body("bf16", 1024, 4096, rows_symbol(2048))
+    assert "wgmma.mma_async" in MatmulStage(*body, architecture="sm_90a", rows=(1, 2048)).ptx
+    older = MatmulStage(*body, architecture="sm_80", rows=(1, 2048)).ptx
+    assert "wgmma" not in older and "mma.sync.aligned.m16n8k16" in older
+
+
+def test_few_rows_stream_whole_pieces_of_the_weight():
+    stage = MatmulStage(*product_body("bf16", 2048, 2048, 1), rows=(1, 1))
+    assert "ld.global.nc.L1::no_allocate.L2::128B.v4.b32" in stage.ptx
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, k, n, rows, options", COMPUTED)
+def test_against_float64(gpu, dtype, k, n, rows, options):
+    inputs, outputs = product_body(dtype, k, n, symbolic_rows(rows), **options)
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for x in inputs:
+        shape = [rows if not isinstance(dim, int) else dim for dim in x.shape]
+        scale = k ** -0.5 if x["name"] == "w" else 1.0
+        arrays[x["name"]] = (rng.standard_normal(shape) * scale).astype(x.dtype.numpy)
+    fixed, expected = product_body(dtype, k, n, rows, **options)
+    graph = Graph("body", tuple(fixed), tuple(expected.items()))
+    exact = interpret(graph, arrays, exact=True)["result"].astype(np.float64)
+    stage = MatmulStage(inputs, outputs, gpu.architecture, (1, rows))
+    result = run_once(gpu, stage, rows, arrays)
+    error = np.linalg.norm(result.astype(np.float64) - exact) / np.linalg.norm(exact)
+    assert error <= (2e-6 if options.get("result") == "f32" else 4e-3)
+    assert np.array_equal(result, run_once(gpu, stage, rows, arrays))
+
