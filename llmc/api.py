@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from llmc.errors import LlmcError
 from llmc.ir.graph import Graph
@@ -35,18 +38,27 @@ class Compiled:
         return target
 
 
-def compile(model: str | os.PathLike[str], target: str = "host", dtype: str | None = None,
+def compile(model: str | os.PathLike[str] | Graph, target: str = "host", dtype: str | None = None,
             shape: dict[str, tuple[int, int]] | None = None,
-            cache_dir: str | os.PathLike[str] | None = None) -> Compiled:
-    """Compile an .onnx file or a checkpoint directory for this machine or another CPU.
+            cache_dir: str | os.PathLike[str] | None = None,
+            parameters: Mapping[str, np.ndarray] | None = None) -> Compiled:
+    """Compile an .onnx file, a checkpoint directory or a traced graph for this machine or another.
 
     target: "host", or a CPU such as "x86_64:znver5". dtype: compute dtype (default: the
-    checkpoint's). shape: symbol -> (low, high), narrower than the model's own ranges.
+    checkpoint's). shape: symbol -> (low, high), narrower than the model's own ranges. parameters:
+    values of a traced graph's parameters by name.
     """
-    from llmc.runtime.jit import cached_artifact
+    from llmc.runtime.jit import cached_artifact, cached_graph
 
-    artifact = cached_artifact(Path(model), target, dtype, Path(cache_dir) if cache_dir else None,
-                               dict(shape or {}))
+    cache, limits = Path(cache_dir) if cache_dir else None, dict(shape or {})
+    if isinstance(model, Graph):
+        if dtype is not None:
+            raise LlmcError("a traced graph computes in the dtypes that it was traced with")
+        artifact = cached_graph(model, parameters or {}, target, cache, limits)
+    else:
+        if parameters is not None:
+            raise LlmcError("parameters are for a traced graph: other models bring their own")
+        artifact = cached_artifact(Path(model), target, dtype, cache, limits)
     return Compiled(artifact.directory, artifact.manifest)
 
 

@@ -28,7 +28,7 @@ EDGES = {
     "models": {"ir", "frontend.trace"},
     "frontend": {"ir", "models"},
     "runtime": {"ir"},
-    "runtime.jit": {"ir", "runtime", "driver", "codegen.target"},
+    "runtime.jit": {"ir", "runtime", "driver", "codegen.target", "frontend.traced_model"},
     "runtime.session": {"ir", "runtime", "frontend.tokenizer"},
     "driver": {"frontend", "passes", "codegen", "ir", "runtime.artifact", "runtime.progress"},
     "api": {"runtime", "frontend", "ir"},

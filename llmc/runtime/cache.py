@@ -119,6 +119,13 @@ def source_key(path: Path, options: str) -> str:
     return digest.hexdigest()
 
 
+def text_key(text: str) -> str:
+    """Identity of what a text describes, and this llmc: 32 hex digits."""
+    digest = hashlib.blake2b(text.encode(), digest_size=16)
+    digest.update(_own_sources().encode())
+    return digest.hexdigest()
+
+
 def _source_files(path: Path) -> list[Path]:
     directory = path if path.is_dir() else path.parent
     try:
