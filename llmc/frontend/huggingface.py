@@ -131,6 +131,7 @@ def _model_info(
         pad_token_id=next(iter(special["pad_token_id"]), None),
         pooling=pooling,
         max_embed_tokens=max_embed_tokens,
+        growth_limit=config.growth_limit,
     )
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llmc.frontend.onnx.signature import TokenInterface
     from llmc.ir.graph import Graph
 
-ModelKind = Literal["causal_lm", "encoder", "onnx"]
+ModelKind = Literal["causal_lm", "encoder", "onnx", "graph"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class ModelInfo:
     """What the runtime and the command line ask about a model; 0 and None mean "not known".
 
     `max_context` is in tokens. `eos_token_ids` stop generation. `pooling` is set for sentence
-    embedding models, and `max_embed_tokens` is where those cut a text.
+    embedding models, and `max_embed_tokens` is where those cut a text. A sequence of up to
+    `growth_limit` tokens must not grow past it in a later step.
     """
 
     architecture: str
@@ -93,6 +94,7 @@ class ModelInfo:
     pad_token_id: int | None = None
     pooling: Pooling | None = None
     max_embed_tokens: int | None = None
+    growth_limit: int = 0
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from llmc.models.llama import LlamaConfig, llama
 from llmc.models.mistral import MistralConfig, mistral
 from llmc.models.olmo2 import Olmo2Config, olmo2
 from llmc.models.phi import PhiConfig, phi
+from llmc.models.phi3 import Phi3Config, phi3
 from llmc.models.qwen import QwenConfig, qwen
 from llmc.models.smollm3 import SmolLM3Config, smollm3
 from llmc.models.starcoder2 import Starcoder2Config, starcoder2
@@ -54,6 +55,7 @@ ARCHITECTURES = {
     "LlamaForCausalLM": Family("causal_lm", LlamaConfig.read, llama, "model."),
     "MistralForCausalLM": Family("causal_lm", MistralConfig.read, mistral, "model."),
     "Olmo2ForCausalLM": Family("causal_lm", Olmo2Config.read, olmo2, "model."),
+    "Phi3ForCausalLM": Family("causal_lm", Phi3Config.read, phi3, "model."),
     "PhiForCausalLM": Family("causal_lm", PhiConfig.read, phi, "model."),
     "Qwen2ForCausalLM": Family("causal_lm", QwenConfig.read_qwen2, qwen, "model."),
     "Qwen3ForCausalLM": Family("causal_lm", QwenConfig.read_qwen3, qwen, "model."),

@@ -37,12 +37,16 @@ ENCODER_INPUTS = PACKED_INPUTS | {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What every family's config has; sizes in elements, `max_context` in tokens."""
+    """What every family's config has; sizes in elements, `max_context` in tokens.
+
+    A sequence of up to `growth_limit` tokens must not grow past it in a later step (0: it may).
+    """
 
     vocab_size: int
     hidden_size: int
     layers: int
     max_context: int
+    growth_limit: int = field(default=0, kw_only=True)
 
 
 class Stored(Protocol):

@@ -70,6 +70,14 @@ class ConfigFile:
             raise self.error(key, f"is {value!r}; expected {count} of {', '.join(known)}")
         return tuple(value)
 
+    def positives(self, key: str) -> tuple[float, ...]:
+        """A list of finite numbers above 0, at least one."""
+        value = self._get(key, None)
+        if not isinstance(value, list) or not value or not all(
+                type(each) in (int, float) and 0 < each < math.inf for each in value):
+            raise self.error(key, f"is {value!r}; expected numbers above 0")
+        return tuple(map(float, value))
+
     def section(self, key: str) -> ConfigFile | None:
         """The object under `key` as a config of its own; None where missing or null."""
         if not self.has(key):
