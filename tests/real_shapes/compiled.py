@@ -10,32 +10,14 @@ import numpy as np
 import llmc
 from llmc.codegen.target import Target
 from llmc.driver import compile_model
-from llmc.runtime import executor as executors
 from llmc.runtime.pages import Sequence as CachedSequence
 from llmc.runtime.step import Chunk, LanguageModel
+from tests.fuzz.hostile import spoil_memory, spoil_states
 
 
 def build(checkpoint: Path, dtype: str, output: Path) -> Path:
     """Compile a checkpoint for this CPU into an artifact."""
     return compile_model(checkpoint, Target.host(), dtype).write(output)
-
-
-def poison(executor: executors.Executor) -> None:
-    """From now on every step begins with an arena and scratch that are all NaN."""
-    launch = executor._call
-
-    def call(variant, values, given, results) -> None:
-        for name, size in (("_arena", executors.evaluate(variant.arena, values)),
-                           ("_scratch", executors.evaluate(variant.scratch, values)
-                            * executor.threads)):
-            memory = executors._at_least(getattr(executor, name), size)
-            memory[:] = 0xFF
-            setattr(executor, name, memory)
-        for result in results:
-            result.view(np.uint8)[...] = 0xFF
-        launch(variant, values, given, results)
-
-    executor._call = call  # type: ignore[method-assign]
 
 
 class PoisonedModel:
@@ -47,9 +29,8 @@ class PoisonedModel:
         assert isinstance(self.runtime._model, LanguageModel)
         self.model = self.runtime._model
         np.random.default_rng(2).shuffle(self.model.pool._free)
-        for state in executor._states:
-            state[:] = 0xFF
-        poison(executor)
+        spoil_states(executor)
+        spoil_memory(executor)
 
     def logits(self, sequences: Sequence[np.ndarray], past: Sequence[int], new: Sequence[int]
                ) -> list[np.ndarray]:

@@ -13,7 +13,8 @@ from benchmarks import make_model
 from llmc.frontend.model import load_model
 from llmc.ir.interpret import allowed, interpret
 from llmc.runtime.encoder import Encoder, Sentence
-from tests.real_shapes.compiled import build, poison
+from tests.fuzz.hostile import spoil_memory
+from tests.real_shapes.compiled import build
 from tests.real_shapes.reference import Error, one_chain, some_ids, write_checkpoint
 from tests.real_shapes.test_llama import FACTOR
 
@@ -48,7 +49,7 @@ def interpreted(checkpoint: Path, dtype: str, sentences: list[np.ndarray], exact
 def compiled(artifact: Path, sentences: list[np.ndarray], at_once: int) -> Outputs:
     """Every output, `at_once` sentences in a step, in memory full of NaN."""
     with llmc.Runtime(artifact, threads=2) as runtime:
-        poison(runtime.executor)
+        spoil_memory(runtime.executor)
         model = runtime._model
         assert isinstance(model, Encoder)
         results = []

@@ -1,0 +1,39 @@
+"""Memory as bad as it gets: all that a step does not write itself is set to a byte before it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llmc.ir.dims import evaluate
+from llmc.runtime.executor import Executor
+from llmc.runtime.memory import aligned_empty
+
+NAN = 0xFF  # NaN in every float type, -1 in integers
+
+
+def spoil_memory(executor: Executor, byte: int = NAN) -> None:
+    """From now on every step begins with arena, scratch and outputs full of a byte."""
+    launch = executor._call
+
+    def call(variant, values, given, results) -> None:
+        arena = evaluate(variant.arena, values)
+        scratch = evaluate(variant.scratch, values) * executor.threads
+        executor._arena = _filled(executor._arena, arena, byte)
+        executor._scratch = _filled(executor._scratch, scratch, byte)
+        for result in results:
+            result.reshape(-1).view(np.uint8)[...] = byte
+        launch(variant, values, given, results)
+
+    executor._call = call  # type: ignore[method-assign]
+
+
+def spoil_states(executor: Executor, byte: int = NAN) -> None:
+    """Fill every page of every state."""
+    for state in executor._states:
+        state[:] = byte
+
+
+def _filled(memory: np.ndarray, size: int, byte: int) -> np.ndarray:
+    memory = memory if memory.size >= size else aligned_empty(size)
+    memory[:] = byte
+    return memory
