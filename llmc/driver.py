@@ -75,7 +75,8 @@ class Compiled:
         os.chmod(directory, 0o755)
         (directory / "variants").mkdir()
         for name, code in self.codes.items():
-            (directory / "variants" / f"{name}.o").write_bytes(code.object)
+            for extension, contents in code.files().items():
+                (directory / "variants" / f"{name}.{extension}").write_bytes(contents)
             text = format_program(self.programs[name])
             (directory / "variants" / f"{name}.txt").write_text(text)
         (directory / "files").mkdir()
@@ -145,7 +146,8 @@ FEW = ("tokens", "sequences", "rows")
 
 
 def variant_keys(graph: Graph, capabilities: Capabilities, limits: dict) -> dict[str, dict]:
-    """The variants that every artifact carries: generic, and one for the few tokens of decoding."""
+    """The variants that every artifact carries: generic, and one for the few tokens of decoding;
+    for GPUs also one for a single token: what is constant there costs no instructions."""
     names = {s.name: s for s in graph.symbols()}
     keys = {"generic": limits}
     if "tokens" in names and "rows" in names:
@@ -154,6 +156,10 @@ def variant_keys(graph: Graph, capabilities: Capabilities, limits: dict) -> dict
                for name, (low, high) in ranges.items()}
         if all(low <= high for low, high in few.values()):
             keys["few"] = {**limits, **few}
+            if capabilities.weight_layout == "columns" and all(
+                    low <= 1 <= high for low, high in ranges.values()):
+                keys["one"] = {**limits, "tokens": (1, 1), "sequences": (1, 1),
+                               "rows": (ranges["rows"][0], 1)}
     return keys
 
 

@@ -3,6 +3,8 @@
     manifest.json     everything the runtime needs to know (this module's dataclasses)
     weights.bin       packed weights, page-aligned, mapped at load
     variants/NAME.o   object code      variants/NAME.txt   the program it was made from
+    variants/NAME.ARCH.{cubin,ptx,json}   for GPUs, in place of object code: machine code, what
+                      later GPUs assemble, launches of a step with the assembler's report
     files/...         tokenizer and configuration files of the model
 
 Loading an artifact runs the code in it: load only what you would run. The manifest carries its own
@@ -159,6 +161,10 @@ class Artifact:
     def object_code(self, variant: VariantInfo) -> bytes:
         return self._read(f"{variant.name}.o")
 
+    def variant_file(self, variant: VariantInfo, extension: str) -> bytes:
+        """Contents of variants/NAME.EXTENSION."""
+        return self._read(f"{variant.name}.{extension}")
+
     def program_text(self, variant: VariantInfo) -> str:
         return self._read(f"{variant.name}.txt").decode()
 
@@ -170,6 +176,10 @@ class Artifact:
         """Base address of every copy of every weight, in ABI order."""
         base = self._mapping.ctypes.data if self._mapping.size else 0
         return [base + offset for weight in self.manifest.weights for offset in weight.offsets]
+
+    def packed_weights(self) -> np.ndarray:
+        """All of weights.bin, as bytes."""
+        return self._mapping
 
     def weight_data(self, weight: WeightInfo, copy: int = 0) -> np.ndarray:
         """The packed bytes of one copy."""

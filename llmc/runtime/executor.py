@@ -13,20 +13,17 @@ from llmc.ir.dims import Dim, evaluate, parse_dim
 from llmc.runtime.artifact import Artifact, VariantInfo
 from llmc.runtime.binding import Tensor, bind, check_inputs, make_symbols
 from llmc.runtime.host_device import Team, load_object
-from llmc.runtime.memory import aligned_empty
+from llmc.runtime.memory import aligned_empty, physical_memory
 
 POINTERS = ctypes.c_void_p
 
 
-class Variant:
-    """One loaded program: its step function, key, and how often and how long it ran."""
+class Described:
+    """A variant of any target: its key, and how often and how long it ran."""
 
-    def __init__(self, info: VariantInfo, symbols: Mapping[str, Dim], code: bytes):
+    def __init__(self, info: VariantInfo, symbols: Mapping[str, Dim]):
         self.info = info
         self.arena = parse_dim(info.arena, symbols)
-        self.scratch = parse_dim(info.scratch, symbols)
-        self.library = load_object(code)
-        self.step = self.library.function("llmc_step", ctypes.c_int32, ctypes.c_void_p)
         self.calls = 0
         self.seconds = 0.0
 
@@ -38,19 +35,24 @@ class Variant:
         return sum(high - low for low, high in self.info.key.values())
 
 
+class Variant(Described):
+    """One loaded program: its step function."""
+
+    def __init__(self, info: VariantInfo, symbols: Mapping[str, Dim], code: bytes):
+        super().__init__(info, symbols)
+        self.scratch = parse_dim(info.scratch, symbols)
+        self.library = load_object(code)
+        self.step = self.library.function("llmc_step", ctypes.c_int32, ctypes.c_void_p)
+
+
 class Executor:
     """Memory and code for one artifact. `run` is not thread-safe; Runtime serialises it."""
 
     def __init__(self, artifact: Artifact, threads: int):
-        manifest = artifact.manifest
-        self.artifact = artifact
-        self.symbols = make_symbols(manifest.symbols)
-        self.inputs = [Tensor(info, self.symbols) for info in manifest.inputs]
-        self.outputs = [Tensor(info, self.symbols) for info in manifest.outputs]
-        self.states = [Tensor(info, self.symbols) for info in manifest.states]
+        self._describe(artifact)
         self.variants = sorted(
             (Variant(info, self.symbols, artifact.object_code(info))
-             for info in manifest.variants), key=Variant.width)
+             for info in artifact.manifest.variants), key=Variant.width)
         self.team = Team(self.variants[0].library, threads)
         self._weights = _pointer_table(artifact.weight_addresses())
         self.threads = threads
@@ -58,9 +60,22 @@ class Executor:
         self._arena = aligned_empty(0)
         self._states: list[np.ndarray] = []
         self._state_table = _pointer_table([])
-        self.known = self._fixed()  # symbols that no input's shape has to tell
         self._cancel = np.zeros(1, np.int32)
+
+    def _describe(self, artifact: Artifact) -> None:
+        """What executors of every target know of an artifact."""
+        manifest = artifact.manifest
+        self.artifact = artifact
+        self.symbols = make_symbols(manifest.symbols)
+        self.inputs = [Tensor(info, self.symbols) for info in manifest.inputs]
+        self.outputs = [Tensor(info, self.symbols) for info in manifest.outputs]
+        self.states = [Tensor(info, self.symbols) for info in manifest.states]
+        self.known = self._fixed()  # symbols that no input's shape has to tell
         self._closed = False
+
+    def state_memory(self) -> int:
+        """Bytes that states may take: half of this machine's memory."""
+        return physical_memory() // 2
 
     def allocate_states(self, known: Mapping[str, int]) -> None:
         """Reserve the states' pools; `known` gives the symbols in their shapes (pool sizes)."""
@@ -74,8 +89,9 @@ class Executor:
 
     def _fixed(self) -> dict[str, int]:
         """Symbols that the artifact was compiled for one value of."""
-        widest = self.variants[-1].info.key
-        return {name: low for name, (low, high) in widest.items() if low == high}
+        keys = [info.key for info in self.artifact.manifest.variants]
+        return {name: low for name, (low, high) in keys[0].items()
+                if low == high and all(key[name] == (low, high) for key in keys)}
 
     def largest(self, name: str) -> int:
         """The largest value of a symbol that some variant covers."""

@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 
 from llmc import knobs
-from llmc.errors import DeviceError, LlmcError, ModelError, ShapeError
+from llmc.errors import LlmcError, ModelError, ShapeError
 from llmc.runtime.artifact import Artifact, is_artifact
 from llmc.runtime.cpu import check_cpu
 from llmc.runtime.encoder import Encoder, Sentence, pool
 from llmc.runtime.executor import Executor
 from llmc.runtime.jit import cached_artifact
-from llmc.runtime.memory import physical_memory
 from llmc.runtime.onnx_language_model import OnnxLanguageModel
 from llmc.runtime.padding import pad, read_dense
 from llmc.runtime.pages import PAGE
@@ -26,6 +25,7 @@ from llmc.runtime.pages import Sequence as CachedSequence
 from llmc.runtime.progress import Progress, silent
 from llmc.runtime.sampling import Sampling, sample
 from llmc.runtime.step import Chunk, LanguageModel
+from llmc.runtime.targets import check_target, resolve_target
 
 CHUNK_TOKENS = 512  # tokens of one step: enough to be bound by arithmetic, small in memory
 LOGIT_BYTES = 64 << 20  # most memory for the logits of one step
@@ -41,6 +41,7 @@ class Options:
     max_batch    sequences that must fit the KV cache together at full length (default 1)
     kv_memory    bytes for the KV cache (default: what max_batch and max_context need, at most half
                  of this machine's memory; pages are committed as they are used)
+    device       number of the GPU (default 0)
     cache_dir    where compiled models are kept (default: LLMC_CACHE_DIR)
     progress     called with (phase, share done) while compiling
     """
@@ -50,6 +51,7 @@ class Options:
     max_context: int | None = None
     max_batch: int = 1
     kv_memory: int | None = None
+    device: int = 0
     cache_dir: str | os.PathLike[str] | None = None
     progress: Progress = silent
 
@@ -71,19 +73,18 @@ class Runtime:
     """A model that runs. Steps are serialised, so several threads may call.
 
     model: an artifact directory, a `Compiled`, a checkpoint directory or an .onnx file (the last
-    two are compiled into the cache first). target: "host". Options: see `Options`.
+    two are compiled into the cache first). target: "host",
+    "nvptx" (an NVIDIA GPU; DeviceError if there is none) or "auto", which says what it chose; an
+    artifact runs where it was compiled for. Options: see `Options`.
     """
 
     def __init__(self, model: str | os.PathLike[str] | Any, target: str = "host", **options: Any):
-        if target != "host":
-            raise DeviceError(f"target {target!r} is not available; this version runs on 'host'")
         self.options = _options(options)
         self.artifact = self._open(model, target)
         self.manifest = self.artifact.manifest
         self.config = self.manifest.config
-        check_cpu(self.manifest.target)
         self.threads = self.options.threads or default_threads(self.manifest.weight_bytes)
-        self.executor = Executor(self.artifact, self.threads)
+        self.executor = self._make_executor()
         self._lock = threading.RLock()
         self._tokenizer: Any = None
         self._generations = 0
@@ -95,14 +96,25 @@ class Runtime:
         path = Path(getattr(model, "path", model))
         if is_artifact(path):
             artifact = Artifact(path)
+            check_target(artifact.manifest.target, target)
             if self.options.dtype not in (None, artifact.manifest.dtype):
                 raise LlmcError(f"{path} was compiled for {artifact.manifest.dtype}, not "
                                 f"{self.options.dtype}: compile the model again with that dtype")
             return artifact
         if not path.exists():
             raise ModelError(f"{path}: no such file or directory")
+        target = resolve_target(target, self.options.device)
         cache = Path(self.options.cache_dir) if self.options.cache_dir else None
         return cached_artifact(path, target, self.options.dtype, cache, {}, self.options.progress)
+
+    def _make_executor(self) -> Executor:
+        """Memory and code on the machine that the artifact was compiled for."""
+        if not self.manifest.target.startswith("nvptx"):
+            check_cpu(self.manifest.target)
+            return Executor(self.artifact, self.threads)
+        from llmc.runtime.cuda_executor import CudaExecutor
+
+        return CudaExecutor(self.artifact, self.options.device)
 
     def _make_model(self) -> LanguageModel | Encoder | OnnxLanguageModel | None:
         limit = self.config.get("max_context") or 0
@@ -127,7 +139,7 @@ class Runtime:
         values = {"pool_pages": 1}
         per_page = sum(int(np.prod(t.concrete_shape(values))) * t.count * t.dtype.bits // 8
                        for t in self.executor.states)
-        memory = self.options.kv_memory or physical_memory() // 2
+        memory = self.options.kv_memory or self.executor.state_memory()
         return max(1, min(pages, memory // max(1, per_page)))
 
     # ---- running --------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """GPU code: program -> LLVM module -> PTX -> cubin, for each architecture of a target.
 
-Each stage is a kernel `void stage_N(arguments*, i64 layer)`; arguments are the host ABI's, in device
-memory. A step is a list of launches in order, which the runtime captures into one graph.
+Each stage is a kernel `void stage_N(arguments*, i64 layer)`; arguments are the host ABI's, in
+device memory. A step is a list of launches in order, which the runtime captures into one graph.
 """
 
 from __future__ import annotations

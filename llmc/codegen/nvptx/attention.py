@@ -18,7 +18,7 @@ from llmc.codegen.expr import Expression, operand_sources
 from llmc.codegen.host.attention_sources import Operand
 from llmc.codegen.host.attention_views import result_view
 from llmc.codegen.integers import Index
-from llmc.codegen.llvm import F32, I64, f32, i32, i64, ir
+from llmc.codegen.llvm import F32, f32, i32, i64, ir
 from llmc.codegen.nvptx.attention_sources import Keys, make_keys
 from llmc.codegen.nvptx.kernel import WARP, DeviceEmitter, DeviceFrame, Kernel
 from llmc.codegen.target import Target
@@ -183,8 +183,8 @@ class _Query:
 
     def _add_values(self, chunk: ir.Value, first: ir.Value, last: ir.Value, weight: ir.Value,
                     sums: Sequence[ir.Value]) -> list[ir.Value]:
-        """The chunk's values, weighted; AHEAD rows are asked for at once. Keys beyond the ends stand
-        for the last one again, with weight zero: memory there may hold anything."""
+        """The chunk's values, weighted; AHEAD rows are asked for at once. Keys beyond the ends
+        stand for the last one again, with weight zero: memory there may hold anything."""
         e, x, kernel = self.e, self.x, self.kernel
         stop = e.b.add(last, i64(1))
         with x.fold(x.index(first), x.index(stop), list(sums), AHEAD) as (index, state, finish):
@@ -269,8 +269,8 @@ def _fixed(stage: Stage, node: Node, axis: int) -> int:
 
 
 def _vector(size: int, threads: int) -> int:
-    """Elements of a vector: a power of two up to 8 that divides size, and leaves no thread idle that
-    could have work."""
+    """Elements of a vector: a power of two up to 8 that divides size, and leaves no thread idle
+    that could have work."""
     width = 8
     while size % width or (width > 1 and width * threads > max(size, threads)):
         width //= 2

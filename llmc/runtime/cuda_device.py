@@ -1,0 +1,252 @@
+"""An NVIDIA GPU: opening it, memory, code, and weights on their way to it.
+
+All of it through the driver, by cuda.bindings; whatever is missing or fails is a DeviceError that
+says what was found and what helps.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from llmc.errors import DeviceError
+
+STAGING_BYTES = 32 << 20  # of each of the two pinned buffers that weights pass through
+OLDEST_DRIVER = 12000  # CUDA 12.0, the first that reads the PTX we write
+
+
+@cache
+def _driver() -> Any:
+    """cuda.bindings.driver with the driver initialised; DeviceError if that cannot be."""
+    try:
+        from cuda.bindings import driver
+    except ImportError:
+        raise DeviceError("the CUDA bindings for Python are missing: install them with "
+                          "pip install 'llmc[cuda]', or run with --target host") from None
+    try:
+        (status,) = driver.cuInit(0)
+    except RuntimeError:
+        raise DeviceError("no NVIDIA driver on this machine (libcuda.so.1 was not found): install "
+                          "the driver, version 525 or newer, or compile and run for --target "
+                          "host") from None
+    if status == driver.CUresult.CUDA_ERROR_NO_DEVICE:
+        raise DeviceError("the NVIDIA driver finds no GPU on this machine: check nvidia-smi and "
+                          "CUDA_VISIBLE_DEVICES, or run with --target host")
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise DeviceError(f"the NVIDIA driver does not start: {_describe(driver, status)}")
+    return driver
+
+
+def call(name: str, *arguments: Any) -> Any:
+    """A driver function by its name; its result, or DeviceError with the driver's own words."""
+    driver = _driver()
+    status, *values = getattr(driver, name)(*arguments)
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise DeviceError(f"the GPU driver fails in {name}: {_describe(driver, status)}")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def _describe(driver: Any, status: Any) -> str:
+    _, text = driver.cuGetErrorString(status)
+    return f"{status.name.removeprefix('CUDA_ERROR_').lower()}: {(text or b'').decode()}"
+
+
+class Device:
+    """One GPU, its primary context and a stream of our own.
+
+    capability: (major, minor); driver: CUDA version that it supports, such as 13000.
+    """
+
+    def __init__(self, ordinal: int = 0):
+        driver = _driver()
+        count = call("cuDeviceGetCount")
+        if not 0 <= ordinal < count:
+            raise DeviceError(f"there is no GPU {ordinal}: the driver shows {count}")
+        self.driver = call("cuDriverGetVersion")
+        if self.driver < OLDEST_DRIVER:
+            raise DeviceError(f"the NVIDIA driver supports CUDA {_version(self.driver)}, "
+                              f"{_version(OLDEST_DRIVER)} or newer is needed: update the driver")
+        self.ordinal = ordinal
+        self._handle = call("cuDeviceGet", ordinal)
+        self.name = call("cuDeviceGetName", 128, self._handle).rstrip(b"\0").decode()
+        attribute = driver.CUdevice_attribute
+        self.capability = tuple(
+            call("cuDeviceGetAttribute", each, self._handle) for each in (
+                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR))
+        self.memory = call("cuDeviceTotalMem", self._handle)
+        self._context = call("cuDevicePrimaryCtxRetain", self._handle)
+        self.use()
+        self.stream = call("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+
+    @property
+    def architecture(self) -> str:
+        """What code for this GPU is compiled for: sm_90a on Hopper, for its own instructions."""
+        major, minor = self.capability
+        return f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
+
+    def use(self) -> None:
+        """Make the context current in this thread."""
+        call("cuCtxSetCurrent", self._context)
+
+    def free_memory(self) -> int:
+        """Bytes."""
+        return call("cuMemGetInfo")[0]
+
+    def wait(self) -> None:
+        """Until everything on the stream is done; an error of a kernel shows here."""
+        call("cuStreamSynchronize", self.stream)
+
+    def __str__(self) -> str:
+        return (f"{self.name}, {self.architecture}, {self.memory / 2**30:.0f} GiB, driver for CUDA "
+                f"{_version(self.driver)}")
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+class Memory:
+    """Device memory; freed with the object. DeviceError says what was asked for."""
+
+    def __init__(self, device: Device, size: int, purpose: str):
+        self.size = max(size, 256)
+        self.address = 0
+        free = device.free_memory()
+        if self.size > free:
+            raise DeviceError(f"GPU {device.ordinal} ({device.name}) has {free / 2**20:.0f} MiB "
+                              f"free, the {purpose} take {self.size / 2**20:.0f} MiB: a smaller "
+                              "max_context, max_batch or kv_memory needs less")
+        self.address = int(call("cuMemAlloc", self.size))
+
+    def clear(self, device: Device, byte: int = 0) -> None:
+        call("cuMemsetD8Async", self.address, byte, self.size, device.stream)
+
+    def close(self) -> None:
+        """Free it; nothing on the device may use it any more."""
+        if self.address:
+            call("cuMemFree", self.address)
+            self.address = 0
+
+
+class PinnedMemory:
+    """Host memory that the GPU copies from and to directly. array: its bytes."""
+
+    def __init__(self, size: int):
+        self.size = max(size, 256)
+        self.address = int(call("cuMemHostAlloc", self.size, 0))
+        self.array = np.ctypeslib.as_array(
+            (ctypes.c_uint8 * self.size).from_address(self.address))
+
+    def close(self) -> None:
+        """Free it; `array` must not be used afterwards."""
+        if self.address:
+            call("cuMemFreeHost", self.address)
+            self.address = 0
+
+
+def upload(device: Device, source: np.ndarray, address: int) -> None:
+    """Copy bytes to the device, through two pinned buffers: reading a file and copying overlap."""
+    buffers = [PinnedMemory(min(STAGING_BYTES, source.size)) for _ in range(2)]
+    events = [call("cuEventCreate", 0) for _ in buffers]
+    try:
+        for number, start in enumerate(range(0, source.size, STAGING_BYTES)):
+            buffer, event = buffers[number % 2], events[number % 2]
+            call("cuEventSynchronize", event)
+            part = source[start:start + STAGING_BYTES]
+            buffer.array[:part.size] = part
+            call("cuMemcpyHtoDAsync", address + start, buffer.address, part.size, device.stream)
+            call("cuEventRecord", event, device.stream)
+        device.wait()
+    finally:
+        for event in events:
+            call("cuEventDestroy", event)
+        for buffer in buffers:
+            buffer.close()
+
+
+class Module:
+    """Loaded code: a cubin, or PTX that the driver assembles now."""
+
+    def __init__(self, code: bytes, name: str):
+        self.name = name
+        self._handle = call("cuModuleLoadData", code + b"\0")
+
+    def function(self, name: str, shared_bytes: int) -> Any:
+        """A kernel that may be launched with that much dynamic shared memory."""
+        function = call("cuModuleGetFunction", self._handle, name.encode())
+        if shared_bytes > 48 << 10:
+            attribute = _driver().CUfunction_attribute
+            call("cuFuncSetAttribute", function,
+                 attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)
+        return function
+
+    def close(self) -> None:
+        if self._handle is not None:
+            call("cuModuleUnload", self._handle)
+            self._handle = None
+
+
+def launch(device: Device, function: Any, blocks: int, threads: int, shared_bytes: int,
+           arguments: int, layer: int) -> None:
+    """Put a stage's kernel on the stream. arguments: device address of the step's arguments."""
+    values = ((arguments, layer), (ctypes.c_void_p, ctypes.c_int64))
+    call("cuLaunchKernel", function, max(1, blocks), 1, 1, threads, 1, 1, shared_bytes,
+         device.stream, values, 0)
+
+
+class Graph:
+    """What a function puts on the stream, captured; `launch` puts all of it there at once."""
+
+    def __init__(self, device: Device, record: Any):
+        driver = _driver()
+        self.device = device
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        call("cuStreamBeginCapture", device.stream, mode)
+        try:
+            record()
+        finally:
+            graph = call("cuStreamEndCapture", device.stream)
+        self._executable = call("cuGraphInstantiate", graph, 0)
+        call("cuGraphDestroy", graph)
+
+    def launch(self) -> None:
+        call("cuGraphLaunch", self._executable, self.device.stream)
+
+    def close(self) -> None:
+        """The device must be done with it."""
+        if self._executable is not None:
+            call("cuGraphExecDestroy", self._executable)
+            self._executable = None
+
+
+def choose_architecture(device: Device, available: Sequence[tuple[str, str]]) -> tuple[str, str]:
+    """Of (architecture, "cubin" or "ptx"), what fits the GPU best; DeviceError if nothing does.
+
+    Machine code runs on its own major version from its minor one on, PTX on every later GPU; what
+    ends in "a" runs on that one alone.
+    """
+    def rank(item: tuple[str, str]) -> tuple[int, int, bool] | None:
+        name, form = item
+        number = int(name.removeprefix("sm_").rstrip("a"))
+        own = (number // 10, number % 10)
+        exact = own == device.capability
+        if name.endswith("a"):
+            fits = exact
+        elif form == "cubin":
+            fits = own[0] == device.capability[0] and own <= device.capability
+        else:
+            fits = own <= device.capability
+        return (number, name.endswith("a"), form == "cubin") if fits else None
+
+    ranked = [(key, item) for item in available if (key := rank(item)) is not None]
+    if not ranked:
+        names = ", ".join(sorted({name for name, _ in available}))
+        raise DeviceError(f"this artifact was compiled for {names}, GPU {device.ordinal} "
+                          f"({device.name}) is {device.architecture}: compile it again with "
+                          f"--arch {device.architecture}")
+    return max(ranked)[1]

@@ -1,0 +1,255 @@
+"""Runs an artifact's variants on an NVIDIA GPU: arrays in, arrays out.
+
+A step is: its arguments and inputs in one copy to the device, the stages' kernels, its outputs in
+one copy back. A step of a shape that came before is one launch of a captured graph. What differs
+between such steps (symbols, page tables, tokens) lies in the copied block; grids are part of what a
+graph was captured for.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from llmc.ir.dims import Dim, evaluate, parse_dim
+from llmc.runtime.artifact import Artifact, VariantInfo
+from llmc.runtime.cuda_device import (
+    Device,
+    Graph,
+    Memory,
+    Module,
+    PinnedMemory,
+    call,
+    choose_architecture,
+    launch,
+    upload,
+)
+from llmc.runtime.executor import Described, Executor
+
+ALIGNMENT = 256  # bytes, of every tensor in device memory
+FIELDS = 9  # of the step's arguments
+MOST_GRAPHS = 64
+
+
+class DeviceVariant(Described):
+    """One loaded program: its kernels in order."""
+
+    def __init__(self, info: VariantInfo, symbols: Mapping[str, Dim], artifact: Artifact,
+                 architecture: str, form: str):
+        super().__init__(info, symbols)
+        code = artifact.variant_file(info, f"{architecture}.{form}")
+        self.module = Module(code, info.name)
+        steps = json.loads(artifact.variant_file(info, f"{architecture}.json"))["steps"]
+        functions: dict[str, Any] = {}
+        self.launches: list[tuple[Any, Dim, int, int, int]] = []
+        for step in steps:
+            for layer in range(step["count"]):
+                for each in step["launches"]:
+                    name, shared = each["kernel"], each["shared_bytes"]
+                    if name not in functions:
+                        functions[name] = self.module.function(name, shared)
+                    self.launches.append((functions[name], parse_dim(each["blocks"], symbols),
+                                          each["threads"], shared, layer))
+
+    def grids(self, values: Mapping[str, int]) -> tuple[int, ...]:
+        """Blocks of every launch at a shape."""
+        known: dict[Dim, int] = {}
+        for _, blocks, *_ in self.launches:
+            if blocks not in known:
+                known[blocks] = evaluate(blocks, values)
+        return tuple(known[blocks] for _, blocks, *_ in self.launches)
+
+
+class CudaExecutor(Executor):
+    """Memory and code for one artifact on one GPU. `run` is not thread-safe; Runtime serialises
+    it."""
+
+    def __init__(self, artifact: Artifact, ordinal: int = 0):
+        self.device = Device(ordinal)
+        self._describe(artifact)
+        architecture, form = choose_architecture(self.device, _available(artifact))
+        self.variants = sorted(
+            (DeviceVariant(info, self.symbols, artifact, architecture, form)
+             for info in artifact.manifest.variants), key=DeviceVariant.width)
+        self.threads = 0
+        packed = artifact.packed_weights()
+        self._weights = Memory(self.device, packed.size, "weights")
+        upload(self.device, packed, self._weights.address)
+        addresses = [self._weights.address + offset for weight in artifact.manifest.weights
+                     for offset in weight.offsets]
+        self._weight_table = self._table(addresses)
+        self._state_table = self._table([])
+        self._state_memory: Memory | None = None
+        self._grown: dict[str, Memory | PinnedMemory] = {}
+        self._graphs: OrderedDict[tuple, Graph | None] = OrderedDict()
+        self.graph_launches = 0
+
+    def _table(self, addresses: Sequence[int]) -> Memory:
+        """A table of pointers in device memory."""
+        table = Memory(self.device, 8 * len(addresses), "pointers")
+        if addresses:
+            upload(self.device, np.array(addresses, np.uint64).view(np.uint8), table.address)
+        return table
+
+    def state_memory(self) -> int:
+        """Bytes that states may take: what is free, less some for activations."""
+        self.device.use()
+        return max(1, self.device.free_memory() * 9 // 10 - (1 << 30))
+
+    def allocate_states(self, known: Mapping[str, int]) -> None:
+        """Reserve the states' pools; `known` gives the symbols in their shapes (pool sizes)."""
+        self.device.use()
+        self.known = self._fixed() | dict(known)
+        offsets, total = [], 0
+        for tensor in self.states:
+            size = int(np.prod(tensor.concrete_shape(known), dtype=np.int64))
+            for _ in range(tensor.count):
+                offsets.append(total)
+                total += _aligned(size * tensor.dtype.bits // 8)
+        self._drop_graphs()
+        for old in (self._state_memory, self._state_table):
+            if old is not None:
+                old.close()
+        self._state_memory = memory = Memory(self.device, total, "states")
+        memory.clear(self.device)
+        self._state_table = self._table([memory.address + offset for offset in offsets])
+
+    # ---- a step -------------------------------------------------------------------------------
+
+    def _call(self, variant: Any, values: Mapping[str, int], given: Sequence[np.ndarray],
+              results: Sequence[np.ndarray]) -> None:
+        self.device.use()
+        started = time.perf_counter()
+        arena = self._at_least("arena", evaluate(variant.arena, values))
+        offsets, size = _places([array.nbytes for array in results])
+        outputs = self._at_least("outputs", size)
+        host_outputs = self._at_least("host outputs", size)
+        copied = self._fill_block(arena, [outputs.address + offset for offset in offsets], values,
+                                  given)
+        self._run(variant, variant.grids(values), copied, size)
+        self.device.wait()
+        for offset, result in zip(offsets, results, strict=True):
+            source = host_outputs.array[offset:offset + result.nbytes]
+            result.reshape(-1).view(np.uint8)[:] = source
+        variant.seconds += time.perf_counter() - started
+        variant.calls += 1
+
+    def _fill_block(self, arena: Any, outputs: Sequence[int], values: Mapping[str, int],
+                    given: Sequence[np.ndarray]) -> int:
+        """Write arguments, symbols, tables and inputs into the pinned block; the bytes to copy, a
+        power of two so that one graph serves many lengths."""
+        symbols = [values.get(info.name, info.low) for info in self.artifact.manifest.symbols]
+        numbers = FIELDS + len(symbols) + len(given) + len(outputs)
+        places, size = _places([8 * numbers, *(array.nbytes for array in given)])
+        copied = max(4096, 1 << (size - 1).bit_length())
+        block = self._at_least("block", copied)
+        host = self._at_least("host block", copied)
+        base = block.address
+        at_symbols = base + 8 * FIELDS
+        at_inputs = at_symbols + 8 * len(symbols)
+        at_outputs = at_inputs + 8 * len(given)
+        header = [at_symbols, at_inputs, at_outputs, self._weight_table.address,
+                  self._state_table.address, arena.address, 0, 0, 0,
+                  *symbols, *(base + place for place in places[1:]), *outputs]
+        host.array[:8 * numbers] = np.array(header, np.uint64).view(np.uint8)
+        for place, array in zip(places[1:], given, strict=True):
+            host.array[place:place + array.nbytes] = array.reshape(-1).view(np.uint8)
+        return copied
+
+    def _run(self, variant: Any, grids: tuple[int, ...], copied: int, size: int) -> None:
+        """The step's copies and kernels: one by one at first, as a graph when the shape repeats."""
+        key = (variant.info.name, grids, copied, size)
+        graph = self._graphs.get(key)
+        if graph is None:
+            def record() -> None:
+                self._record(variant, grids, copied, size)
+
+            if key not in self._graphs:
+                record()
+                self._remember(key, None)
+                return
+            graph = Graph(self.device, record)
+        self._remember(key, graph)
+        graph.launch()
+        self.graph_launches += 1
+
+    def _record(self, variant: Any, grids: tuple[int, ...], copied: int, size: int) -> None:
+        stream, block = self.device.stream, self._grown["block"].address
+        call("cuMemcpyHtoDAsync", block, self._grown["host block"].address, copied, stream)
+        for (function, _, threads, shared, layer), blocks in zip(variant.launches, grids,
+                                                                 strict=True):
+            launch(self.device, function, blocks, threads, shared, block, layer)
+        call("cuMemcpyDtoHAsync", self._grown["host outputs"].address,
+             self._grown["outputs"].address, size, stream)
+
+    def _remember(self, key: tuple, graph: Graph | None) -> None:
+        self._graphs[key] = graph
+        self._graphs.move_to_end(key)
+        if len(self._graphs) > MOST_GRAPHS:
+            _, old = self._graphs.popitem(last=False)
+            if old is not None:
+                self.device.wait()
+                old.close()
+
+    def _drop_graphs(self) -> None:
+        self.device.wait()
+        for graph in self._graphs.values():
+            if graph is not None:
+                graph.close()
+        self._graphs.clear()
+
+    def _at_least(self, name: str, size: int) -> Any:
+        """Memory that grows when it has to; captured graphs hold its address, so they go then."""
+        memory = self._grown.get(name)
+        if memory is None or memory.size < size:
+            self._drop_graphs()
+            if memory is not None:
+                memory.close()
+            self._grown[name] = memory = PinnedMemory(size) if name.startswith("host") else \
+                Memory(self.device, size, "activations")
+        return memory
+
+    def close(self) -> None:
+        """Free code and memory; the executor cannot run any more."""
+        if self._closed:
+            return
+        self._closed = True
+        self.device.use()
+        self._drop_graphs()
+        for memory in (*self._grown.values(), self._weights, self._weight_table,
+                       self._state_table, self._state_memory):
+            if memory is not None:
+                memory.close()
+        for variant in self.variants:
+            variant.module.close()
+
+
+def _available(artifact: Artifact) -> list[tuple[str, str]]:
+    """(architecture, form) of the code that every variant has."""
+    name = artifact.manifest.variants[0].name
+    found = []
+    for file in artifact.manifest.hashes:
+        folder, _, rest = file.partition("/")
+        parts = rest.split(".")
+        if folder == "variants" and len(parts) == 3 and parts[0] == name \
+                and parts[2] in ("cubin", "ptx"):
+            found.append((parts[1], parts[2]))
+    return found
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _places(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Offsets of tensors laid one after the other, and the end."""
+    places, total = [], 0
+    for size in sizes:
+        places.append(total)
+        total += _aligned(size)
+    return places, max(total, ALIGNMENT)
