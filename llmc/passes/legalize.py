@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from llmc.ir.dims import product
 from llmc.ir.graph import Graph, Node
-from llmc.ir.ops import ELEMENTWISE, OPS, make
+from llmc.ir.ops import OPS, make
 from llmc.ir.program import Capabilities
 from llmc.passes.match import NORMS, REDUCTIONS, is_last_axis
 from llmc.passes.rewrite import Rule, rewrite, rule
@@ -23,7 +23,7 @@ def legalize(graph: Graph, capabilities: Capabilities) -> Graph:
 
 def decompose_without_kernel(capabilities: Capabilities) -> Rule:
     """The rule that decomposes composites which are no kernel, nor part of the row-wise one."""
-    kept = capabilities.kernels | ELEMENTWISE | NORMS
+    kept = capabilities.kernels | NORMS
     lacking = tuple(name for name, op in OPS.items()
                     if op.decompose is not None and name not in kept)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmc.ir.dtypes import DType
 from llmc.ir.graph import Graph, Node, TensorType, rebuild
-from llmc.ir.ops import make
+from llmc.ir.ops import ELEMENTWISE, make
 
 LEAVES_OF_A_BODY = {"constant", "iota", "dim", "layer", "table"}
 ROW_WISE = {"softmax", "rms_norm", "layer_norm", "reduce_sum", "reduce_mean", "reduce_max",
@@ -120,9 +120,3 @@ def _same_element(user: Node, node: Node, output: Node) -> bool:
         return False
     return user.type is not None and not isinstance(user.type, tuple) and user.shape == output.shape
 
-
-ELEMENTWISE = frozenset("""
-neg abs exp log sqrt rsqrt reciprocal sin cos tanh erf floor ceil round sign not is_nan relu sigmoid
-silu softplus gelu add sub mul div floor_div mod pow max min equal not_equal less less_equal greater
-greater_equal and or xor where clamp cast
-""".split())
