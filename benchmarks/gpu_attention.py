@@ -1,0 +1,296 @@
+"""Attention alone on a GPU: right against f64, then timed beside torch's flash attention.
+
+    python benchmarks/gpu_attention.py [--check] [--time] [--only TEXT]
+
+Prefill is judged by TFLOP/s (causal: half of all products), decode by GB/s of cache read once; the
+caches of decode are rotated, so that they come from memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "codegen"), str(ROOT / "tests/codegen/nvptx")]
+
+import attention_harness as reference  # noqa: E402
+from attention_on_device import Device, DeviceStage, LoadedStage, run_once  # noqa: E402
+
+from llmc.ir.dims import symbol  # noqa: E402
+from llmc.ir.layouts import KeyPages, ValuePages, pack, unpack  # noqa: E402
+from llmc.ir.ops import PAGE, make  # noqa: E402
+
+MIX = [(1, 0), (7, 30), (33, 0), (1, 200), (1, 31), (129, 5), (2, 64), (1, 1500)]
+FEW = [(1, 700), (1, 0), (3, 65), (1, 95), (2, 31)]
+TOLERANCE = {"f32": 4e-6, "f16": 2e-3, "bf16": 1.2e-2}
+LAYOUTS = {"k": ValuePages(), "v": ValuePages()}
+
+
+# ---- right or wrong ----------------------------------------------------------------------------
+
+
+def device_arrays(arrays: dict, inputs) -> dict:
+    """Keys laid as the GPU wants them."""
+    shape = next(x.shape for x in inputs if x["name"] == "k")
+    return {**arrays, "k": pack(unpack(arrays["k"], KeyPages(), shape), ValuePages())}
+
+
+def relative_error(got: np.ndarray, want: np.ndarray) -> float:
+    got = got.astype(np.float64).reshape(want.shape)
+    if not np.isfinite(got).all():
+        return float("inf")
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def check_paged(device, sequences, heads, kv_heads, size, dtype_name, **attributes) -> float:
+    inputs, result, _, arrays, dense = reference.paged_case(
+        sequences, heads, kv_heads, size, dtype_name, **attributes)
+    output = make("reshape", result, shape=(result.shape[0], heads * size))
+    stage = DeviceStage(inputs, output, layouts=LAYOUTS)
+    got = run_once(device, stage, device_arrays(arrays, inputs))
+    starts = arrays["offsets"]
+    want = np.concatenate([
+        reference.oracle(arrays["q"][starts[i]:starts[i + 1]], k, v, size**-0.5, **attributes)
+        for i, (k, v) in enumerate(dense)])
+    return relative_error(got, want.reshape(want.shape[0], -1))
+
+
+def check_packed(device, lengths, heads, kv_heads, size, dtype_name, seen=None, **attributes):
+    tokens = sum(lengths)
+    offsets = np.cumsum([0, *lengths]).astype(np.int32)
+    shapes = {"q": (tokens, heads, size), "k": (tokens, kv_heads, size),
+              "v": (tokens, kv_heads, size)}
+    arrays = {name: reference.random(shape, dtype_name, seed)
+              for seed, (name, shape) in enumerate(shapes.items())}
+    inputs = [reference.leaf(name, dtype_name, *shape) for name, shape in shapes.items()]
+    arrays["offsets"] = offsets
+    inputs.append(reference.leaf("offsets", "i32", len(offsets)))
+    if seen is not None:
+        arrays["lengths"] = np.array(seen, np.int32)
+        inputs.append(reference.leaf("lengths", "i32", len(seen)))
+    result = make("packed_attention", *inputs, **attributes)
+    want = reference.evaluate_exactly(result, arrays, {})
+    return relative_error(run_once(device, DeviceStage(inputs, result), arrays), want)
+
+
+def check_dense(device, batch, heads, kv_heads, queries, keys, size, dtype_name, mask=None,
+                **attributes):
+    shapes = {"q": (batch, queries, heads, size), "k": (batch, keys, kv_heads, size),
+              "v": (batch, keys, kv_heads, size)}
+    arrays = {name: reference.random(shape, dtype_name, seed)
+              for seed, (name, shape) in enumerate(shapes.items())}
+    inputs = [reference.leaf(name, dtype_name, *shape) for name, shape in shapes.items()]
+    operands = [make("transpose", x, permutation=(0, 2, 1, 3)) for x in inputs]
+    if mask is not None:
+        arrays["mask"] = mask
+        kind = "bool" if mask.dtype == bool else "f32"
+        inputs.append(reference.leaf("mask", kind, *mask.shape))
+        operands.append(inputs[-1])
+    result = make("transpose", make("attention", *operands, **attributes),
+                  permutation=(0, 2, 1, 3))
+    want = reference.evaluate_exactly(result, arrays, {})
+    return relative_error(run_once(device, DeviceStage(inputs, result), arrays), want)
+
+
+def cases():
+    """(name, dtype, function of the device)."""
+    for dtype, heads, kv_heads, size in [
+            ("bf16", 8, 2, 64), ("bf16", 8, 2, 128), ("f16", 8, 1, 128), ("bf16", 4, 4, 128),
+            ("bf16", 5, 1, 80), ("f16", 6, 2, 96), ("bf16", 2, 2, 256), ("bf16", 40, 2, 64),
+            ("f16", 8, 4, 16), ("f16", 4, 2, 32), ("bf16", 8, 2, 20), ("f32", 8, 2, 64),
+            ("f32", 14, 2, 7), ("f32", 4, 2, 128), ("f32", 2, 1, 256), ("f32", 71, 1, 8)]:
+        for name, sequences in (("mix", MIX), ("few", FEW)):
+            yield (f"paged {name} {dtype} {heads}/{kv_heads} x {size}", dtype,
+                   lambda device, s=sequences, h=heads, g=kv_heads, d=size, t=dtype:
+                   check_paged(device, s, h, g, d, t))
+    for attributes in ({"window": 1}, {"window": 33}, {"softcap": 5.0},
+                       {"window": 40, "softcap": 50.0}):
+        for dtype, sequences in (("bf16", MIX), ("bf16", FEW), ("f32", MIX)):
+            yield (f"paged {dtype} {attributes} {len(sequences)}", dtype,
+                   lambda device, a=attributes, t=dtype, s=sequences:
+                   check_paged(device, s, 8, 2, 64, t, **a))
+    for dtype, size in (("bf16", 64), ("f32", 64), ("f16", 24)):
+        for causal in (False, True):
+            yield (f"packed {dtype} x {size} causal {causal}", dtype,
+                   lambda device, t=dtype, d=size, c=causal:
+                   check_packed(device, [3, 70, 1, 129], 6, 2, d, t, causal=c))
+        yield (f"packed {dtype} x {size} lengths", dtype, lambda device, t=dtype, d=size:
+               check_packed(device, [5, 70, 1, 129], 4, 4, d, t, seen=[3, 70, 0, 100]))
+        yield (f"dense {dtype} x {size}", dtype, lambda device, t=dtype, d=size:
+               check_dense(device, 2, 6, 2, 33, 71, d, t, causal=True, window=30))
+        chosen = np.random.default_rng(1).random((2, 1, 33, 71)) < 0.7
+        yield (f"dense {dtype} x {size} bool mask", dtype, lambda device, t=dtype, d=size, m=chosen:
+               check_dense(device, 2, 6, 2, 33, 71, d, t, mask=m))
+        added = np.where(chosen[:, :, :1], 0, np.finfo(np.float32).min).astype(np.float32)
+        yield (f"dense {dtype} x {size} added mask", dtype, lambda device, t=dtype, d=size, m=added:
+               check_dense(device, 2, 6, 2, 33, 71, d, t, mask=m))
+
+
+def check(device, only: str) -> int:
+    wrong = 0
+    for name, dtype, run in cases():
+        if only not in name:
+            continue
+        start = time.time()
+        try:
+            error = run(device)
+            verdict = "ok" if error < TOLERANCE[dtype] else "WRONG"
+            note = f"{error:.2e}"
+        except Exception as problem:  # a table of all cases, whatever one does
+            verdict, note = "FAILED", f"{problem} {traceback.format_exc().splitlines()[-4:]}"[:600]
+        wrong += verdict != "ok"
+        print(f"{verdict:6} {name}: {note} ({time.time() - start:.1f} s)", flush=True)
+        if "ILLEGAL" in note or "LAUNCH_FAILED" in note:
+            print("the device does not go on after this")
+            return wrong
+    print(f"{wrong} wrong")
+    return wrong
+
+
+# ---- fast or slow ------------------------------------------------------------------------------
+
+
+def paged_stage(heads, kv_heads, size, few: bool, single: bool = False) -> DeviceStage:
+    """A stage with symbolic dims, as programs have them."""
+    most = 8 if few else 32768
+    tokens, sequences = symbol("tokens", 1, most), symbol("sequences", 1, 256)
+    width, pool = symbol("table_width", 1), symbol("pool_pages", 1)
+    leaf = reference.leaf
+    inputs = [leaf("q", "bf16", tokens, heads, size), leaf("k", "bf16", pool, PAGE, kv_heads, size),
+              leaf("v", "bf16", pool, PAGE, kv_heads, size),
+              leaf("page_table", "i32", sequences, width), leaf("sequence", "i32", tokens),
+              leaf("positions", "i32", tokens), leaf("offsets", "i32", sequences + 1)]
+    symbols = {"tokens": (1, most), "sequences": (1, 256), "table_width": (1, 8192),
+               "pool_pages": (1, 1 << 24)}
+    return DeviceStage(inputs, make("paged_attention", *inputs), symbols, LAYOUTS)
+
+
+def step(torch, device, stage, sequences, heads, kv_heads, size, caches: int):
+    """LoadedStages of one shape, each with a cache of its own. sequences: (new, past)."""
+    integers = {"dtype": torch.int32, "device": "cuda"}
+    lengths = [new + past for new, past in sequences]
+    width = max(-(-length // PAGE) for length in lengths)
+    pages = width * len(sequences)
+    tokens = sum(new for new, _ in sequences)
+    held = {
+        "q": torch.randn(tokens, heads, size, dtype=torch.bfloat16, device="cuda"),
+        "page_table": torch.randperm(pages, device="cuda").to(torch.int32),
+        "sequence": torch.tensor([i for i, (new, _) in enumerate(sequences)
+                                  for _ in range(new)], **integers),
+        "positions": torch.tensor([p for new, past in sequences
+                                   for p in range(past, past + new)], **integers),
+        "offsets": torch.tensor(np.cumsum([0] + [new for new, _ in sequences]), **integers),
+        "result": torch.empty(tokens, heads, size, dtype=torch.bfloat16, device="cuda"),
+    }
+    dims = {"tokens": tokens, "sequences": len(sequences), "table_width": width,
+            "pool_pages": pages}
+    loaded = []
+    for _ in range(caches):
+        held = dict(held)
+        for name in ("k", "v"):
+            held[name] = torch.randn(pages, kv_heads, PAGE, size, dtype=torch.bfloat16,
+                                     device="cuda")
+        stage_here = LoadedStage(device, stage, dims,
+                                 {name: tensor.data_ptr() for name, tensor in held.items()})
+        stage_here.held.append(held)
+        loaded.append(stage_here)
+    return loaded
+
+
+def graph_time(torch, runs) -> float:
+    """Median microseconds of one of `runs`, captured one after the other."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for run in runs:
+            run(stream.cuda_stream)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for run in runs:
+                run(stream.cuda_stream)
+        times = []
+        for _ in range(12):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            stop.record()
+            stop.synchronize()
+            times.append(start.elapsed_time(stop) * 1000 / len(runs))
+    return statistics.median(times[2:])
+
+
+def peer(torch, batch, queries, keys, heads, kv_heads, size, causal, count: int) -> float:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def random(length, many):
+        return torch.randn(batch, many, length, size, dtype=torch.bfloat16, device="cuda")
+
+    q = random(queries, heads)
+    caches = [(random(keys, kv_heads), random(keys, kv_heads)) for _ in range(count)]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return graph_time(torch, [lambda _, k=k, v=v: attend(
+            q, k, v, is_causal=causal, enable_gqa=heads != kv_heads) for k, v in caches])
+
+
+def time_prefill(torch, device, only: str) -> None:
+    for heads, kv_heads, size in ((32, 8, 128), (32, 8, 64)):
+        stage = paged_stage(heads, kv_heads, size, few=False)
+        registers = {name: report.registers for name, report in stage.reports.items()}
+        for length in (512, 2048, 8192, 16384):
+            name = f"prefill {heads}/{kv_heads} x {size}, {length}"
+            if only not in name:
+                continue
+            loaded = step(torch, device, stage, [(length, 0)], heads, kv_heads, size, 3)
+            ours = graph_time(torch, [each.run for each in loaded])
+            theirs = peer(torch, 1, length, length, heads, kv_heads, size, True, 3)
+            flops = 2 * length * length * size * heads
+            print(f"{name}: {ours:.1f} us {flops / ours / 1e6:.0f} TFLOP/s; torch {theirs:.1f} us "
+                  f"{flops / theirs / 1e6:.0f}; {theirs / ours:.2f} of it {registers}", flush=True)
+
+
+def time_decode(torch, device, only: str) -> None:
+    for heads, kv_heads, size, batch, context in (
+            (32, 8, 64, 1, 1024), (32, 8, 128, 1, 1024), (32, 8, 128, 1, 16384),
+            (32, 8, 128, 1, 131072), (32, 8, 128, 8, 1024), (32, 8, 128, 32, 1024),
+            (32, 8, 64, 32, 1024), (32, 8, 128, 64, 4096)):
+        name = f"decode {heads}/{kv_heads} x {size}, {batch} x {context}"
+        if only not in name:
+            continue
+        stage = paged_stage(heads, kv_heads, size, few=batch <= 8)
+        moved = 4 * batch * context * kv_heads * size
+        count = max(2, min(32, 200_000_000 // moved + 1))
+        loaded = step(torch, device, stage, [(1, context - 1)] * batch, heads, kv_heads, size,
+                      count)
+        ours = graph_time(torch, [each.run for each in loaded])
+        theirs = peer(torch, batch, 1, context, heads, kv_heads, size, False, count)
+        print(f"{name}: {ours:.2f} us {moved / ours / 1e3:.0f} GB/s; torch {theirs:.2f} us; "
+              f"{theirs / ours:.2f} of it", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--time", action="store_true")
+    parser.add_argument("--only", default="")
+    options = parser.parse_args()
+    device = Device()
+    wrong = check(device, options.only) if options.check else 0
+    if options.time and not wrong:
+        import torch
+
+        torch.cuda.init()
+        time_decode(torch, device, options.only)
+        time_prefill(torch, device, options.only)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
