@@ -183,7 +183,8 @@ class CudaExecutor(Executor):
         call("cuMemcpyHtoDAsync", block, self._grown["host block"].address, copied, stream)
         for (function, _, threads, shared, layer), blocks in zip(variant.launches, grids,
                                                                  strict=True):
-            launch(self.device, function, blocks, threads, shared, block, layer)
+            if blocks > 0:  # a shape may leave a stage nothing to do
+                launch(self.device, function, blocks, threads, shared, block, layer)
         call("cuMemcpyDtoHAsync", self._grown["host outputs"].address,
              self._grown["outputs"].address, size, stream)
 

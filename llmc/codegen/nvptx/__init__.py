@@ -119,12 +119,18 @@ def emit_module(program: Program, target: Target) -> tuple[ir.Module, tuple[Repe
     for number, stage in enumerate(program.stages()):
         kernel = make_kernel(stage, program, target)
         name = f"stage_{number}_{_identifier(stage.name)}"
-        define_kernel(module, name, program, kernel)
-        launches[id(stage)] = Launch(name, format_dim(kernel.blocks()), kernel.threads,
-                                     kernel.shared_bytes)
+        # A stage may be several launches, in order (see attention_flash.py).
+        parts = list(getattr(kernel, "launches", [kernel]))
+        names = [name, *(f"{name}_part_{part}" for part in range(1, len(parts)))]
+        for part_name, part in zip(names, parts, strict=True):
+            define_kernel(module, part_name, program, part)
+        launches[id(stage)] = [
+            Launch(part_name, format_dim(part.blocks()), part.threads, part.shared_bytes)
+            for part_name, part in zip(names, parts, strict=True)]
     steps = tuple(
-        Repeat(step.count, tuple(launches[id(stage)] for stage in step.stages))
-        if isinstance(step, Loop) else Repeat(1, (launches[id(step)],)) for step in program.steps)
+        Repeat(step.count, tuple(launch for stage in step.stages for launch in launches[id(stage)]))
+        if isinstance(step, Loop) else Repeat(1, tuple(launches[id(step)]))
+        for step in program.steps)
     return module, steps
 
 

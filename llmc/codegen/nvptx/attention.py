@@ -19,6 +19,7 @@ from llmc.codegen.host.attention_sources import Operand
 from llmc.codegen.host.attention_views import result_view
 from llmc.codegen.integers import Index
 from llmc.codegen.llvm import F32, f32, i32, i64, ir
+from llmc.codegen.nvptx.attention_flash import FlashAttention, flash_attention
 from llmc.codegen.nvptx.attention_sources import Keys, make_keys
 from llmc.codegen.nvptx.kernel import WARP, DeviceEmitter, DeviceFrame, Kernel
 from llmc.codegen.target import Target
@@ -33,8 +34,8 @@ LOG2_E = math.log2(math.e)
 AHEAD = 8  # rows of values that are asked for before the first is used
 
 
-def attention(stage: Stage, program: Program, target: Target) -> Kernel:
-    """The kernel of an attention stage."""
+def attention(stage: Stage, program: Program, target: Target) -> Kernel | FlashAttention:
+    """The kernel, or kernels, of an attention stage."""
     return next(kernel for make in KERNELS if (kernel := make(stage, program, target)))
 
 
@@ -290,4 +291,5 @@ def _greater(e: DeviceEmitter, a: ir.Value, b: ir.Value) -> ir.Value:
 
 
 # Each gives a kernel, or None where it does not fit the stage or the architecture; in order.
-KERNELS: list[Callable[[Stage, Program, Target], Kernel | None]] = [AttentionKernel]
+KERNELS: list[Callable[[Stage, Program, Target], Kernel | FlashAttention | None]] = [
+    flash_attention, AttentionKernel]
