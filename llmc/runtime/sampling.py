@@ -32,16 +32,17 @@ def sample(logits: np.ndarray, sampling: Sampling, sequence: int, position: int)
     """The next token of one sequence. logits: [vocab] f32; position: where the token will stand."""
     if sampling.temperature == 0:
         return int(logits.argmax())
-    scores = logits.astype(np.float64) / sampling.temperature
-    order = np.argsort(-scores, kind="stable")
+    order = np.argsort(-logits, kind="stable")
     if sampling.top_k:
         order = order[:sampling.top_k]
-    weights = np.exp(scores[order] - scores[order[0]])
+    below = logits[order].astype(np.float64) - float(logits[order[0]])
+    with np.errstate(over="ignore"):  # a tiny temperature: all but the best are infinitely worse
+        weights = np.exp(below / sampling.temperature)
     cumulative = np.cumsum(weights / weights.sum())
     kept = len(order)
     if sampling.top_p < 1:
         kept = int(np.searchsorted(cumulative, sampling.top_p)) + 1
-    random = np.random.Generator(
-        np.random.Philox(key=[sampling.seed & (2**64 - 1), sequence], counter=position))
+    key = np.array([sampling.seed & (2**64 - 1), sequence], np.uint64)
+    random = np.random.Generator(np.random.Philox(key=key, counter=position))
     target = random.random() * cumulative[min(kept, len(order)) - 1]
     return int(order[min(int(np.searchsorted(cumulative, target, "right")), kept - 1)])

@@ -13,11 +13,12 @@ import numpy as np
 
 from llmc import knobs
 from llmc.errors import LlmcError, ModelError, ShapeError
+from llmc.ir.graph import Graph
 from llmc.runtime.artifact import Artifact, is_artifact
 from llmc.runtime.cpu import check_cpu
 from llmc.runtime.encoder import Encoder, Sentence, pool
 from llmc.runtime.executor import Executor
-from llmc.runtime.jit import cached_artifact
+from llmc.runtime.jit import cached_artifact, cached_graph
 from llmc.runtime.onnx_language_model import OnnxLanguageModel
 from llmc.runtime.padding import pad, read_dense
 from llmc.runtime.pages import PAGE
@@ -41,6 +42,7 @@ class Options:
     max_batch    sequences that must fit the KV cache together at full length (default 1)
     kv_memory    bytes for the KV cache (default: what max_batch and max_context need, at most half
                  of this machine's memory; pages are committed as they are used)
+    parameters   values of a traced graph's parameters: {name: array}
     device       number of the GPU (default 0)
     cache_dir    where compiled models are kept (default: LLMC_CACHE_DIR)
     progress     called with (phase, share done) while compiling
@@ -52,6 +54,7 @@ class Options:
     max_batch: int = 1
     kv_memory: int | None = None
     device: int = 0
+    parameters: Mapping[str, np.ndarray] | None = None
     cache_dir: str | os.PathLike[str] | None = None
     progress: Progress = silent
 
@@ -72,8 +75,8 @@ def _options(given: Mapping[str, Any]) -> Options:
 class Runtime:
     """A model that runs. Steps are serialised, so several threads may call.
 
-    model: an artifact directory, a `Compiled`, a checkpoint directory or an .onnx file (the last
-    two are compiled into the cache first). target: "host",
+    model: an artifact directory, a `Compiled`, a checkpoint directory, an .onnx file or a traced
+    Graph (the last three are compiled into the cache first). target: "host",
     "nvptx" (an NVIDIA GPU; DeviceError if there is none) or "auto", which says what it chose; an
     artifact runs where it was compiled for. Options: see `Options`.
     """
@@ -93,6 +96,13 @@ class Runtime:
     # ---- loading --------------------------------------------------------------------------
 
     def _open(self, model: Any, target: str) -> Artifact:
+        cache = Path(self.options.cache_dir) if self.options.cache_dir else None
+        if isinstance(model, Graph):
+            target = resolve_target(target, self.options.device)
+            return cached_graph(model, self.options.parameters or {}, target, cache, {},
+                                self.options.progress)
+        if self.options.parameters is not None:
+            raise LlmcError("parameters are for a traced graph: other models bring their own")
         path = Path(getattr(model, "path", model))
         if is_artifact(path):
             artifact = Artifact(path)
@@ -104,7 +114,6 @@ class Runtime:
         if not path.exists():
             raise ModelError(f"{path}: no such file or directory")
         target = resolve_target(target, self.options.device)
-        cache = Path(self.options.cache_dir) if self.options.cache_dir else None
         return cached_artifact(path, target, self.options.dtype, cache, {}, self.options.progress)
 
     def _make_executor(self) -> Executor:
@@ -179,7 +188,7 @@ class Runtime:
             model.release(sequence)
 
     def _run_named(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        if self.manifest.kind == "onnx":
+        if self.manifest.kind in ("onnx", "graph"):
             return self.executor.run(arrays)
         batch = read_dense(arrays)
         self._check_ids(batch.ids.reshape(-1))
@@ -253,7 +262,10 @@ class Runtime:
 
     def _check_ids(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """Token ids as an array; ShapeError if empty, no integers, or outside the vocabulary."""
-        ids = np.asarray(tokens)
+        try:
+            ids = np.asarray(tokens)
+        except ValueError:  # lists of different lengths inside
+            raise ShapeError("token ids must be one list of integers") from None
         if ids.ndim != 1 or ids.size == 0:
             raise ShapeError("the prompt is empty: at least one token id is needed" if not ids.size
                              else f"token ids have shape {ids.shape}, expected 1-D")
@@ -358,7 +370,7 @@ def _is_batch(tokens: Any) -> bool:
     """Whether tokens is a list of token lists."""
     if isinstance(tokens, np.ndarray):
         return tokens.ndim == 2
-    return bool(len(tokens)) and np.ndim(tokens[0]) > 0
+    return isinstance(tokens, Sequence) and len(tokens) > 0 and hasattr(tokens[0], "__len__")
 
 
 def _cut(ids: list[int], limit: int) -> list[int]:

@@ -44,6 +44,18 @@ def pack_batch(chunks: Sequences[Chunk]) -> dict[str, np.ndarray]:
     }
 
 
+def _check(chunks: Sequences[Chunk]) -> None:
+    """ShapeError unless a step of these chunks makes sense; kernels trust its inputs."""
+    if not chunks:
+        raise ShapeError("a step needs at least one chunk of tokens")
+    if len({id(chunk.sequence) for chunk in chunks}) < len(chunks):
+        raise ShapeError("a sequence stands in one step more than once: join its chunks")
+    for chunk in chunks:
+        if not 0 <= chunk.wanted <= len(chunk.tokens):
+            raise ShapeError(f"{chunk.wanted} rows of logits are wanted of a chunk of "
+                             f"{len(chunk.tokens)} tokens")
+
+
 class LanguageModel:
     """Steps an executor whose model has paged states.
 
@@ -67,6 +79,7 @@ class LanguageModel:
 
         A step that fails leaves every sequence as it was.
         """
+        _check(chunks)
         before = [(chunk.sequence, chunk.sequence.length) for chunk in chunks]
         try:
             for chunk in chunks:

@@ -46,3 +46,14 @@ def test_random_numbers_depend_on_seed_sequence_and_position_only():
 def test_senseless_settings_are_refused(settings):
     with pytest.raises(ShapeError):
         Sampling(**settings)
+
+
+def test_the_least_temperature_takes_the_best():
+    assert all(sample(LOGITS, Sampling(temperature=5e-324), 0, p) == 0 for p in range(20))
+
+
+def test_every_seed_is_another():
+    seeds = (-2, -1, 0, 1, 2**63, 2**63 + 5, 2**64 - 3)
+    found = {tuple(sample(LOGITS, Sampling(temperature=1.0, seed=seed), 0, p) for p in range(50))
+             for seed in seeds}
+    assert len(found) == len(seeds)

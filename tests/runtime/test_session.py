@@ -183,6 +183,18 @@ def test_a_refused_step_leaves_its_sequences_as_they_were(embedded_artifact):
         assert (kept.length, kept.pages, big.pages) == (33, pages, [])
 
 
+@pytest.mark.parametrize(("chunks", "message"), [
+    ([], "at least one"), ([(0, 2, 3)], "3 rows of logits are wanted of a chunk of 2"),
+    ([(0, 2, 0), (1, 2, -1)], "-1 rows"), ([(0, 1, 1), (0, 1, 1)], "more than once"),
+])
+def test_senseless_steps_are_refused(embedded_runtime, chunks, message):
+    sequences = [Sequence(), Sequence()]
+    with pytest.raises(ShapeError, match=message):
+        embedded_runtime.step([Chunk(sequences[n], some_ids(count), wanted)
+                               for n, count, wanted in chunks])
+    assert [sequence.pages for sequence in sequences] == [[], []]
+
+
 def test_the_kv_memory_option_limits_the_pool(embedded_artifact):
     page_bytes = 2 * 5 * PAGE * 4 * 8 * 4  # k and v, 5 layers, 4 heads of 8 f32
     with llmc.Runtime(embedded_artifact, threads=1, kv_memory=3 * page_bytes) as runtime:
@@ -250,7 +262,9 @@ def test_the_work_is_done_by_one_native_call_a_token(embedded_runtime):
 @pytest.mark.parametrize(("tokens", "message"), [
     ([], "empty"), ([-1], "token id -1 is outside"), ([VOCABULARY], "outside the vocabulary"),
     ([0.5], "integers"), ([[[1]]], "expected 1-D"), ([[1], []], "empty"),
-    ([2**40], "outside the vocabulary"), (list(range(1, 500)) * 2, "exceed the context"),
+    ([2**40], "outside the vocabulary"), (None, "expected 1-D"), (3, "expected 1-D"),
+    ([[1, [2]], [3]], "one list of integers"), ("text", "expected 1-D"),
+    (list(range(1, 500)) * 2, "exceed the context"),
 ])
 def test_bad_tokens_are_shape_errors(embedded_runtime, tokens, message):
     with pytest.raises(ShapeError, match=message):
