@@ -14,7 +14,8 @@ def aligned_empty(size: int) -> np.ndarray:
 
     Above 2 MiB the kernel is asked for huge pages; where it refuses, small ones do.
     """
-    mapping = mmap.mmap(-1, max(size, 1))
+    # Private: a forked process gets a copy, and only private memory is given huge pages by default.
+    mapping = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if size >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
         mapping.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(mapping, np.uint8)[:size]
