@@ -29,6 +29,7 @@ from llmc.models.config import ConfigFile
 class BertConfig(ModelConfig):
     intermediate_size: int
     heads: int
+    position_rows: int  # of the table of learned positions
     token_types: int
     epsilon: float
     activation: Callable[[Any], Any]
@@ -41,32 +42,45 @@ class BertConfig(ModelConfig):
     @classmethod
     def read(cls, config: ConfigFile) -> BertConfig:
         """Checked values of a config.json. ModelError names file and key."""
-        config.choice("position_embedding_type", {"absolute": True}, "absolute")
-        if config.flag("is_decoder", False):
-            raise config.error("is_decoder", "is true; only encoders are supported")
-        hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
-        if hidden % heads:
-            raise config.error("num_attention_heads", f"is {heads}, no divisor of {hidden=}")
-        return cls(
-            vocab_size=config.size("vocab_size"),
-            hidden_size=hidden,
-            layers=config.size("num_hidden_layers"),
-            max_context=config.size("max_position_embeddings"),
-            intermediate_size=config.size("intermediate_size"),
-            heads=heads,
-            token_types=config.size("type_vocab_size", 2),
-            epsilon=config.positive("layer_norm_eps", 1e-12),
-            activation=config.choice("hidden_act", ACTIVATIONS, "gelu"),
-            tied=config.flag("tie_word_embeddings", True),
-        )
+        return cls(**read_values(config))
+
+
+def read_values(config: ConfigFile) -> dict[str, Any]:
+    """The fields of a BertConfig by name."""
+    config.choice("position_embedding_type", {"absolute": True}, "absolute")
+    if config.flag("is_decoder", False):
+        raise config.error("is_decoder", "is true; only encoders are supported")
+    hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
+    if hidden % heads:
+        raise config.error("num_attention_heads", f"is {heads}, no divisor of {hidden=}")
+    positions = config.size("max_position_embeddings")
+    return {
+        "vocab_size": config.size("vocab_size"),
+        "hidden_size": hidden,
+        "layers": config.size("num_hidden_layers"),
+        "max_context": positions,
+        "intermediate_size": config.size("intermediate_size"),
+        "heads": heads,
+        "position_rows": positions,
+        "token_types": config.size("type_vocab_size", 2),
+        "epsilon": config.positive("layer_norm_eps", 1e-12),
+        "activation": config.choice("hidden_act", ACTIVATIONS, "gelu"),
+        "tied": config.flag("tie_word_embeddings", True),
+    }
 
 
 def bert(config: BertConfig, step: Step) -> dict[str, Tensor]:
     """`last_hidden_state` f32[tokens, hidden]; where the checkpoint has a pooler also
     `pooler_output` f32[sequences, hidden], made of the tokens that `pooled` names."""
-    x = encode(config, step)
+    weights = step.weights.under("bert")
+    x = encode(config, step, weights, step.positions)
+    return features(config, step, weights, x)
+
+
+def features(config: BertConfig, step: Step, weights: Weights, x: Tensor) -> dict[str, Tensor]:
+    """The outputs of an encoder without a head; x [tokens, hidden] is its last hidden state."""
     outputs = {"last_hidden_state": trace.cast(x, f32)}
-    pooler = step.weights.under("bert.pooler.dense")
+    pooler = weights.under("pooler.dense")
     if pooler.has("weight"):
         first = trace.gather(x, step.pooled, axis=0)  # [sequences, hidden]
         pooled = trace.tanh(linear(first, pooler, config.hidden_size, config.hidden_size, True))
@@ -77,11 +91,12 @@ def bert(config: BertConfig, step: Step) -> dict[str, Tensor]:
 def bert_for_masked_lm(config: BertConfig, step: Step) -> dict[str, Tensor]:
     """`logits` f32[tokens, vocab_size] of every token."""
     hidden, head = config.hidden_size, step.weights.under("cls.predictions")
-    x = encode(config, step)
+    weights = step.weights.under("bert")
+    x = encode(config, step, weights, step.positions)
     x = config.activation(linear(x, head.under("transform.dense"), hidden, hidden, True))
     x = layer_norm(x, head.under("transform.LayerNorm"), config.epsilon)
     decoder = (
-        word_embeddings(config, step.weights)
+        word_embeddings(config, weights)
         if config.tied
         else head("decoder.weight", config.vocab_size, hidden)
     )
@@ -90,33 +105,34 @@ def bert_for_masked_lm(config: BertConfig, step: Step) -> dict[str, Tensor]:
     return {"logits": logits + trace.cast(bias, f32)}
 
 
-def encode(config: BertConfig, step: Step) -> Tensor:
-    """[tokens, hidden] after the embeddings and all layers."""
-    x = embed(config, step, step.weights.under("bert.embeddings"))
+def encode(config: BertConfig, step: Step, weights: Weights, positions: Tensor) -> Tensor:
+    """[tokens, hidden] after the embeddings and all layers; `positions` [tokens] are rows of the
+    table of learned positions."""
+    x = embed(config, step, weights, positions)
     for number in range(config.layers):
         with trace.scope(f"layer.{number}"):
-            weights = step.weights.under(f"bert.encoder.layer.{number}")
-            attended = attention(config, step, weights.under("attention.self"), x)
-            x = add_and_norm(config, weights.under("attention.output"), x, attended)
-            widen = weights.under("intermediate.dense")
+            layer = weights.under(f"encoder.layer.{number}")
+            attended = attention(config, step, layer.under("attention.self"), x)
+            x = add_and_norm(config, layer.under("attention.output"), x, attended)
+            widen = layer.under("intermediate.dense")
             inner = linear(x, widen, config.hidden_size, config.intermediate_size, True)
-            x = add_and_norm(config, weights.under("output"), x, config.activation(inner))
+            x = add_and_norm(config, layer.under("output"), x, config.activation(inner))
     return x
 
 
-def embed(config: BertConfig, step: Step, weights: Weights) -> Tensor:
+def embed(config: BertConfig, step: Step, weights: Weights, positions: Tensor) -> Tensor:
     """Word, position and token type vectors added up and normed."""
-    hidden = config.hidden_size
-    positions = weights("position_embeddings.weight", config.max_context, hidden)
-    types = weights("token_type_embeddings.weight", config.token_types, hidden)
-    x = trace.gather(word_embeddings(config, step.weights), step.ids, axis=0)
+    hidden, tables = config.hidden_size, weights.under("embeddings")
+    rows = tables("position_embeddings.weight", config.position_rows, hidden)
+    types = tables("token_type_embeddings.weight", config.token_types, hidden)
+    x = trace.gather(word_embeddings(config, weights), step.ids, axis=0)
     x = x + trace.gather(types, step.token_types, axis=0)
-    x = x + trace.gather(positions, step.positions, axis=0)
-    return layer_norm(x, weights.under("LayerNorm"), config.epsilon)
+    x = x + trace.gather(rows, positions, axis=0)
+    return layer_norm(x, tables.under("LayerNorm"), config.epsilon)
 
 
 def word_embeddings(config: BertConfig, weights: Weights) -> Tensor:
-    return weights("bert.embeddings.word_embeddings.weight", config.vocab_size, config.hidden_size)
+    return weights("embeddings.word_embeddings.weight", config.vocab_size, config.hidden_size)
 
 
 def attention(config: BertConfig, step: Step, weights: Weights, x: Tensor) -> Tensor:

@@ -48,8 +48,10 @@ def read_sizes(config: ConfigFile, rope: Rope | None = None) -> dict[str, Any]:
     max_context = config.size("max_position_embeddings")
     rope = rope or read_rope(config, max_context)
     size = head_size(config, hidden, heads)
-    if rope.rotated(size) % 2 or not rope.rotated(size):
-        raise config.error("head_dim", f"is {size}; rotary positions need an even size")
+    turned = rope.rotated(size)
+    if turned % 2 or not turned:
+        raise config.error("head_dim", f"is {size}, of which {turned} elements turn; rotary"
+                           " positions need an even number")
     return {
         "vocab_size": config.size("vocab_size"),
         "hidden_size": hidden,

@@ -37,6 +37,7 @@ class Encoder:
         self.executor = executor
         self.max_context = max_context
         self.chunk_tokens = max(chunk_tokens, max_context)
+        self._inputs = {tensor.name for tensor in executor.inputs}
 
     def run(self, sentences: Sequence[Sentence]) -> list[dict[str, np.ndarray]]:
         """Every output per sentence: [tokens, width] of that sentence, or [width] if pooled."""
@@ -56,7 +57,10 @@ class Encoder:
 
     def run_dense(self, batch: DenseBatch) -> dict[str, np.ndarray]:
         """Every output of a padded batch: [batch, length, width] with zeros at padding, or
-        [batch, width]. Positions count columns, as the family's reference does, unless given."""
+        [batch, width]. Positions count columns, as the family's reference does, unless given;
+        ShapeError if they are given to a model that counts its tokens itself."""
+        if batch.positions is not None and "positions" not in self._inputs:
+            raise ShapeError("this model counts positions itself: leave out position_ids")
         results = self.run([_dense_row(batch, row) for row in range(len(batch.ids))])
         kept = batch.mask.sum(axis=1)
         dense = {}
@@ -86,9 +90,9 @@ class Encoder:
             "lengths": np.array([s.length for s in sentences]),
             "pooled": offsets[:-1] + [s.pooled for s in sentences],
         }
-        wanted = {tensor.name for tensor in self.executor.inputs}
         outputs = self.executor.run(
-            {name: array.astype(np.int32) for name, array in inputs.items() if name in wanted})
+            {name: array.astype(np.int32) for name, array in inputs.items()
+             if name in self._inputs})
         by_token = {t.name for t in self.executor.outputs if "tokens" in str(t.shape[0])}
         return [{name: value[first:last] if name in by_token else value[row]
                  for name, value in outputs.items()}
