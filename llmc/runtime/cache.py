@@ -1,4 +1,4 @@
-"""The cache directory: compiled models by what they were made from.
+"""The cache directory: compiled models by what they were made from, and variants of hot shapes.
 
 An entry is an artifact directory named by a key over the source files' identity, the options, and
 llmc's own sources. Writers hold a file lock per key and move finished directories into place, so
@@ -8,17 +8,30 @@ any number of processes may start together, and what a killed one leaves is not 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmc.errors import CacheError, ModelError
-from llmc.runtime.artifact import MANIFEST, Artifact, is_artifact, read_manifest
+from llmc.runtime.artifact import (
+    MANIFEST,
+    Artifact,
+    VariantInfo,
+    is_artifact,
+    read_manifest,
+)
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 HEADER_BYTES = 1 << 16
+VARIANT_CACHE_BYTES = 256 << 20  # most that variants of hot shapes take on disk
 
 
 @dataclass(frozen=True)
@@ -42,24 +55,28 @@ class Cache:
         path = self.directory / f"{key}.llmc"
         if (found := _open(path)) is not None:
             return found
-        from filelock import FileLock
-
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.directory / f"{key}.lock"):
+            self._sweep()
+            with self._lock(key):
                 if (found := _open(path)) is not None:
                     return found
-                self._sweep(path.name)
                 build(path)
         except OSError as error:
             raise CacheError(f"cannot write the cache {self.directory}: {error.strerror or error}; "
                              "set LLMC_CACHE_DIR to a directory with space") from None
         return Artifact(path)
 
-    def _sweep(self, name: str) -> None:
-        """Remove what killed writers of an entry left; its lock is held, so nobody is writing."""
-        for stale in self.directory.glob(f".{name}.*"):
-            shutil.rmtree(stale, ignore_errors=True)
+    def _lock(self, key: str, seconds: float = -1) -> FileLock:
+        from filelock import FileLock  # a hot start needs no lock
+
+        return FileLock(self.directory / f"{key}.lock", timeout=seconds)
+
+    def _sweep(self) -> None:
+        """Remove what killed writers left: half-written directories whose locks nobody holds."""
+        for stale in self.directory.glob(".*.llmc.*"):
+            with suppress(TimeoutError), self._lock(stale.name.split(".")[1], seconds=0):
+                shutil.rmtree(stale, ignore_errors=True)
 
     def entries(self) -> Iterator[Entry]:
         """What is cached, oldest use first."""
@@ -140,3 +157,123 @@ def _own_sources() -> str:
     stamps = (f"{p.relative_to(root)} {p.stat().st_size} {p.stat().st_mtime_ns}"
               for p in sorted(root.rglob("*.py")))
     return os.linesep.join(stamps)
+
+
+# ---- variants of hot shapes -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoredVariant:
+    """A variant that was compiled for a shape: what the runtime must know, and object code."""
+
+    info: VariantInfo
+    object: bytes
+    compile_seconds: float
+
+
+class VariantCache:
+    """Variants under directory/variants, one file each: its SHA-256, a line of JSON, object code.
+
+    Files are written aside and moved into place. What does not fit its hash is not there.
+    """
+
+    def __init__(self, directory: Path, limit: int = VARIANT_CACHE_BYTES):
+        self.directory = directory / "variants"
+        self.limit = limit
+
+    def path(self, key: str) -> Path:
+        return self.directory / f"{key}.variant"
+
+    def get(self, key: str) -> StoredVariant | None:
+        """The variant of a key; None when it is missing or damaged. Counts as use."""
+        path = self.path(key)
+        try:
+            stored = _parse_variant(path.read_bytes())
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        _mark_used(path)
+        return stored
+
+    def put(self, key: str, variant: StoredVariant) -> None:
+        """Keep a variant, and drop those not used for longest over the limit. OSError where the
+        directory cannot be written."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{key}.", dir=self.directory)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(_format_variant(variant))
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, self.path(key))
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+        self._trim(keep=self.path(key))
+
+    def lock(self, key: str) -> FileLock:
+        """Held while a key is compiled, so that other processes wait for the result instead. The
+        directory must be writable."""
+        from filelock import FileLock
+
+        self.directory.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.directory / f"{key}.lock")
+
+    def sweep(self, key: str) -> None:
+        """Remove what killed writers of a key left; its lock is held, so nobody is writing."""
+        for stale in self.directory.glob(f".{key}.*"):
+            stale.unlink(missing_ok=True)
+
+    def entries(self) -> Iterator[Entry]:
+        """What is cached, oldest use first."""
+        found = []
+        for path in self.directory.glob("*.variant"):
+            with suppress(OSError):
+                status = path.stat()
+                found.append(Entry(path, _variant_name(path), status.st_size, status.st_mtime))
+        yield from sorted(found, key=lambda entry: entry.used)
+
+    def clear(self) -> int:
+        """Delete all variants; the number of bytes freed."""
+        freed = sum(entry.bytes for entry in self.entries())
+        shutil.rmtree(self.directory, ignore_errors=True)
+        return freed
+
+    def _trim(self, keep: Path) -> None:
+        entries = list(self.entries())
+        size = sum(entry.bytes for entry in entries)
+        for entry in entries:
+            if size <= self.limit:
+                return
+            if entry.path != keep:
+                entry.path.unlink(missing_ok=True)
+                size -= entry.bytes
+
+
+def _format_variant(variant: StoredVariant) -> bytes:
+    facts = {"info": asdict(variant.info), "compile_seconds": variant.compile_seconds}
+    contents = json.dumps(facts).encode() + b"\n" + variant.object
+    return hashlib.sha256(contents).hexdigest().encode() + b"\n" + contents
+
+
+def _parse_variant(data: bytes) -> StoredVariant:
+    """The inverse of _format_variant; ValueError if anything was changed or is missing."""
+    checksum, _, contents = data.partition(b"\n")
+    if hashlib.sha256(contents).hexdigest().encode() != checksum:
+        raise ValueError("damaged")
+    facts, _, code = contents.partition(b"\n")
+    parsed = json.loads(facts)
+    return StoredVariant(variant_info(parsed["info"]), code, float(parsed["compile_seconds"]))
+
+
+def variant_info(data: Mapping) -> VariantInfo:
+    """A VariantInfo from its JSON form."""
+    key = {name: (int(low), int(high)) for name, (low, high) in data["key"].items()}
+    return VariantInfo(**{**data, "key": key})
+
+
+def _variant_name(path: Path) -> str:
+    with suppress(OSError, ValueError, KeyError), open(path, "rb") as stream:
+        stream.readline(HEADER_BYTES)
+        return str(json.loads(stream.readline(HEADER_BYTES))["info"]["name"])
+    return "(damaged)"
