@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from llmc.cli import add_command
@@ -18,8 +19,9 @@ def add(subparsers) -> None:
     parser.add_argument("model", nargs="?", default=str(EMBEDDED), metavar="MODEL",
                         help="default: the embedded model")
     parser.add_argument("--stage", choices=STAGES, default="program")
-    parser.add_argument("--variant", choices=("few", "generic"), default=None,
-                        help="which variant's program or code (default: few, where there is one)")
+    parser.add_argument("--variant", default=None, metavar="NAME",
+                        help="which variant's program or code, such as few or generic (default: "
+                             "few, where there is one)")
     parser.add_argument("--text", action="store_true",
                         help="with --stage program: the full text that parses back")
     parser.add_argument("--html", metavar="FILE",
@@ -39,37 +41,59 @@ def run(arguments) -> int:
         return _inspect_artifact(arguments)
     if arguments.verify:
         raise LlmcError(f"{arguments.model} is no artifact: --verify checks artifacts")
-    if arguments.stage == "imported" and not arguments.html:
-        from llmc.frontend.model import load_model
-        from llmc.ir.text import format_graph
+    if arguments.html:
+        return _write_page(arguments)
+    return _print_stage(arguments)
 
-        print(format_graph(load_model(arguments.model, arguments.dtype).graph), end="")
+
+def _print_stage(arguments) -> int:
+    """The model at the stage that is asked for; nothing is done that comes after it."""
+    from llmc.codegen import generate
+    from llmc.codegen.target import Target
+    from llmc.driver import variant_keys
+    from llmc.frontend.model import load_model
+    from llmc.ir.text import format_graph
+    from llmc.passes.lower import lower
+    from llmc.passes.pipeline import optimize
+
+    graph = load_model(arguments.model, arguments.dtype).graph
+    if arguments.stage == "imported":
+        print(format_graph(graph), end="")
         return 0
-    return _inspect_model(arguments)
+    target = Target.parse(arguments.target)
+    capabilities = target.capabilities()
+    graph = optimize(graph, capabilities)
+    if arguments.stage == "optimized":
+        print(format_graph(graph), end="")
+        return 0
+    keys = variant_keys(graph, capabilities, {})
+    program = lower(graph, capabilities, keys[_variant(arguments.variant, keys)])
+    if arguments.stage == "program":
+        _print_program(program, arguments.text)
+        return 0
+    code = generate(program, target)
+    print(code.llvm if arguments.stage == "llvm" else code.asm(), end="")
+    return 0
 
 
-def _inspect_model(arguments) -> int:
+def _write_page(arguments) -> int:
+    from llmc.cli.inspect_page import write_page
     from llmc.codegen.target import Target
     from llmc.driver import compile_model
-    from llmc.ir.text import format_graph
 
     compiled = compile_model(arguments.model, Target.parse(arguments.target), arguments.dtype)
-    name = arguments.variant or ("few" if "few" in compiled.programs else "generic")
-    if name not in compiled.programs:
-        raise LlmcError(f"this model has no variant {name!r}: {', '.join(compiled.programs)}")
-    if arguments.html:
-        from llmc.cli.inspect_page import write_page
-
-        write_page(Path(arguments.html), compiled, name)
-        print(arguments.html)
-    elif arguments.stage == "optimized":
-        print(format_graph(compiled.graph), end="")
-    elif arguments.stage == "program":
-        _print_program(compiled.programs[name], arguments.text)
-    else:
-        code = compiled.codes[name]
-        print(code.llvm if arguments.stage == "llvm" else code.asm(), end="")
+    write_page(Path(arguments.html), compiled, _variant(arguments.variant, compiled.programs))
+    print(arguments.html)
     return 0
+
+
+def _variant(wanted: str | None, names: Iterable[str]) -> str:
+    """The variant of that name; without one, the one for few tokens where there is one."""
+    names = list(names)
+    name = wanted or ("few" if "few" in names else names[0])
+    if name not in names:
+        raise LlmcError(f"this model has no variant {name!r}: {', '.join(names)}")
+    return name
 
 
 def _print_program(program, whole: bool) -> None:
@@ -97,8 +121,7 @@ def _inspect_artifact(arguments) -> int:
     if arguments.stage != "program":
         raise LlmcError(f"an artifact holds programs and object code: inspect the model it was "
                         f"made from for --stage {arguments.stage}")
-    names = [variant.name for variant in artifact.manifest.variants]
-    name = arguments.variant or ("few" if "few" in names else names[0])
+    name = _variant(arguments.variant, [v.name for v in artifact.manifest.variants])
     (variant,) = (v for v in artifact.manifest.variants if v.name == name)
     from llmc.ir.program_text import parse_program
 

@@ -128,6 +128,7 @@ def test_run(llmc_command, tmp_path, option, words):
     (("--verify",), ("no artifact",)),
     (("--stage", "imported", "--dtype", "f7"), ("f7",)),
     (("--html", "/proc/page.html"), ("/proc/page.html",)),
+    (("--variant", "exact"), ("no variant 'exact'", "few")),
 ])
 def test_inspect(llmc_command, options, words):
     refused(llmc_command("inspect", EMBEDDED, *options), *words)
