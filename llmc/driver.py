@@ -7,15 +7,18 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from llmc import knobs
 from llmc.codegen import generate
+from llmc.codegen.host import Code
+from llmc.codegen.host import generate as generate_host
 from llmc.codegen.target import Target
 from llmc.errors import CompileError, LlmcError
 from llmc.frontend.model import ImportedModel, load_model
@@ -26,16 +29,19 @@ from llmc.ir.graph import Graph
 from llmc.ir.layouts import format_layout, pack
 from llmc.ir.program import Buffer, Capabilities, Program, Weight
 from llmc.ir.program_text import format_program
+from llmc.ir.text import format_graph
 from llmc.passes.lower import ShapeKey, lower
 from llmc.passes.pipeline import optimize
 from llmc.runtime.artifact import (
     ALIGNMENT,
+    GRAPH,
     WEIGHTS,
     Manifest,
     SymbolInfo,
     TensorInfo,
     VariantInfo,
     WeightInfo,
+    hash_file,
     hash_files,
     write_manifest,
 )
@@ -79,6 +85,7 @@ class Compiled:
                 (directory / "variants" / f"{name}.{extension}").write_bytes(contents)
             text = format_program(self.programs[name])
             (directory / "variants" / f"{name}.txt").write_text(text)
+        (directory / GRAPH).write_text(format_graph(self.graph))
         (directory / "files").mkdir()
         for source in self.model.companion_files:
             shutil.copyfile(source, directory / "files" / source.name)
@@ -87,7 +94,8 @@ class Compiled:
         with open(directory / WEIGHTS, "wb") as stream:
             file = WeightFile(stream)
             weights = tuple(write_weights(program, self.model, file, progress))
-            hashes = {WEIGHTS: file.close(), **hash_files(directory / "variants"),
+            hashes = {WEIGHTS: file.close(), GRAPH: hash_file(directory / GRAPH),
+                      **hash_files(directory / "variants"),
                       **hash_files(directory / "files")}
         self.timings["weights"] = time.perf_counter() - started
         write_manifest(directory, self._manifest(program, weights, file.size, hashes))
@@ -95,10 +103,8 @@ class Compiled:
     def _manifest(self, program: Program, weights: tuple[WeightInfo, ...], size: int,
                   hashes: dict[str, str]) -> Manifest:
         variants = tuple(
-            VariantInfo(name, {s: (low, high) for s, low, high in other.symbols},
-                        format_dim(other.arena_bytes), format_dim(self.codes[name].scratch_bytes),
-                        len(list(other.stages())))
-            for name, other in self.programs.items())
+            variant_info(name, program, self.codes[name])
+            for name, program in self.programs.items())
         symbols = tuple(SymbolInfo(s.name, s.low, s.high, s.multiple)
                         for s in self.graph.symbols())
         interface = getattr(self.model, "token_interface", None)
@@ -161,6 +167,36 @@ def variant_keys(graph: Graph, capabilities: Capabilities, limits: dict) -> dict
                 keys["one"] = {**limits, "tokens": (1, 1), "sequences": (1, 1),
                                "rows": (ranges["rows"][0], 1)}
     return keys
+
+
+def compile_variant(graph: Graph, reference: Program, target: Target, key: ShapeKey,
+                    schedule: Mapping[str, Any]) -> tuple[Program, Code]:
+    """Code of an artifact's graph for one more shape key.
+
+    reference: the artifact's generic program, with which it shares weights, states and the ABI.
+    schedule: capabilities to lower with instead of the target's own, such as matmul_rows.
+    CompileError if this llmc lays any of them out differently than the one that wrote the artifact.
+    """
+    program = lower(graph, replace(reference.capabilities, **schedule), key)
+    if _shared(program) != _shared(reference):
+        raise CompileError(f"{graph.name} was compiled by another version of llmc, whose weights "
+                           "or states lie differently: compile the model again")
+    return program, generate_host(program, target)
+
+
+def _shared(program: Program) -> list[tuple]:
+    """What all variants of an artifact must have in common."""
+    symbols: list[tuple] = [(name,) for name, _, _ in program.symbols]
+    return symbols + [(b.name, b.role, str(b.type.dtype), b.layout, b.count)
+                      for role in ("input", "output", "weight", "state")
+                      for b in program.with_role(role)]
+
+
+def variant_info(name: str, program: Program, code: Code) -> VariantInfo:
+    """What the runtime must know of a variant."""
+    return VariantInfo(name, {s: (low, high) for s, low, high in program.symbols},
+                       format_dim(program.arena_bytes), format_dim(code.scratch_bytes),
+                       len(list(program.stages())))
 
 
 def place(size: int, count: int) -> int:

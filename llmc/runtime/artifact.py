@@ -5,6 +5,7 @@
     variants/NAME.o   object code      variants/NAME.txt   the program it was made from
     variants/NAME.ARCH.{cubin,ptx,json}   for GPUs, in place of object code: machine code, what
                       later GPUs assemble, launches of a step with the assembler's report
+    graph.txt         the optimised graph: code for hot shapes is made from it
     files/...         tokenizer and configuration files of the model
 
 Loading an artifact runs the code in it: load only what you would run. The manifest carries its own
@@ -31,6 +32,7 @@ FORMAT = 1
 ALIGNMENT = 4096
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.bin"
+GRAPH = "graph.txt"
 
 
 @dataclass(frozen=True)
@@ -199,18 +201,26 @@ class Artifact:
                                  f"manifest says {expected}; compile the model again")
 
     def verify_code(self) -> None:
-        """Check the files of all variants, which are small; ModelError names the first bad one."""
+        """Check graph and variants, which are small; ModelError names the first bad file."""
         for variant in self.manifest.variants:
             self._read(f"{variant.name}.o")
             self._read(f"{variant.name}.txt")
+        self.graph_text()
+
+    def graph_text(self) -> str | None:
+        """The optimised graph; None in artifacts that were written without it."""
+        return self._read_file(GRAPH).decode() if GRAPH in self.manifest.hashes else None
 
     def _read(self, name: str) -> bytes:
-        path = self.directory / "variants" / name
+        return self._read_file(f"variants/{name}")
+
+    def _read_file(self, name: str) -> bytes:
+        path = self.directory / name
         try:
             contents = path.read_bytes()
         except OSError as error:
             raise ModelError(f"{path}: {error.strerror}: compile the model again") from None
-        if hashlib.sha256(contents).hexdigest() != self.manifest.hashes.get(f"variants/{name}"):
+        if hashlib.sha256(contents).hexdigest() != self.manifest.hashes.get(name):
             raise ModelError(f"{path} was changed after it was written: compile the model again")
         return contents
 
