@@ -45,7 +45,7 @@ def traced_key(graph: Graph, parameters: Mapping[str, np.ndarray]) -> str:
 
 
 def _checked(leaf: Node, value: np.ndarray) -> np.ndarray:
-    array = np.ascontiguousarray(value)
+    array = np.asarray(value, order="C")
     if array.shape != leaf.shape or array.dtype != leaf.dtype.numpy:
         raise ShapeError(f"parameter {leaf['name']} must be {leaf.type}, got {array.dtype}"
                          f"{list(array.shape)}")

@@ -54,7 +54,7 @@ def _check(tensor: Tensor, array: np.ndarray) -> np.ndarray:
         if tensor.dtype.is_integer and array.size and _overflows(array, tensor.numpy):
             raise ShapeError(f"input {tensor} has values that do not fit {tensor.dtype}")
         array = array.astype(tensor.numpy)
-    return np.ascontiguousarray(array)
+    return np.asarray(array, order="C")  # ascontiguousarray would give scalars an axis
 
 
 def _overflows(array: np.ndarray, target: np.dtype) -> bool:

@@ -47,3 +47,9 @@ def test_what_does_not_fit_is_refused(given, message):
 def test_narrower_integers_are_taken():
     given = check_inputs(tensors(), {**arrays(), "x": np.zeros((2, 3), np.int32)})
     assert given[0].dtype == np.int64
+
+
+def test_scalars_stay_scalars():
+    scalar = [Tensor(TensorInfo("x", "f32", ()), SYMBOLS)]
+    given = check_inputs(scalar, {"x": np.float64(2.5)})
+    assert given[0].shape == () and bind(scalar, given, {}) == {}
