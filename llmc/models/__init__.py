@@ -18,10 +18,12 @@ from llmc.models.gpt2 import GPT2Config, gpt2
 from llmc.models.gpt_neox import GPTNeoXConfig, gpt_neox
 from llmc.models.llama import LlamaConfig, llama
 from llmc.models.mistral import MistralConfig, mistral
+from llmc.models.mixtral import MixtralConfig, mixtral
 from llmc.models.olmo2 import Olmo2Config, olmo2
 from llmc.models.phi import PhiConfig, phi
 from llmc.models.phi3 import Phi3Config, phi3
 from llmc.models.qwen import QwenConfig, qwen
+from llmc.models.qwen3_moe import Qwen3MoeConfig, qwen3_moe
 from llmc.models.roberta import RobertaConfig, roberta, roberta_for_masked_lm
 from llmc.models.smollm3 import SmolLM3Config, smollm3
 from llmc.models.starcoder2 import Starcoder2Config, starcoder2
@@ -65,11 +67,13 @@ ARCHITECTURES = {
     "GemmaForCausalLM": Family("causal_lm", GemmaConfig.read, gemma, "model."),
     "LlamaForCausalLM": Family("causal_lm", LlamaConfig.read, llama, "model."),
     "MistralForCausalLM": Family("causal_lm", MistralConfig.read, mistral, "model."),
+    "MixtralForCausalLM": Family("causal_lm", MixtralConfig.read, mixtral, "model."),
     "Olmo2ForCausalLM": Family("causal_lm", Olmo2Config.read, olmo2, "model."),
     "Phi3ForCausalLM": Family("causal_lm", Phi3Config.read, phi3, "model."),
     "PhiForCausalLM": Family("causal_lm", PhiConfig.read, phi, "model."),
     "Qwen2ForCausalLM": Family("causal_lm", QwenConfig.read_qwen2, qwen, "model."),
     "Qwen3ForCausalLM": Family("causal_lm", QwenConfig.read_qwen3, qwen, "model."),
+    "Qwen3MoeForCausalLM": Family("causal_lm", Qwen3MoeConfig.read, qwen3_moe, "model."),
     "RobertaForMaskedLM": ROBERTA_FOR_MASKED_LM,
     "RobertaModel": ROBERTA,
     "SmolLM3ForCausalLM": Family("causal_lm", SmolLM3Config.read, smollm3, "model."),
