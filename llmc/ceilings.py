@@ -19,7 +19,7 @@ from llmc.codegen.target import Target
 from llmc.runtime.host_device import load_object
 from llmc.runtime.memory import aligned_empty
 
-BUFFER_BYTES = 1 << 28  # beyond any cache
+BUFFER_BYTES = 1 << 29  # beyond any cache
 SECONDS = 0.02  # of one sample: long beside the start of a thread, short beside clock changes
 
 
