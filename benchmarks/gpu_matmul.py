@@ -37,6 +37,7 @@ CHECKS = [  # dtype, k, n, rows, options
     *(("f16", 2048, 1024, rows, {"residual": True}) for rows in (1, 2, 7, 33, 64, 129, 512)),
     *(("bf16", 1024, 2048, rows, {"gated": True}) for rows in (1, 8, 16, 17, 64, 128, 513, 2047)),
     *(("bf16", 4096, 4096, rows, {"residual": True}) for rows in (1, 8, 16, 64, 128, 513, 2047)),
+    *(("bf16", k, 3072, 512, {}) for k in (1088, 2048)),
     *(("f32", 512, 320, rows, {"residual": True}) for rows in (1, 8, 65, 300)),
 ]
 
@@ -65,18 +66,23 @@ class Built:
     spills: int
 
 
-def build(case: Case, architecture: str) -> Built:
+def build(case: Case, architecture: str, tiling=None) -> Built:
+    """A case's kernel, with the tiling that the rule chooses or with this one."""
     from matmul_on_device import MatmulStage, product_body, rows_symbol
 
+    from llmc.codegen.nvptx import matmul_tensor
+    from llmc.codegen.nvptx.matmul_tiles import choose_tiling
     from llmc.ir.dims import evaluate
 
+    matmul_tensor.choose_tiling = (lambda *_: tiling) if tiling else choose_tiling
     body = product_body(case.dtype, case.k, case.n, rows_symbol(case.rows) if case.rows > 1 else 1,
                         **dict(case.options))
     stage = MatmulStage(*body, architecture=architecture, rows=(1, case.rows))
     kernel = stage.kernel
     name = type(kernel).__name__
     if hasattr(kernel, "shape"):
-        name = f"{type(kernel.consumer).__name__} {kernel.shape.rows}x{kernel.shape.columns}"
+        name = (f"{type(kernel.consumer).__name__} {kernel.shape.rows}x{kernel.shape.columns}"
+                f"x{kernel.shape.stages}/{kernel.split}*{kernel.attributes['nvvm.minctasm']}")
     registers, spills = (stage.report.registers, stage.report.spill_bytes) if stage.report \
         else (0, 0)
     return Built(name, stage.launch.kernel, stage.cubin,
@@ -206,12 +212,35 @@ def measure(case: Case, built: Built, rounds: int) -> dict:
             "registers": built.registers, "blocks": built.blocks}
 
 
+def tune(cases: list[Case], pool, options) -> None:
+    """Every tiling of every case, timed."""
+    from llmc.codegen.nvptx.matmul_tiles import tilings
+
+    pairs = [(case, tiling) for case in cases
+             for tiling in tilings(case_product(case), options.architecture)
+             if tiling.shape.rows < 2 * max(case.rows, 32)]
+    built = list(pool.map(build, [case for case, _ in pairs], [options.architecture] * len(pairs),
+                          [tiling for _, tiling in pairs], chunksize=4))
+    for (case, _), each in zip(pairs, built, strict=True):
+        if not each.spills:
+            print(json.dumps(measure(case, each, options.rounds)), flush=True)
+
+
+def case_product(case: Case):
+    """What the rule sees of a case."""
+    from matmul_on_device import MatmulStage, product_body, rows_symbol
+
+    body = product_body(case.dtype, case.k, case.n, rows_symbol(case.rows))
+    return MatmulStage(*body, rows=(1, case.rows)).kernel.product
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", default="8b,1b")
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--check-only", action="store_true")
+    parser.add_argument("--tune", action="store_true", help="time every tiling of every case")
     parser.add_argument("--architecture", default="sm_90a")
     options = parser.parse_args()
     checks = [Case("check", *each[:4], tuple(each[4].items())) for each in CHECKS]
@@ -219,6 +248,9 @@ def main() -> None:
         Case(f"{model} {name}", "bf16", k, n, int(rows)) for model in options.shapes.split(",")
         for name, (k, n) in SHAPES[model].items() for rows in options.rows.split(",")]
     with ProcessPoolExecutor(12) as pool:
+        if options.tune:
+            tune(cases, pool, options)
+            return
         built = list(pool.map(build, [*checks, *cases],
                               [options.architecture] * len([*checks, *cases])))
     import torch

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import llvmlite.ir as ir
 
+from llmc.codegen.elements import collect
 from llmc.codegen.llvm import F32, I8, I32, I64, VOID, Emitter, i32
 
 SHARED_MEMORY = "llmc_matmul_shared"  # dynamic shared memory, aligned for swizzles
@@ -57,6 +58,29 @@ def assembly(e: Emitter, text: str, constraints: str, result: ir.Type,
 def barrier(e: Emitter) -> None:
     """All threads of the block, and their shared memory."""
     assembly(e, "bar.sync 0;", "", VOID, [])
+
+
+def cluster_barrier(e: Emitter) -> None:
+    """All threads of all blocks of the cluster, and their shared memory."""
+    assembly(e, "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;",
+             "", VOID, [])
+
+
+def load_remote(e: Emitter, address: ir.Value, rank: int, lanes: int) -> ir.Value:
+    """f32 values from this shared address in block `rank` of the cluster: one, or a vector of them
+    (lanes: 1 or a multiple of 4, 16-byte aligned)."""
+    width = min(lanes, 4)
+    values = []
+    for start in range(0, lanes, width):
+        registers = ",".join(f"${number}" for number in range(width))
+        target = f"{{{registers}}}" if width > 1 else registers
+        vectors = ".v4" if width > 1 else ""
+        text = (f"{{ .reg .b32 remote; mapa.shared::cluster.u32 remote, ${width}, {rank}; "
+                f"ld.shared::cluster{vectors}.f32 {target}, [remote + {4 * start}]; }}")
+        result = _structure(F32, width) if width > 1 else F32
+        loaded = assembly(e, text, ",".join(["=f"] * width) + ",r", result, [address])
+        values += _parts(e, loaded, width) if width > 1 else [loaded]
+    return collect(e, values)
 
 
 # ---- copies ----------------------------------------------------------------------------------

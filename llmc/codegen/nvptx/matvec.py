@@ -21,7 +21,8 @@ from llmc.codegen.nvptx.matmul_ptx import (
     multiply_fragments,
     shared_memory,
 )
-from llmc.codegen.nvptx.matmul_tensor import PROCESSORS, SumTile
+from llmc.codegen.nvptx.matmul_tensor import SumTile
+from llmc.codegen.nvptx.matmul_tiles import PROCESSORS
 from llmc.codegen.nvptx.product import Epilogue, Product
 from llmc.codegen.target import Target
 from llmc.ir.dims import Dim, bounds
@@ -47,6 +48,7 @@ class TensorMatvec:
         self.tiles = -(-product.part_size // self.width)
         self.sums = SumTile(self.row_fragments * ROWS, self.width, SLOTS + 4, self.threads)
         self.shared_bytes = self.warps * self.sums.bytes
+        self.attributes = {"nvvm.minctasm": max(1, 512 // self.threads)}
 
     def blocks(self) -> Dim:
         return self.tiles
@@ -63,7 +65,7 @@ class TensorMatvec:
         barrier(e)
         self._add_up(e, memory, thread)
         barrier(e)
-        self.sums.finish(e, frame, self.epilogue, i64(0), first_column)
+        self.sums.finish(e, frame, self.epilogue, i64(0), first_column, i64(0))
 
     # ---- addresses ---------------------------------------------------------------------------
 

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 from matmul_on_device import MatmulStage, product_body, rows_symbol, run_once
 
+from llmc.codegen.nvptx import matmul_tensor
+from llmc.codegen.nvptx.matmul_loader import TileShape
 from llmc.codegen.nvptx.matmul_tensor import TensorMatmul
+from llmc.codegen.nvptx.matmul_tiles import Tiling
 from llmc.codegen.nvptx.matvec import TensorMatvec
 from llmc.errors import DeviceError
 from llmc.ir.graph import Graph
@@ -61,6 +64,29 @@ def test_large_tiles_use_the_tensor_cores_of_the_architecture():
 def test_few_rows_stream_whole_pieces_of_the_weight():
     stage = MatmulStage(*product_body("bf16", 2048, 2048, 1), rows=(1, 1))
     assert "ld.global.nc.L1::no_allocate.L2::128B.v4.b32" in stage.ptx
+
+
+SPLIT = [Tiling(TileShape(64, 64, 128, 4), 4, 1, None),
+         Tiling(TileShape(32, 32, 128, 5), 2, 2, (2, 2)),
+         Tiling(TileShape(128, 192, 256, 4), 8, 1, None)]
+
+
+@pytest.mark.parametrize("tiling", SPLIT)
+def test_clusters_share_out_k(monkeypatch, tiling):
+    monkeypatch.setattr(matmul_tensor, "choose_tiling", lambda *_: tiling)
+    stage = MatmulStage(*product_body("bf16", 1096, 200, rows_symbol(300)), rows=(1, 300))
+    assert f".reqnctapercluster {tiling.split}" in stage.ptx
+    assert stage.report.spill_bytes == 0 and stage.warnings == ()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tiling", SPLIT)
+@pytest.mark.parametrize("options", [{"result": "f32"}, {"gated": True}])
+def test_clusters_against_float64(gpu, monkeypatch, tiling, options):
+    if gpu.architecture != "sm_90a":
+        pytest.skip("clusters and wgmma need sm_90a")
+    monkeypatch.setattr(matmul_tensor, "choose_tiling", lambda *_: tiling)
+    test_against_float64(gpu, "bf16", 1096, 400, 300, options)
 
 
 @pytest.mark.gpu
