@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= auto
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all test-gpu lint bench clean
 
 $(BIN)/llmc: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "llmc needs Python 3.11 or newer: make PYTHON=python3.12 ..."'
@@ -27,6 +27,10 @@ test: $(VENV)/dev   ## what CI runs
 
 test-all: $(VENV)/dev   ## everything
 	$(BIN)/python -m pytest -q -n $(WORKERS)
+
+test-gpu: $(VENV)/dev   ## what needs an NVIDIA GPU; one process, for they share its memory
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cuda]'
+	$(BIN)/python -m pytest -q -m gpu
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check llmc tests examples benchmarks

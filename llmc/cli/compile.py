@@ -19,8 +19,11 @@ def add(subparsers) -> None:
     parser.add_argument("-o", "--output", required=True, metavar="OUT",
                         help="artifact directory to write (or with --emit: the file)")
     parser.add_argument("--target", default="host",
-                        help="host, or CPU such as x86_64:znver5, x86_64:x86-64-v3, "
+                        help="host, nvptx, or CPU such as x86_64:znver5, x86_64:x86-64-v3, "
                              "aarch64:neoverse-v2 (default: this machine)")
+    parser.add_argument("--arch", default="", metavar="ARCH,...",
+                        help="with --target nvptx: the GPUs to compile for; needs no GPU "
+                             "(default: sm_80,sm_90a)")
     parser.add_argument("--dtype", default=None, help="compute dtype (default: the checkpoint's)")
     parser.add_argument("--shape", default="", metavar="NAME=LOW:HIGH,...",
                         help="narrow the ranges of symbols, such as tokens=1:512")
@@ -34,14 +37,13 @@ def add(subparsers) -> None:
 
 def run(arguments) -> int:
     from llmc.cli.progress import progress_bar
-    from llmc.codegen.target import Target
     from llmc.driver import compile_model
 
     emit = _emitter(arguments)
     started = time.perf_counter()
     with progress_bar() as progress:
-        compiled = compile_model(arguments.model, Target.parse(arguments.target), arguments.dtype,
-                                 progress, parse_shape(arguments.shape))
+        compiled = compile_model(arguments.model, _target(arguments), arguments.dtype, progress,
+                                 parse_shape(arguments.shape))
         paths = emit(compiled, progress) if emit else [compiled.write(arguments.output, progress)]
     seconds = time.perf_counter() - started
     if emit:
@@ -49,6 +51,17 @@ def run(arguments) -> int:
     else:
         _report(paths[0], compiled, seconds, arguments.json)
     return 0
+
+
+def _target(arguments):
+    """The target of --target and --arch."""
+    from llmc.codegen.target import Target
+
+    if not arguments.arch:
+        return Target.parse(arguments.target)
+    if arguments.target != "nvptx":
+        raise LlmcError("--arch names GPUs: it goes with --target nvptx")
+    return Target.parse(f"nvptx:{arguments.arch}")
 
 
 def _emitter(arguments):

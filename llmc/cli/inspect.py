@@ -18,7 +18,9 @@ def add(subparsers) -> None:
         "llmc inspect model.onnx --stage optimized")
     parser.add_argument("model", nargs="?", default=str(EMBEDDED), metavar="MODEL",
                         help="default: the embedded model")
-    parser.add_argument("--stage", choices=STAGES, default="program")
+    parser.add_argument("--stage", choices=(*STAGES, "ptx"), default="program",
+                        help="ptx: with --target nvptx, the last architecture's, under the "
+                             "assembler's report")
     parser.add_argument("--variant", default=None, metavar="NAME",
                         help="which variant's program or code, such as few or generic (default: "
                              "few, where there is one)")
@@ -41,6 +43,8 @@ def run(arguments) -> int:
         return _inspect_artifact(arguments)
     if arguments.verify:
         raise LlmcError(f"{arguments.model} is no artifact: --verify checks artifacts")
+    if arguments.stage == "ptx" and not arguments.target.startswith("nvptx"):
+        raise LlmcError("--stage ptx is of GPU code: add --target nvptx:sm_90a")
     if arguments.html:
         return _write_page(arguments)
     return _print_stage(arguments)

@@ -18,6 +18,7 @@ HOST_KERNELS = frozenset("""
 
 # Graphics processors by LLVM's names. sm_90a: Hopper with its own tensor-core instructions.
 ARCHITECTURES = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
+DEFAULT_ARCHITECTURES = ("sm_80", "sm_90a")
 _PTX_FEATURES = {"sm_100": "+ptx86", "sm_120": "+ptx87"}  # others: of CUDA 12.0
 DEVICE_TRIPLE = "nvptx64-nvidia-cuda"
 
@@ -54,8 +55,9 @@ define void @f(ptr %a, ptr %b) {
 class Target:
     """kind: "host" or "nvptx". features: LLVM's, each with + or -, on top of what the cpu has.
 
-    Text form: `x86_64:znver5` or `x86_64:znver5:+avx512bf16,-avx512f`; `nvptx:sm_80,sm_90a`, whose
-    cpu is a list of architectures (`machine` takes a target of one: see `architectures`).
+    Text form: `x86_64:znver5` or `x86_64:znver5:+avx512bf16,-avx512f`; `nvptx` or
+    `nvptx:sm_80,sm_90a`, whose cpu is a list of architectures (`machine` takes a target of one: see
+    `architectures`).
     """
 
     kind: str
@@ -152,9 +154,8 @@ class Target:
 
 
 def _parse_device(text: str, architectures: str) -> Target:
-    names = tuple(dict.fromkeys(filter(None, architectures.split(","))))
-    unknown = [name for name in names if name not in ARCHITECTURES]
-    if unknown or not names:
+    names = tuple(dict.fromkeys(filter(None, architectures.split(",")))) or DEFAULT_ARCHITECTURES
+    if any(name not in ARCHITECTURES for name in names):
         raise CompileError(f"target {text!r}: name architectures, as in nvptx:sm_80,sm_90a; "
                            f"known are {', '.join(ARCHITECTURES)}")
     return Target("nvptx", DEVICE_TRIPLE, ",".join(names))

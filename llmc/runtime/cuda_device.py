@@ -17,6 +17,9 @@ from llmc.errors import DeviceError
 
 STAGING_BYTES = 32 << 20  # of each of the two pinned buffers that weights pass through
 OLDEST_DRIVER = 12000  # CUDA 12.0, the first that reads the PTX we write
+# CUDA version of a driver -> the newest PTX it reads; later drivers read at least as much.
+_PTX = {12000: "8.0", 12010: "8.1", 12020: "8.2", 12030: "8.3", 12040: "8.4", 12050: "8.5",
+        12080: "8.7", 12090: "8.8", 13000: "9.0", 13010: "9.1"}
 
 
 @cache
@@ -55,6 +58,12 @@ def _describe(driver: Any, status: Any) -> str:
     return f"{status.name.removeprefix('CUDA_ERROR_').lower()}: {(text or b'').decode()}"
 
 
+def device_count() -> int:
+    """GPUs that the driver shows; DeviceError if there is no driver or no GPU."""
+    _driver()
+    return call("cuDeviceGetCount")
+
+
 class Device:
     """One GPU, its primary context and a stream of our own.
 
@@ -88,6 +97,16 @@ class Device:
         """What code for this GPU is compiled for: sm_90a on Hopper, for its own instructions."""
         major, minor = self.capability
         return f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
+
+    @property
+    def cuda(self) -> str:
+        """The CUDA version that the driver supports."""
+        return _version(self.driver)
+
+    @property
+    def ptx(self) -> str:
+        """The newest PTX version that the driver is known to read."""
+        return _PTX[max(version for version in _PTX if version <= self.driver)]
 
     def use(self) -> None:
         """Make the context current in this thread."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,12 @@ class Variant(Described):
 
 
 class Executor:
-    """Memory and code for one artifact. `run` is not thread-safe; Runtime serialises it."""
+    """Memory and code for one artifact. `run` is not thread-safe; Runtime serialises it.
+
+    variants: the narrowest key first.
+    """
+
+    variants: list[Any]  # of this executor's own kind, a Described
 
     def __init__(self, artifact: Artifact, threads: int):
         self._describe(artifact)

@@ -125,7 +125,7 @@ def test_run(llmc_command, tmp_path, option, words):
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    (("--verify",), ("no artifact",)),
+    (("--verify",), ("no artifact",)), (("--stage", "ptx"), ("--target nvptx",)),
     (("--stage", "imported", "--dtype", "f7"), ("f7",)),
     (("--html", "/proc/page.html"), ("/proc/page.html",)),
     (("--variant", "exact"), ("no variant 'exact'", "few")),
@@ -167,7 +167,7 @@ def test_bad_environment_variables_are_named(llmc_command, monkeypatch, name, va
 
 @pytest.mark.parametrize("arguments", [
     (), ("frobnicate",), ("generate", "--fast"), ("compile",), ("cache", "burn"),
-    ("inspect", "--stage", "ptx"), ("generate", "--max-tokens", "few"),
+    ("inspect", "--stage", "sass"), ("generate", "--max-tokens", "few"),
 ])
 def test_wrong_command_lines_exit_with_2(llmc_command, arguments):
     result = llmc_command(*arguments)

@@ -233,11 +233,11 @@ class _Query:
         e.barrier()
         factors, inverse = self._factors(maxima, totals)
         with e.loop(e.thread, i64(kernel.value_size), kernel.threads) as component:
-            value: ir.Value = f32(0.0)
+            joined: ir.Value = f32(0.0)
             for warp, factor in enumerate(factors):
                 place = e.b.add(component, i64(warp * kernel.value_size))
-                value = e.fma(e.load(e.offset(rows, place, F32), F32), factor, value)
-            self._store(component, e.b.fmul(value, inverse))
+                joined = e.fma(e.load(e.offset(rows, place, F32), F32), factor, joined)
+            self._store(component, e.b.fmul(joined, inverse))
 
     def _factors(self, maxima: ir.Value, totals: ir.Value) -> tuple[list[ir.Value], ir.Value]:
         """(what scales each warp's sums, 1 / the total of all)."""

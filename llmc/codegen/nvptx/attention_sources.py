@@ -4,14 +4,15 @@ dense batches. Keys are numbered from 0 in their sequence."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from llmc.codegen import elements
 from llmc.codegen.expr import Expression
 from llmc.codegen.integers import Index
 from llmc.codegen.llvm import I64, i64, ir
 from llmc.codegen.nvptx.kernel import WARP, DeviceEmitter
-from llmc.ir.dtypes import f32, i64 as long
+from llmc.ir.dtypes import f32
+from llmc.ir.dtypes import i64 as long
 from llmc.ir.graph import Node
 from llmc.ir.ops import PAGE
 
@@ -33,7 +34,8 @@ class Keys(Protocol):
 
 def make_keys(node: Node, x: Expression, place: Sequence[Index], kv_head: Index) -> Keys:
     """place: the query's token, or its batch and number."""
-    kinds = {"paged_attention": PagedKeys, "packed_attention": PackedKeys, "attention": DenseKeys}
+    kinds: dict[str, Any] = {"paged_attention": PagedKeys, "packed_attention": PackedKeys,
+                             "attention": DenseKeys}
     return kinds[node.op](node, x, place, kv_head)
 
 

@@ -1,0 +1,129 @@
+"""The runtime on GPUs: choosing code and refusing without a GPU, goldens and graphs with one."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import llmc
+from llmc import cli
+from llmc.errors import DeviceError
+from llmc.runtime.cuda_device import Device, choose_architecture
+from llmc.runtime.targets import resolve_target
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What choosing code asks of a device."""
+
+    capability: tuple[int, int]
+    ordinal: int = 0
+    name: str = "test"
+    architecture: str = "sm_00"
+
+
+def why_no_gpu() -> str:
+    try:
+        Device()
+    except DeviceError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(scope="module")
+def gpu() -> None:
+    """Skips where there is no GPU."""
+    if reason := why_no_gpu():
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize(("capability", "chosen"), [
+    ((8, 0), ("sm_80", "cubin")), ((8, 9), ("sm_80", "cubin")), ((9, 0), ("sm_90a", "cubin")),
+    ((10, 0), ("sm_80", "ptx")), ((12, 0), ("sm_80", "ptx")),
+])
+def test_the_best_code_for_a_gpu_is_chosen(capability, chosen):
+    available = [(name, form) for name in ("sm_80", "sm_90a") for form in ("cubin", "ptx")]
+    assert choose_architecture(Gpu(capability), available) == chosen
+
+
+def test_no_code_for_an_older_gpu():
+    with pytest.raises(DeviceError, match=r"compiled for sm_80, .* --arch sm_00"):
+        choose_architecture(Gpu((7, 5)), [("sm_80", "cubin"), ("sm_80", "ptx")])
+
+
+def test_without_a_gpu_the_error_says_what_is_missing(tmp_path, capsys, embedded_artifact):
+    if not why_no_gpu():
+        pytest.skip("there is a GPU")
+    output = tmp_path / "gpu.llmc"
+    embedded = Path(llmc.__file__).parent / "data" / "stories260K"
+    assert cli.main(["compile", str(embedded), "-o", str(output), "--target", "nvptx",
+                     "--arch", "sm_80,sm_90a"]) == 0
+    np.save(tmp_path / "ids.npy", np.array([[1, 403]]))
+    capsys.readouterr()
+    assert cli.main(["run", str(output), "--input", f"input_ids={tmp_path / 'ids.npy'}",
+                     "--output", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("llmc: ") and error.count("\n") == 1
+    assert why_no_gpu() in error
+    with pytest.raises(DeviceError):
+        llmc.Runtime(embedded, target="nvptx")
+    with pytest.raises(DeviceError, match="compiled for"):
+        llmc.Runtime(embedded_artifact, target="nvptx")
+
+
+def test_auto_says_what_it_chose(capsys):
+    chosen = resolve_target("auto")
+    assert chosen == "host" if why_no_gpu() else chosen.startswith("nvptx:sm_")
+    assert capsys.readouterr().err.startswith("llmc: target auto: ")
+
+
+# ---- with a GPU -----------------------------------------------------------------------------
+
+
+def run_goldens(model: str, dtype: str) -> float:
+    """Largest error of all forward cases, relative to the largest value of each."""
+    directory = GOLDENS / "hf" / model
+    expected = json.loads((directory / "expected.json").read_text())
+    data = load_file(directory / "expected.safetensors")
+    worst = 0.0
+    with llmc.Runtime(directory, target="nvptx", dtype=dtype) as runtime:
+        for case in (case for case in expected["cases"] if case["type"] == "forward"):
+            name = case["name"]
+            got = runtime.run({key: data[f"{name}.{key}"] for key in case["inputs"]})
+            mask = data.get(f"{name}.attention_mask")
+            for output in case["outputs"]:
+                wanted = data[f"{name}.{output}"]
+                error = np.abs(got[output].astype(np.float64) - wanted)
+                if mask is not None and wanted.ndim == 3:
+                    error = error[mask.astype(bool)]
+                worst = max(worst, float(error.max() / np.abs(wanted).max()))
+    return worst
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", ["llama_gqa4_tied", "llama_gqa3_sharded", "bert"])
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_goldens(gpu, model, dtype):
+    expected = json.loads((GOLDENS / "hf" / model / "expected.json").read_text())
+    tolerance = 1.5 * expected["bf16_max_rel"] if dtype == "bf16" else 1e-4
+    assert run_goldens(model, dtype) <= tolerance
+
+
+@pytest.mark.gpu
+def test_a_decode_step_is_one_graph_launch_and_repeats(gpu, embedded_goldens):
+    golden = embedded_goldens[0]
+    embedded = Path(llmc.__file__).parent / "data" / "stories260K"
+    with llmc.Runtime(embedded, target="nvptx") as runtime:
+        count = len(golden["greedy_ids"])
+        turns = []
+        for _ in range(2):
+            before = runtime.executor.graph_launches
+            turns.append(list(runtime.generate(golden["prompt_ids"], max_new_tokens=count,
+                                               ignore_eos=True)))
+        assert turns == [golden["greedy_ids"]] * 2
+        assert runtime.executor.graph_launches - before >= count - 1
