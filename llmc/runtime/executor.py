@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from llmc.errors import LlmcError, ShapeError
 from llmc.ir.dims import Dim, evaluate, parse_dim
 from llmc.runtime.artifact import Artifact, VariantInfo
 from llmc.runtime.binding import Tensor, bind, check_inputs, make_symbols
+from llmc.runtime.dispatch import Dispatch, exact_symbols
 from llmc.runtime.host_device import Team, load_object
 from llmc.runtime.memory import aligned_empty, physical_memory
 
@@ -56,9 +57,9 @@ class Executor:
 
     def __init__(self, artifact: Artifact, threads: int):
         self._describe(artifact)
-        self.variants = sorted(
-            (Variant(info, self.symbols, artifact.object_code(info))
-             for info in artifact.manifest.variants), key=Variant.width)
+        self.dispatch = self._dispatch(
+            Variant(info, self.symbols, artifact.object_code(info))
+            for info in artifact.manifest.variants)
         self.team = Team(self.variants[0].library, threads)
         self._weights = _pointer_table(artifact.weight_addresses())
         self.threads = threads
@@ -103,13 +104,17 @@ class Executor:
         """The largest value of a symbol that some variant covers."""
         return max(variant.info.key[name][1] for variant in self.variants)
 
-    def choose(self, values: Mapping[str, int]) -> Variant:
-        """The most specific variant that covers a shape."""
-        for variant in self.variants:
-            if variant.covers(values):
-                return variant
-        raise ShapeError(f"no compiled variant covers {dict(values)}; the model was compiled for "
-                         f"{[dict(v.info.key) for v in self.variants]}")
+    @property
+    def variants(self) -> list[Any]:
+        """The live variants, the most specific first."""
+        return list(self.dispatch.table.variants)
+
+    def _dispatch(self, variants: Iterable[Described]) -> Dispatch:
+        return Dispatch(variants, exact_symbols(self.artifact.manifest))
+
+    def choose(self, values: Mapping[str, int]) -> Any:
+        """The most specific live variant that covers a shape."""
+        return self.dispatch.table.choose(self.dispatch.shape(values), values)
 
     def run(self, arrays: Mapping[str, np.ndarray],
             out: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
@@ -121,9 +126,13 @@ class Executor:
             raise LlmcError("this runtime is closed")
         given = check_inputs(self.inputs, arrays)
         values = bind(self.inputs, given, self.known)
-        variant = self.choose(values)
+        if unknown := self.symbols.keys() - values.keys():
+            raise ShapeError(f"no input's shape tells the value of {', '.join(sorted(unknown))}")
+        variant: Any = self.dispatch.choose(values)
         results = [self._output(tensor, values, out) for tensor in self.outputs]
+        before = variant.seconds
         self._call(variant, values, given, results)
+        self.dispatch.observe(values, variant, variant.seconds - before)
         return {tensor.name: result for tensor, result in zip(self.outputs, results, strict=True)}
 
     def _output(self, tensor: Tensor, values, out) -> np.ndarray:

@@ -18,11 +18,14 @@ def direct_outputs(steps: Sequence[Step], buffers: dict[str, Buffer]
     """
     steps = list(steps)
     buffers = dict(buffers)
-    for step in list(steps):
+    number = 0
+    while number < len(steps):
+        step = steps[number]
         if not isinstance(step, Stage) or not _is_plain_copy(step, buffers):
+            number += 1
             continue
         source, output = step.operands[0], step.results[0]
-        steps.remove(step)
+        del steps[number]
         buffers.pop(source)
         steps = [_rename_step(other, source, output) for other in steps]
     return steps, buffers

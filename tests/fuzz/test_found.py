@@ -1,0 +1,42 @@
+"""Minimal cases of what the random graphs found."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import llmc
+from llmc.errors import ShapeError
+from llmc.ir.dtypes import dtype
+from llmc.ir.graph import Graph, TensorType
+from llmc.ir.ops import constant, make
+from tests.fuzz.graphs import Case, M, N
+
+
+def leaf(name: str, kind: str, *shape):
+    return make("input", name=name, type=TensorType(dtype(kind), shape))
+
+
+def check(*outputs, inputs) -> None:
+    case = Case(Graph("found", tuple(inputs), tuple((f"y{n}", y) for n, y in enumerate(outputs))))
+    for number, got in enumerate(case.compiled(threads=2)):
+        case.check_close(got, number)
+
+
+def test_a_value_that_is_two_outputs():
+    x = leaf("x", "f32", N)
+    value = make("sub", x, constant(1, dtype("f32")))
+    check(value, value, inputs=[x])
+
+
+def test_symbols_that_no_input_tells():
+    graph = Graph("found", (leaf("x", "f32", 3),),
+                  (("y", make("iota", dtype="i32", shape=(N, M), axis=0)),))
+    with (llmc.Runtime(llmc.compile(graph), threads=1) as runtime,
+          pytest.raises(ShapeError, match="no input's shape tells the value of m, n")):
+        runtime.run({"x": np.ones(3, np.float32)})
+
+
+def test_inputs_that_nothing_reads():
+    x, unused = leaf("x", "f32", N), leaf("unused", "i32", M, N)
+    check(make("neg", x), inputs=[x, unused])
