@@ -16,7 +16,13 @@ class LlmcError(Exception):
 
 
 class ModelError(LlmcError):
-    """A file is bad or unsupported: names the file, the tensor or node, and what was expected."""
+    """A file is bad or unsupported: names the file, the tensor or node, and what was expected.
+
+    What a file says may stand in the text: line ends and other control characters are escaped.
+    """
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
 
 
 class ShapeError(LlmcError):
