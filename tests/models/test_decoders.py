@@ -91,6 +91,11 @@ def read(name, *dropped, **changes):
                                                "long_factor": [1.0] * 7}}),
         ("phi3_longrope", {"rope_parameters": {"type": "su", "short_factor": [1.0] * 8,
                                                "long_factor": [0.0] * 8}}),
+        ("mixtral", {"num_experts_per_tok": 5}),
+        ("mixtral", {"num_local_experts": 0}),
+        ("qwen3_moe", {"mlp_only_layers": ["1"]}),
+        ("qwen3_moe", {"decoder_sparse_step": 0}),
+        ("qwen3_moe", {"num_experts": 1}),
         ("smollm3", {"no_rope_layers": [1, 1, 1]}),
         ("smollm3", {"no_rope_layers": [1, 1, 1, 2]}),
     ],
@@ -127,6 +132,12 @@ def test_windows_of_layers():
 def test_every_fourth_layer_is_without_rope():
     assert read("smollm3", "no_rope_layers").with_rope == (True, True, True, False)
     assert read("smollm3", no_rope_layers=[0, 1, 1, 1]).with_rope == (False, True, True, True)
+
+
+def test_which_layers_have_experts():
+    assert read("qwen3_moe").dense == {1}
+    assert read("qwen3_moe", mlp_only_layers=None, decoder_sparse_step=3).dense == {0, 1}
+    assert read("qwen3_moe", "num_local_experts", num_experts=4).experts.count == 4
 
 
 def test_ropes_of_both_layouts():

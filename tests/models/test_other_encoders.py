@@ -1,4 +1,4 @@
-"""RoBERTa through the interpreter against transformers: how it counts positions."""
+"""RoBERTa and DistilBERT through the interpreter against transformers, and RoBERTa's positions."""
 
 from pathlib import Path
 
@@ -12,27 +12,33 @@ from llmc.models.config import ConfigFile
 from llmc.models.roberta import RobertaConfig
 from tests.models.packed import Golden, encode_packed, relative_error
 
+NAMES = ["distilbert", "distilbert_mlm", "roberta", "roberta_mlm"]
 
-def run_all_cases(dtype):
-    """(expected, got) hidden states of every sequence, all packed into one step."""
-    golden = Golden.load("roberta")
+
+def run_all_cases(golden, dtype):
+    """(expected, got) of the output by token of every sequence, all packed into one step."""
     cases = golden.forward_cases
     sequences = [ids for case in cases for ids in golden.unpadded(case, "input_ids")]
-    expected = [x for case in cases for x in golden.unpadded(case, "last_hidden_state")]
-    got = encode_packed(load_model(golden.path, dtype), sequences)
-    return golden, [(a, b["last_hidden_state"]) for a, b in zip(expected, got, strict=True)]
+    starts = [start for case in cases for start in golden.starts(case)]
+    got = encode_packed(load_model(golden.path, dtype), sequences, starts=starts)
+    name = next(name for name in got[0] if name != "pooler_output")
+    expected = [values for case in cases for values in golden.unpadded(case, name)]
+    return [(values, each[name]) for values, each in zip(expected, got, strict=True)]
 
 
-def test_all_cases_in_one_packed_step():
-    golden, pairs = run_all_cases("f32")
+@pytest.mark.parametrize("name", NAMES)
+def test_all_cases_in_one_packed_step(name):
+    golden = Golden.load(name)
+    pairs = run_all_cases(golden, "f32")
     assert len(pairs) == 7
     for expected, got in pairs:
         golden.assert_close(got, expected)
 
 
-def test_bf16_is_as_good_as_transformers():
-    golden, pairs = run_all_cases("bf16")
-    errors = [relative_error(got, expected) for expected, got in pairs]
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16_is_as_good_as_transformers(name):
+    golden = Golden.load(name)
+    errors = [relative_error(got, expected) for expected, got in run_all_cases(golden, "bf16")]
     assert max(errors) <= 1.5 * golden.facts["bf16_max_rel"]
 
 
