@@ -10,7 +10,6 @@ one JSON object per case and a table last. Needs an NVIDIA GPU and torch.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import math
 import statistics
@@ -18,6 +17,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/codegen/nvptx")]
@@ -98,7 +98,7 @@ class Launch:
 
         from llmc.runtime.cuda_device import Module
 
-        self.built = built
+        self.built, self.overlaps = built, False
         self.module = Module(built.cubin, "matmul")
         self.function = self.module.function(built.function, built.shared_bytes)
 
@@ -108,16 +108,16 @@ class Launch:
         self.held = [inputs, result, table([rows]), table([x.data_ptr() for x in inputs]),
                      table([result.data_ptr()])]
         self.arguments = table([x.data_ptr() for x in self.held[2:]] + [0] * 6)
-        self.values = ((self.arguments.data_ptr(), 0), (ctypes.c_void_p, ctypes.c_int64))
 
     def __call__(self) -> None:
         import torch
 
-        from llmc.runtime.cuda_device import call
+        from llmc.runtime.cuda_device import launch
 
         built = self.built
-        call("cuLaunchKernel", self.function, built.blocks, 1, 1, built.threads, 1, 1,
-             built.shared_bytes, torch.cuda.current_stream().cuda_stream, self.values, 0)
+        stream = torch.cuda.current_stream().cuda_stream
+        launch(SimpleNamespace(stream=stream, driver=13000), self.function, built.blocks,
+               built.threads, built.shared_bytes, self.arguments.data_ptr(), 0, self.overlaps)
 
 
 def torch_dtype(name: str):
@@ -187,7 +187,7 @@ def seconds(graph) -> float:
     return start.elapsed_time(stop) / 1e3
 
 
-def measure(case: Case, built: Built, rounds: int) -> dict:
+def measure(case: Case, built: Built, rounds: int, overlaps: bool = False) -> dict:
     """Times of one product, ours and torch's."""
     import torch
 
@@ -199,6 +199,8 @@ def measure(case: Case, built: Built, rounds: int) -> dict:
     out = torch.empty(case.rows, case.n, device="cuda", dtype=type_)
     ours = [Launch(built, case.rows, [a, w], out) for w in weights]
     count = max(LAUNCHES, copies)
+    for launch in ours[1:]:
+        launch.overlaps = overlaps
     own = graph_of([ours[i % copies] for i in range(count)])
     peer = graph_of([lambda w=weights[i % copies]: torch.mm(a, w.t(), out=out)
                      for i in range(count)])
@@ -223,7 +225,7 @@ def tune(cases: list[Case], pool, options) -> None:
                           [tiling for _, tiling in pairs], chunksize=4))
     for (case, _), each in zip(pairs, built, strict=True):
         if not each.spills:
-            print(json.dumps(measure(case, each, options.rounds)), flush=True)
+            print(json.dumps(measure(case, each, options.rounds, options.overlap)), flush=True)
 
 
 def case_product(case: Case):
@@ -240,6 +242,7 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--check-only", action="store_true")
+    parser.add_argument("--overlap", action="store_true", help="launches that overlap")
     parser.add_argument("--tune", action="store_true", help="time every tiling of every case")
     parser.add_argument("--architecture", default="sm_90a")
     options = parser.parse_args()
@@ -264,7 +267,7 @@ def main() -> None:
             print(f"WRONG {case} {each.kernel}: error {error:.2g}, spills {each.spills}")
     results = []
     for case, each in zip(cases, built[len(checks):], strict=True):
-        results.append(measure(case, each, options.rounds))
+        results.append(measure(case, each, options.rounds, options.overlap))
         print(json.dumps(results[-1]), flush=True)
     for model in options.shapes.split(",") if cases else ():
         shares = [r["share"] for r in results if r["case"].startswith(model)]

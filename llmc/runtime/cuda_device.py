@@ -16,6 +16,7 @@ import numpy as np
 from llmc.errors import DeviceError
 
 STAGING_BYTES = 32 << 20  # of each of the two pinned buffers that weights pass through
+OVERLAPPING_DRIVER = 12030  # CUDA 12.3, the first that captures overlapping kernels in graphs
 OLDEST_DRIVER = 12000  # CUDA 12.0, the first that reads the PTX we write
 # CUDA version of a driver -> the newest PTX it reads; later drivers read at least as much.
 _PTX = {12000: "8.0", 12010: "8.1", 12020: "8.2", 12030: "8.3", 12040: "8.4", 12050: "8.5",
@@ -211,11 +212,25 @@ class Module:
 
 
 def launch(device: Device, function: Any, blocks: int, threads: int, shared_bytes: int,
-           arguments: int, layer: int) -> None:
-    """Put a stage's kernel on the stream. arguments: device address of the step's arguments."""
+           arguments: int, layer: int, overlaps: bool = False) -> None:
+    """Put a stage's kernel on the stream. arguments: device address of the step's arguments.
+
+    overlaps: it may start before the kernel ahead of it ends, which it waits for by itself.
+    """
+    driver = _driver()
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = max(1, blocks), 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes = shared_bytes
+    config.hStream = device.stream
+    if overlaps and device.driver >= OVERLAPPING_DRIVER:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = (driver.CUlaunchAttributeID
+                        .CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [attribute], 1
     values = ((arguments, layer), (ctypes.c_void_p, ctypes.c_int64))
-    call("cuLaunchKernel", function, max(1, blocks), 1, 1, threads, 1, 1, shared_bytes,
-         device.stream, values, 0)
+    call("cuLaunchKernelEx", config, function, values, 0)
 
 
 class Graph:

@@ -19,6 +19,7 @@ import llvmlite.ir as ir
 from llmc.codegen.llvm import I64, POINTER, VOID
 from llmc.codegen.nvptx.assemble import Assembled, assemble
 from llmc.codegen.nvptx.kernel import GLOBAL, DeviceEmitter, DeviceFrame, Kernel
+from llmc.codegen.nvptx.overlap import await_earlier, may_overlap, release_next
 from llmc.codegen.target import Target
 from llmc.ir.dims import Dim, format_dim
 from llmc.ir.program import Loop, Program, Stage, unsupported
@@ -85,6 +86,7 @@ class DeviceCode:
             if assembled.cubin is not None:
                 files[f"{name}.cubin"] = assembled.cubin
             files[f"{name}.json"] = json.dumps({
+                "overlaps": may_overlap(name),
                 "steps": [asdict(step) for step in self.steps[name]],
                 "report": [asdict(kernel) for kernel in assembled.report]}, indent=1).encode()
         return files
@@ -123,7 +125,7 @@ def emit_module(program: Program, target: Target) -> tuple[ir.Module, tuple[Repe
         parts = list(getattr(kernel, "launches", [kernel]))
         names = [name, *(f"{name}_part_{part}" for part in range(1, len(parts)))]
         for part_name, part in zip(names, parts, strict=True):
-            define_kernel(module, part_name, program, part)
+            define_kernel(module, part_name, program, part, target)
         launches[id(stage)] = [
             Launch(part_name, format_dim(part.blocks()), part.threads, part.shared_bytes)
             for part_name, part in zip(names, parts, strict=True)]
@@ -143,7 +145,8 @@ def make_kernel(stage: Stage, program: Program, target: Target) -> Kernel:
     return make(stage, program, target)
 
 
-def define_kernel(module: ir.Module, name: str, program: Program, kernel: Kernel) -> None:
+def define_kernel(module: ir.Module, name: str, program: Program, kernel: Kernel,
+                  target: Target) -> None:
     """A kernel function. Its entry block is the frame's; the code begins in a block of its own."""
     function = ir.Function(module, ir.FunctionType(VOID, [GLOBAL, I64]), name)
     function.calling_convention = "ptx_kernel"
@@ -157,6 +160,10 @@ def define_kernel(module: ir.Module, name: str, program: Program, kernel: Kernel
     entry.b.branch(body)
     e = DeviceEmitter(ir.IRBuilder(body))
     frame = DeviceFrame(program, e, arguments, function.args[1])
+    if may_overlap(target.cpu):
+        release_next(e)
+        if not getattr(kernel, "awaits_earlier", False):  # else it does so itself
+            await_earlier(e)
     kernel.emit(e, frame)
     e.b.ret_void()
 

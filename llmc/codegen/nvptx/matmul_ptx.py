@@ -116,7 +116,7 @@ def load_streaming(e: Emitter, source: ir.Value, wanted: ir.Value) -> list[ir.Va
         @wanted ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {$0,$1,$2,$3}, [$4];
         }"""
     loaded = assembly(e, text, "=&r,=&r,=&r,=&r,l,r", _structure(I32, 4),
-                      [source, e.b.zext(wanted, I32)], effect=False)
+                      [source, e.b.zext(wanted, I32)])
     return _parts(e, loaded, 4)
 
 

@@ -23,6 +23,7 @@ from llmc.codegen.nvptx.matmul_ptx import (
 )
 from llmc.codegen.nvptx.matmul_tensor import SumTile
 from llmc.codegen.nvptx.matmul_tiles import PROCESSORS
+from llmc.codegen.nvptx.overlap import await_earlier, may_overlap
 from llmc.codegen.nvptx.product import Epilogue, Product
 from llmc.codegen.target import Target
 from llmc.ir.dims import Dim, bounds
@@ -37,7 +38,7 @@ LINES = 2  # steps that a warp has in flight while it multiplies the two before
 class TensorMatvec:
     """A block computes 16 columns (of all parts together) for up to `rows` rows."""
 
-    def __init__(self, product: Product, rows: int, warps: int):
+    def __init__(self, product: Product, rows: int, warps: int, overlaps: bool):
         self.product, self.epilogue = product, Epilogue(product)
         self.row_fragments = -(-rows // ROWS)
         self.name = product.dtype.name
@@ -48,6 +49,7 @@ class TensorMatvec:
         self.tiles = -(-product.part_size // self.width)
         self.sums = SumTile(self.row_fragments * ROWS, self.width, SLOTS + 4, self.threads)
         self.shared_bytes = self.warps * self.sums.bytes
+        self.awaits_earlier = overlaps
         self.attributes = {"nvvm.minctasm": max(1, 512 // self.threads)}
 
     def blocks(self) -> Dim:
@@ -59,7 +61,11 @@ class TensorMatvec:
         self.lane = e.b.and_(thread, i32(WARP - 1))
         self.warp = e.b.lshr(thread, i32(5))
         first_column = e.b.mul(e.block, i64(self.width))
-        sums = self._stream(e, self._columns(e, frame, first_column), self._rows(e, frame))
+        columns = self._columns(e, frame, first_column)
+        loaded = self._load(e, columns, e.b.zext(self.warp, I64))
+        if self.awaits_earlier:
+            await_earlier(e)  # weights come from no kernel, the rows do
+        sums = self._stream(e, columns, self._rows(e, frame), loaded)
         memory = shared_memory(e)
         self._keep(e, memory, sums)
         barrier(e)
@@ -100,28 +106,28 @@ class TensorMatvec:
 
     # ---- sums --------------------------------------------------------------------------------
 
-    def _stream(self, e: DeviceEmitter, columns: list[ir.Value], rows: list[ir.Value]
-                ) -> list[ir.Value]:
+    def _load(self, e: DeviceEmitter, columns: list[ir.Value], first: ir.Value
+              ) -> list[ir.Value]:
+        """This lane's pieces of the weight in step `first` and the warp's next ones."""
+        loaded = []
+        for line in range(LINES):
+            step = e.b.add(first, i64(line * self.warps))
+            exists = e.b.icmp_signed("<", step, i64(self.steps))
+            for pointer in columns:
+                for half in range(2):
+                    place = e.b.add(e.b.mul(step, i64(2 * STEP)), i64(STEP * half))
+                    loaded += load_streaming(e, e.offset(pointer, place), exists)
+        return loaded
+
+    def _stream(self, e: DeviceEmitter, columns: list[ir.Value], rows: list[ir.Value],
+                loaded: list[ir.Value]) -> list[ir.Value]:
         """Steps warp, warp + warps, ... of k: the next ones are loaded before these are used."""
-        start = e.b.zext(self.warp, I64)
         stride = self.warps * LINES
-
-        def load(first: ir.Value) -> list[ir.Value]:
-            loaded = []
-            for line in range(LINES):
-                step = e.b.add(first, i64(line * self.warps))
-                exists = e.b.icmp_signed("<", step, i64(self.steps))
-                for pointer in columns:
-                    for half in range(2):
-                        place = e.b.add(e.b.mul(step, i64(2 * STEP)), i64(STEP * half))
-                        loaded += load_streaming(e, e.offset(pointer, place), exists)
-            return loaded
-
         zeros = [f32(0.0)] * (4 * self.row_fragments)
-        with e.fold(start, self.steps, [*load(start), *zeros], stride, "step") as (
+        with e.fold(e.b.zext(self.warp, I64), self.steps, [*loaded, *zeros], stride, "step") as (
                 step, carried, finish):
             current, sums = carried[:16 * LINES], carried[16 * LINES:]
-            coming = load(e.b.add(step, i64(stride)))
+            coming = self._load(e, columns, e.b.add(step, i64(stride)))
             for line in range(LINES):
                 sums = self._multiply(e, e.b.add(step, i64(line * self.warps)),
                                       current[16 * line:16 * line + 16], rows, sums)
@@ -212,4 +218,5 @@ def tensor_matvec(product: Product, target: Target) -> TensorMatvec | None:
     if high is None or high > MATVEC_ROWS or product.dtype.bits != 16 or product.parts > 2:
         return None
     tiles = product.part_size * product.parts // SLOTS
-    return TensorMatvec(product, high, 16 if tiles < 2 * PROCESSORS else 8)
+    return TensorMatvec(product, high, 16 if tiles < 2 * PROCESSORS else 8,
+                        may_overlap(target.cpu))
