@@ -25,6 +25,17 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield directory
 
 
+@pytest.fixture(scope="session", autouse=True)
+def checked_passes() -> Iterator[None]:
+    """Whatever a test compiles: its graph and what every pass makes of it are checked."""
+    from llmc import driver
+    from tests.checked import checked_optimize
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "optimize", checked_optimize)
+        yield
+
+
 @pytest.fixture(scope="session")
 def embedded_artifact() -> Path:
     """The embedded model's artifact in the cache; tests must not change it."""

@@ -21,8 +21,6 @@ from llmc.ir.dtypes import dtype
 from llmc.ir.graph import Graph, Node, TensorType
 from llmc.ir.interpret import allowed, interpret
 from llmc.ir.ops import constant, make
-from llmc.ir.text import format_graph, parse_graph
-from llmc.ir.verify import verify
 from llmc.runtime.artifact import Artifact
 from llmc.runtime.executor import Executor
 from tests.fuzz.hostile import spoil_memory
@@ -251,13 +249,6 @@ def random_array(random: np.random.Generator, node: Node, dims: Mapping[str, int
     if node.dtype.is_float:
         return random.uniform(-1, 1, shape).astype(node.dtype.numpy)
     return random.integers(-5, 6, shape).astype(node.dtype.numpy)
-
-
-def check_text(graph: Graph) -> None:
-    """Prints, parses and prints identically; and is valid."""
-    verify(graph)
-    text = format_graph(graph)
-    assert format_graph(parse_graph(text)) == text
 
 
 class Case:

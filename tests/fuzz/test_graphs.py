@@ -9,17 +9,18 @@ from hypothesis import HealthCheck, given, settings
 from llmc.codegen.target import Target
 from llmc.ir.graph import Graph
 from llmc.passes.pipeline import optimize
-from tests.fuzz.graphs import SHAPES, Case, check_text, graphs
+from tests.checked import check_graph
+from tests.fuzz.graphs import SHAPES, Case, graphs
 
 CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 
 
 def check_passes(graph: Graph) -> None:
     case = Case(graph)
-    check_text(graph)
+    check_graph(graph)
 
     def check(name: str, before: Graph, after: Graph) -> None:
-        check_text(after)
+        check_graph(after)
         for number in range(len(SHAPES)):
             case.check_close(case.interpreted(after, number, True), number)
 
