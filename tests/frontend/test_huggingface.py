@@ -194,4 +194,5 @@ def test_pooling_that_is_not_supported(tmp_path, pooling, changes, message):
 def test_every_family_is_complete():
     for name, family in ARCHITECTURES.items():
         assert family.kind in ("causal_lm", "encoder"), name
-        assert {"ids", "positions", "sequence", "offsets"} <= family.inputs.keys()
+        packed = {"ids", "positions", "sequence", "offsets"}
+        assert packed - set(family.unread) <= family.inputs.keys(), name
