@@ -73,9 +73,9 @@ class CudaExecutor(Executor):
         self.device = Device(ordinal)
         self._describe(artifact)
         architecture, form = choose_architecture(self.device, _available(artifact))
-        self.variants = sorted(
-            (DeviceVariant(info, self.symbols, artifact, architecture, form)
-             for info in artifact.manifest.variants), key=DeviceVariant.width)
+        self.dispatch = self._dispatch(
+            DeviceVariant(info, self.symbols, artifact, architecture, form)
+            for info in artifact.manifest.variants)
         self.threads = 0
         packed = artifact.packed_weights()
         self._weights = Memory(self.device, packed.size, "weights")

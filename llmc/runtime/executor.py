@@ -48,12 +48,7 @@ class Variant(Described):
 
 
 class Executor:
-    """Memory and code for one artifact. `run` is not thread-safe; Runtime serialises it.
-
-    variants: the narrowest key first.
-    """
-
-    variants: list[Any]  # of this executor's own kind, a Described
+    """Memory and code for one artifact. `run` is not thread-safe; Runtime serialises it."""
 
     def __init__(self, artifact: Artifact, threads: int):
         self._describe(artifact)
@@ -106,7 +101,7 @@ class Executor:
 
     @property
     def variants(self) -> list[Any]:
-        """The live variants, the most specific first."""
+        """The live variants, of this executor's own kind (a Described), the narrowest first."""
         return list(self.dispatch.table.variants)
 
     def _dispatch(self, variants: Iterable[Described]) -> Dispatch:

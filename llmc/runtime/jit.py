@@ -1,12 +1,21 @@
 """The runtime's door to the compiler; the only module of the runtime that knows the driver.
 
 The driver is imported when something must be compiled, so that running an artifact never loads it.
+Whole models are compiled in the calling process (`cached_artifact`), variants for hot shapes in
+processes of their own (`compiler.py` starts them, `serve` is what they run): LLVM can abort a
+process, and must not take a server down.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import struct
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -54,3 +63,64 @@ def _cpu() -> str:
     import llvmlite.binding as llvm
 
     return llvm.get_host_cpu_name() + llvm.get_host_cpu_features().flatten()
+
+
+# ---- the worker process ---------------------------------------------------------------------
+
+
+def serve(requests: BinaryIO, replies: BinaryIO) -> None:
+    """Compile variants until the requests end. A message is 8 bytes of length, then JSON; the
+    object code of a good reply ({"info", "seconds", "bytes"}) follows it. A bad one is {"error"}.
+    """
+    while (message := read_message(requests)) is not None:
+        try:
+            reply, code = _compile(json.loads(message))
+        except Exception as error:  # whatever it was, the parent is told and goes on
+            reply, code = {"error": f"{type(error).__name__}: {error}"}, b""
+        replies.write(frame(json.dumps(reply).encode()) + code)
+        replies.flush()
+
+
+def _compile(request: Mapping) -> tuple[dict, bytes]:
+    from dataclasses import asdict
+
+    from llmc.codegen.target import Target
+    from llmc.driver import compile_variant, variant_info
+    from llmc.ir.program_text import parse_program
+    from llmc.ir.text import parse_graph
+
+    started = time.perf_counter()
+    key = {name: (low, high) for name, (low, high) in request["key"].items()}
+    program, code = compile_variant(
+        parse_graph(request["graph"]), parse_program(request["program"]),
+        Target.parse(request["target"]), key, request["schedule"])
+    info = variant_info(request["name"], program, code)
+    return {"info": asdict(info), "bytes": len(code.object),
+            "seconds": time.perf_counter() - started}, code.object
+
+
+def frame(message: bytes) -> bytes:
+    return struct.pack("<q", len(message)) + message
+
+
+def read_message(stream: BinaryIO) -> bytes | None:
+    """The next message; None when the stream has ended, in the middle of one too."""
+    header = stream.read(8)
+    if len(header) < 8:
+        return None
+    (length,) = struct.unpack("<q", header)
+    message = stream.read(length)
+    return message if len(message) == length else None
+
+
+def main() -> None:
+    """Entry of a worker: requests on stdin, replies on what was stdout; nobody else's business
+    comes before it."""
+    os.nice(19)
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print must not get between the replies
+    serve(sys.stdin.buffer, replies)
+
+
+if __name__ == "__main__":
+    main()

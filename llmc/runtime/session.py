@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from llmc import knobs
-from llmc.errors import LlmcError, ModelError, ShapeError
+from llmc.errors import DeviceError, LlmcError, ModelError, ShapeError
 from llmc.ir.graph import Graph
 from llmc.runtime.artifact import Artifact, is_artifact
 from llmc.runtime.cpu import check_cpu
+from llmc.runtime.dispatch import DispatchTable
 from llmc.runtime.encoder import Encoder, Sentence, pool
 from llmc.runtime.executor import Executor
 from llmc.runtime.jit import cached_artifact, cached_graph
@@ -25,6 +26,7 @@ from llmc.runtime.pages import PAGE
 from llmc.runtime.pages import Sequence as CachedSequence
 from llmc.runtime.progress import Progress, silent
 from llmc.runtime.sampling import Sampling, sample
+from llmc.runtime.specialize import MODES, Policy, Specializer, specialize
 from llmc.runtime.step import Chunk, LanguageModel
 from llmc.runtime.targets import check_target, resolve_target
 
@@ -46,6 +48,12 @@ class Options:
     device       number of the GPU (default 0)
     cache_dir    where compiled models are kept (default: LLMC_CACHE_DIR)
     progress     called with (phase, share done) while compiling
+    specialize   "lazy": shapes that keep coming get code of their own, compiled in the background
+                 and kept if it is measurably faster; "eager": also, before ready, the `shapes`
+                 listed or recorded earlier; "none" (default). Host only, so far
+    promote_after   calls of a shape after which its own code is used, whether or not it pays
+    code_budget_mb  most such code in memory, max_variants: most such variants; the coldest go
+    shapes       for "eager": [{"tokens": 8, "sequences": 8, "rows": 8}, ...]; 1 where left out
     """
 
     dtype: str | None = None
@@ -57,6 +65,15 @@ class Options:
     parameters: Mapping[str, np.ndarray] | None = None
     cache_dir: str | os.PathLike[str] | None = None
     progress: Progress = silent
+    specialize: str = "none"
+    promote_after: int | None = None
+    code_budget_mb: int = 64
+    max_variants: int = 32
+    shapes: Sequence[Mapping[str, int]] = ()
+
+    def policy(self) -> Policy:
+        return Policy(self.specialize, self.promote_after, self.code_budget_mb << 20,
+                      self.max_variants, self.shapes)
 
 
 def _options(given: Mapping[str, Any]) -> Options:
@@ -65,7 +82,11 @@ def _options(given: Mapping[str, Any]) -> Options:
         raise LlmcError(f"unknown option {', '.join(sorted(unknown))}; Runtime takes "
                         f"{', '.join(sorted(known))}")
     options = Options(**given)
-    for name in ("threads", "max_context", "max_batch", "kv_memory"):
+    if options.specialize not in MODES:
+        raise LlmcError(f"specialize must be one of {', '.join(MODES)}, got "
+                        f"{options.specialize!r}")
+    for name in ("threads", "max_context", "max_batch", "kv_memory", "promote_after",
+                 "code_budget_mb", "max_variants"):
         value = getattr(options, name)
         if value is not None and (not isinstance(value, int) or value < 1):
             raise LlmcError(f"{name} must be a positive int, got {value!r}")
@@ -92,6 +113,7 @@ class Runtime:
         self._tokenizer: Any = None
         self._generations = 0
         self._model = self._make_model()
+        self._specializer = self._specialize()
 
     # ---- loading --------------------------------------------------------------------------
 
@@ -124,6 +146,14 @@ class Runtime:
         from llmc.runtime.cuda_executor import CudaExecutor
 
         return CudaExecutor(self.artifact, self.options.device)
+
+    def _specialize(self) -> Specializer | None:
+        if self.options.specialize == "none":
+            return None
+        if self.manifest.target.startswith("nvptx"):
+            raise DeviceError("GPUs have no specialised variants yet: use specialize='none'")
+        cache = Path(self.options.cache_dir or knobs.cache_directory())
+        return specialize(self.executor, self.options.policy(), cache)
 
     def _make_model(self) -> LanguageModel | Encoder | OnnxLanguageModel | None:
         limit = self.config.get("max_context") or 0
@@ -320,20 +350,24 @@ class Runtime:
 
     @property
     def dispatch_table(self) -> DispatchTable:
-        """The compiled variants; its str() has one line for each."""
-        return DispatchTable(self.executor)
+        """The live variants; its str() has one line for each."""
+        return DispatchTable(self.executor.dispatch)
 
     def stats(self) -> dict[str, Any]:
-        """Counters: calls and seconds by variant, pages of the KV cache."""
+        """Counters: calls and seconds by variant, pages of the KV cache; what is specialised."""
         result: dict[str, Any] = {"variants": {
             v.info.name: {"calls": v.calls, "seconds": v.seconds, "stages": v.info.stages}
             for v in self.executor.variants}}
         if isinstance(self._model, LanguageModel):
             result["pages"] = {"free": self._model.pool.free, "size": self._model.pool.size}
+        if self._specializer is not None:
+            result["specialize"] = self._specializer.stats()
         return result
 
     def close(self) -> None:
         """Stop the threads; running afterwards is an LlmcError."""
+        if self._specializer is not None:
+            self._specializer.close()
         with self._lock:
             self.executor.close()
 
@@ -342,22 +376,6 @@ class Runtime:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-@dataclass(frozen=True)
-class DispatchTable:
-    """Which variant runs for which shapes."""
-
-    executor: Executor
-
-    def __str__(self) -> str:
-        lines = []
-        for variant in self.executor.variants:
-            key = ", ".join(f"{name} {low}" if low == high else f"{name} {low}..{high}"
-                            for name, (low, high) in variant.info.key.items())
-            mean = variant.seconds / variant.calls * 1e3 if variant.calls else 0.0
-            lines.append(f"{variant.info.name:10} {key:60} {variant.calls:8} calls {mean:9.3f} ms")
-        return "\n".join(lines)
 
 
 def default_threads(weight_bytes: int) -> int:
