@@ -40,3 +40,10 @@ def test_symbols_that_no_input_tells():
 def test_inputs_that_nothing_reads():
     x, unused = leaf("x", "f32", N), leaf("unused", "i32", M, N)
     check(make("neg", x), inputs=[x, unused])
+
+
+def test_axes_of_size_zero():
+    x = leaf("x", "f32", N, 2, 3)
+    empty = make("slice", x, starts=(0, 1, 0), stops=(N, 1, 3), steps=(1, 1, 1))
+    check(empty, make("reduce_sum", empty, axes=(1,)), make("transpose", empty,
+          permutation=(1, 2, 0)), make("concat", empty, x, axis=1), inputs=[x])
