@@ -30,6 +30,7 @@ from llmc.ir.layouts import format_layout, pack
 from llmc.ir.program import Buffer, Capabilities, Program, Weight
 from llmc.ir.program_text import format_program
 from llmc.ir.text import format_graph
+from llmc.passes.greedy import with_greedy
 from llmc.passes.lower import ShapeKey, lower
 from llmc.passes.pipeline import optimize
 from llmc.runtime.artifact import (
@@ -128,6 +129,13 @@ def compile_model(path: str | Path, target: Target, dtype: str | None = None,
     return compile_imported(model, target, progress, limits, timings)
 
 
+def graph_for(model: ImportedModel, capabilities: Capabilities) -> Graph:
+    """The model's graph as a target takes it: a GPU chooses a language model's likeliest token."""
+    if model.kind == "causal_lm" and capabilities.weight_layout == "columns":
+        return with_greedy(model.graph)
+    return model.graph
+
+
 def compile_imported(model: ImportedModel, target: Target, progress: Progress = silent,
                      limits: ShapeKey | None = None,
                      timings: dict[str, float] | None = None) -> Compiled:
@@ -135,7 +143,7 @@ def compile_imported(model: ImportedModel, target: Target, progress: Progress = 
     timings = {} if timings is None else timings
     capabilities = target.capabilities()
     with _timed(timings, "passes"):
-        graph = optimize(model.graph, capabilities)
+        graph = optimize(graph_for(model, capabilities), capabilities)
     programs, codes = {}, {}
     keys = variant_keys(graph, capabilities, dict(limits or {}))
     for number, (name, key) in enumerate(keys.items()):

@@ -54,19 +54,19 @@ def _print_stage(arguments) -> int:
     """The model at the stage that is asked for; nothing is done that comes after it."""
     from llmc.codegen import generate
     from llmc.codegen.target import Target
-    from llmc.driver import variant_keys
+    from llmc.driver import graph_for, variant_keys
     from llmc.frontend.model import load_model
     from llmc.ir.text import format_graph
     from llmc.passes.lower import lower
     from llmc.passes.pipeline import optimize
 
-    graph = load_model(arguments.model, arguments.dtype).graph
+    model = load_model(arguments.model, arguments.dtype)
     if arguments.stage == "imported":
-        print(format_graph(graph), end="")
+        print(format_graph(model.graph), end="")
         return 0
     target = Target.parse(arguments.target)
     capabilities = target.capabilities()
-    graph = optimize(graph, capabilities)
+    graph = optimize(graph_for(model, capabilities), capabilities)
     if arguments.stage == "optimized":
         print(format_graph(graph), end="")
         return 0
