@@ -26,7 +26,7 @@ from llmc.codegen.nvptx.matmul_tiles import PROCESSORS
 from llmc.codegen.nvptx.overlap import await_earlier, may_overlap
 from llmc.codegen.nvptx.product import Epilogue, Product
 from llmc.codegen.target import Target
-from llmc.ir.dims import Dim, bounds
+from llmc.ir.dims import Dim, bounds, minimum
 
 SLOTS = 16  # columns of a block's tile: the rows of a fragment
 ROWS = 8  # rows that one fragment takes
@@ -53,7 +53,7 @@ class TensorMatvec:
         self.attributes = {"nvvm.minctasm": max(1, 512 // self.threads)}
 
     def blocks(self) -> Dim:
-        return self.tiles
+        return minimum(1, self.product.rows) * self.tiles
 
     def emit(self, e: DeviceEmitter, frame: DeviceFrame) -> None:
         """This block's columns: sums of every warp, added up, and the epilogue."""
@@ -96,7 +96,7 @@ class TensorMatvec:
     def _rows(self, e: DeviceEmitter, frame: DeviceFrame) -> list[ir.Value]:
         """This lane's row of every fragment; beyond the end, the last one."""
         base = frame.pointer(self.product.left)
-        last = e.b.sub(frame.dim(self.product.rows), i64(1))
+        last = e.b.sub(e.maximum(frame.dim(self.product.rows), i64(1)), i64(1))
         rows = []
         for fragment in range(self.row_fragments):
             own = e.b.add(e.b.zext(e.b.lshr(self.lane, i32(2)), I64), i64(ROWS * fragment))
