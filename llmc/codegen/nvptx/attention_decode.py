@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import llvmlite.ir as ir
 
-from llmc.codegen.host.attention_blocks import add, store_float
+from llmc.codegen.host.attention_blocks import add
 from llmc.codegen.host.attention_sources import Operand
-from llmc.codegen.llvm import F32, I1, I32, I64, f32, i32, i64
+from llmc.codegen.llvm import F32, I1, I32, I64, f32, i32, i64, splat_constant
 from llmc.codegen.nvptx.attention_instructions import (
     WARP,
     add_floats,
@@ -29,6 +29,7 @@ from llmc.codegen.nvptx.attention_instructions import (
     over_lanes,
     shared_address,
     shared_memory,
+    short_loop,
     smaller,
     thread_index,
     wait_copies,
@@ -40,6 +41,7 @@ from llmc.codegen.nvptx.attention_places import (
     Tile,
     single_query_sequences,
 )
+from llmc.codegen.nvptx.attention_store import store_pair
 from llmc.codegen.nvptx.attention_tensor import (
     BAND,
     LOWEST,
@@ -66,7 +68,9 @@ from llmc.ir.ops import PAGE
 
 _RING_BYTES = 112 * 1024  # of shared memory: two blocks fit a processor of Hopper
 _MOST_SPLITS = WARP  # a lane of the joining warp for each
-_MOST_SIZE_IN_REGISTERS = 128  # of a head, for the queries to stay in registers
+_VECTOR = 4  # components that a thread joins at a time
+_VECTOR_TYPE = ir.VectorType(F32, _VECTOR)
+_MOST_SIZE_IN_REGISTERS = 96  # of a head, for the queries to stay in registers
 _BLOCKS_EACH = 2  # blocks that a multiprocessor holds at a time
 
 Queries = Callable[[int, int], list[ir.Value]]  # step, band -> left operand
@@ -196,9 +200,8 @@ class _Block:
             self._copy(page, self._number(page), i32(turn * ring.page_bytes))
         number = self._number(e.b.add(start, i32(ahead * ring.warps)))
         state = [*RowState.start(1).flat(), *zero_sums(1, self.geometry.value_size)]
-        with e.fold(e.b.sext(start, I64), e.b.sext(work.end, I64), [i32(0), number, *state],
-                    ring.warps, "page") as (page, (slot, number, *state), finish):
-            page = e.b.trunc(page, I32)
+        with short_loop(e, start, work.end, ring.warps, [i32(0), number, *state]) as (
+                page, (slot, number, *state), results):
             wait_copies(e, ahead - 1)
             warp_barrier(e)
             whole = i32(ring.pages * ring.page_bytes)
@@ -210,10 +213,10 @@ class _Block:
             state = self._step(page, slot, state, queries)
             after = e.b.add(slot, i32(ring.page_bytes))
             after = e.b.select(e.b.icmp_signed("==", after, whole), i32(0), after)
-            finish([after, number, *state])
+            results += [after, number, *state]
         wait_copies(e, 0)
         barrier(e)
-        self._share(finish.results[2:])
+        self._share(results[2:])
         barrier(e)
         self._join_warps()
 
@@ -373,14 +376,15 @@ class _Block:
         e, tile = self.e, self.work.tile
         return e.minimum(e.b.sub(tile.rows, tile.first), i64(BAND))
 
-    def _each_component(self, emit) -> None:
-        """emit(row, component) for all components of the block's heads, threads side by side."""
-        e, size = self.e, self.geometry.value_size
-        count = e.b.mul(self._heads(), i64(size))
+    def _each_vector(self, emit) -> None:
+        """emit(row, component) for every 4th component of the block's heads; threads side by
+        side, so that what one reads is coalesced."""
+        e, vectors = self.e, self.geometry.value_size // _VECTOR
+        count = e.b.mul(self._heads(), i64(vectors))
         with e.loop(e.b.zext(self.thread, I64), count, self.kernel.threads, "place") as index:
             short = e.b.trunc(index, I32)
-            emit(e.b.zext(e.b.udiv(short, i32(size)), I64),
-                 e.b.zext(e.b.urem(short, i32(size)), I64))
+            component = e.b.mul(e.b.urem(short, i32(vectors)), i32(_VECTOR))
+            emit(e.b.zext(e.b.udiv(short, i32(vectors)), I64), e.b.zext(component, I64))
 
     def _join_warps(self) -> None:
         """The warps' results together: the result itself, or a part of it if there are splits."""
@@ -388,37 +392,44 @@ class _Block:
         alone = e.b.icmp_unsigned("==", work.splits, i32(1))
         with e.b.if_else(alone) as (whole, part):
             with whole:
-                self._each_component(lambda row, component: self._store(
+                self._each_vector(lambda row, component: self._store(
                     row, component, self._joined(row, component, whole=True)))
             with part:
                 spare = _Spare(self.kernel, e, work)
 
                 def save(row, component) -> None:
                     e.store(self._joined(row, component, whole=False),
-                            spare.sum_at(work.split, row, component))
-                    _, high, total = self._warp_shares(row)
-                    with e.b.if_then(e.b.icmp_signed("==", component, i64(0))):
-                        e.store(high, spare.maximum_at(work.split, row))
-                        e.store(total, spare.total_at(work.split, row))
+                            spare.sum_at(work.split, row, component), 16)
 
-                self._each_component(save)
+                self._each_vector(save)
+                row = e.b.zext(self.thread, I64)
+                with e.b.if_then(e.b.icmp_signed("<", row, self._heads())):
+                    _, high, total = self._warp_shares(row)
+                    e.store(high, spare.maximum_at(work.split, row))
+                    e.store(total, spare.total_at(work.split, row))
                 self._join_splits(spare)
 
     def _joined(self, row: ir.Value, component: ir.Value, whole: bool) -> ir.Value:
+        """4 components of the warps' sums together; whole: divided by the total."""
         e, size = self.e, self.geometry.value_size
         factors, _, total = self._warp_shares(row)
         place = e.b.add(e.b.mul(row, i64(size)), component)
-        result = f32(0.0)
+        result = splat_constant(_VECTOR_TYPE, 0.0)
         for warp, factor in enumerate(factors):
-            value = e.load(e.offset(self._warp_floats(warp, "sums"), place, F32), F32)
-            result = e.fma(value, factor, result)
-        return e.b.fdiv(result, total) if whole else result
+            base = e.offset(self._warp_floats(warp, "sums"), place, F32)
+            result = e.fma(e.load(base, _VECTOR_TYPE, 16), e.splat(factor, _VECTOR), result)
+        if not whole:
+            return result
+        return e.b.fmul(result, e.splat(e.b.fdiv(f32(1.0), total), _VECTOR))
 
     def _store(self, row: ir.Value, component: ir.Value, value: ir.Value) -> None:
         e, result, tile = self.e, self.kernel.result, self.work.tile
         place = self.kernel.source.place(e, tile, tile.row(e, row))
-        store_float(e, value, global_memory(e, self.frame.pointer(result.buffer)),
-                    add(e, result.offset(e, self.frame, *place), component), result.dtype)
+        offset = add(e, result.offset(e, self.frame, *place), component)
+        pointer = global_memory(e, self.frame.pointer(result.buffer))
+        elements = [e.b.extract_element(value, i32(i)) for i in range(_VECTOR)]
+        for i in range(0, _VECTOR, 2):
+            store_pair(e, result, pointer, e.b.add(offset, i64(i)), *elements[i:i + 2])
 
     def _join_splits(self, spare: _Spare) -> None:
         """The last block of a place to arrive adds up what all have left."""
@@ -429,7 +440,7 @@ class _Block:
         with e.b.if_then(last):
             self._split_weights(spare)
             barrier(e)
-            self._each_component(lambda row, component: self._store(
+            self._each_vector(lambda row, component: self._store(
                 row, component, self._sum_of_splits(spare, row, component)))
             with e.b.if_then(e.b.icmp_signed("==", self.thread, i32(0))):
                 e.store(i32(0), spare.counter())  # for the next launch
@@ -455,15 +466,18 @@ class _Block:
             e.store(weight, self._split_weight_at(row, e.b.zext(self.lane.number, I64)))
 
     def _sum_of_splits(self, spare: _Spare, row: ir.Value, component: ir.Value) -> ir.Value:
-        e, ahead = self.e, 4
+        """4 components of all splits together, the loads of 8 splits in flight at a time."""
+        e, ahead = self.e, 8
         splits = e.b.zext(self.work.splits, I64)
-        with e.fold(0, splits, [f32(0.0)], ahead, "split") as (split, (total,), finish):
-            for i in range(ahead):
-                number = e.b.add(split, i64(i))
-                within = e.b.trunc(e.minimum(number, e.b.sub(splits, i64(1))), I32)
-                value = e.load(spare.sum_at(within, row, component), F32)
+        zero = splat_constant(_VECTOR_TYPE, 0.0)
+        with e.fold(0, splits, [zero], ahead, "split") as (split, (total,), finish):
+            numbers = [e.b.add(split, i64(i)) for i in range(ahead)]
+            last = e.b.sub(splits, i64(1))
+            values = [e.load(spare.sum_at(e.b.trunc(e.minimum(number, last), I32), row, component),
+                             _VECTOR_TYPE, 16) for number in numbers]
+            for number, value in zip(numbers, values, strict=True):
                 weight = e.load(self._split_weight_at(row, number), F32)
-                total = e.fma(value, weight, total)
+                total = e.fma(value, e.splat(weight, _VECTOR), total)
             finish([total])
         return finish.results[0]
 

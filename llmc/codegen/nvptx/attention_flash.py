@@ -33,7 +33,8 @@ from llmc.ir.graph import Node
 from llmc.ir.program import Program, Stage, unsupported
 
 _AnySource = PagedSource | PackedSource | DenseSource
-_LARGEST = 256  # head size whose sums fit into a warp's registers
+_LARGEST = 256  # head size whose sums fit into a warp's registers on Hopper,
+_LARGEST_BEFORE = 128  # and before it, where the assembler needs more of them
 # Multiprocessors of the largest common part of each architecture.
 _PROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_90a": 132, "sm_100": 148}
 _OTHER_PROCESSORS = 108
@@ -92,26 +93,36 @@ class FlashAttention:
     def _fills_tensor_cores(self, source: _AnySource) -> bool:
         geometry, dtype = self.geometry, source.query.dtype
         sizes = (geometry.size, geometry.value_size)
+        largest = _LARGEST if self._is_hopper else _LARGEST_BEFORE
         return (self.mask is None and dtype.name in ("f16", "bf16")
                 and key_dtype(source) is dtype and value_dtype(source) is dtype
-                and all(size % BAND == 0 and size <= _LARGEST for size in sizes)
+                and all(size % BAND == 0 and size <= largest for size in sizes)
                 and self.node["scale"] > 0 and stores_pairs(self.result)
                 and all(_copies_whole(operand) for operand in row_operands(source)))
 
     def _tensor(self, source: _AnySource) -> list[Kernel]:
         """Decode alone where all tokens are few, else for sequences with a single query."""
-        node, geometry, dtype = self.node, self.geometry, source.query.dtype
+        node, geometry = self.node, self.geometry
         softmax = Softmax(node["scale"], node["softcap"])
-        shape = choose_shape(geometry.size, geometry.value_size)
         if not isinstance(source, PagedSource):
-            return [PrefillKernel(source, geometry, softmax, dtype, self.result, shape)]
+            return self._many(source, softmax)
         few = self.has_few_queries
-        decode = DecodeKernel(source, geometry, softmax, dtype, self.result, few,
+        decode = DecodeKernel(source, geometry, softmax, source.query.dtype, self.result, few,
                               _PROCESSORS.get(self.target.cpu, _OTHER_PROCESSORS))
         if few:
             return [decode]
-        several = self._source(skip_single=True)
-        return [PrefillKernel(several, geometry, softmax, dtype, self.result, shape), decode]
+        return [*self._many(self._source(skip_single=True), softmax), decode]
+
+    def _many(self, source: _AnySource, softmax: Softmax) -> list[Kernel]:
+        """The kernel for many queries."""
+        shape = choose_shape(self.geometry, self._is_hopper)
+        return [PrefillKernel(source, self.geometry, softmax, source.query.dtype, self.result,
+                              shape)]
+
+    @property
+    def _is_hopper(self) -> bool:
+        """Whether the architecture is Hopper's or a later one."""
+        return int(self.target.cpu.removeprefix("sm_").rstrip("a")) >= 90
 
 
 def key_dtype(source: _AnySource) -> DType:

@@ -38,6 +38,7 @@ _KEYS_EACH = KEYS // _LANES
 _LOWEST = -3.4028234663852886e38
 _LOG2_E = math.log2(math.e)
 _UNROLL = 4
+_MANY_COLUMNS = 16  # of a thread: from here on registers are short
 
 
 @dataclass(frozen=True)
@@ -151,9 +152,8 @@ class _Block:
     def _each_row(self, emit) -> None:
         """emit(row) for the 8 rows that each warp copies."""
         e = self.e
-        warps = THREADS // WARP
-        with e.loop(0, ROWS // warps, name="row") as i:
-            emit(e.b.add(e.b.mul(i, i64(warps)), self.warp))
+        with e.loop(self.warp, ROWS, THREADS // WARP, "row") as row:
+            emit(row)
 
     def _copy_row(self, source: ir.Value, stride, dtype: DType, target: ir.Value, size: int,
                   wanted: ir.Value | None = None) -> None:
@@ -222,10 +222,11 @@ class _Block:
             return [e.fma(query, key, total)
                     for (query, key), total in zip(pairs, sums, strict=True)]
 
-        whole = size // _UNROLL * _UNROLL
+        unroll = _UNROLL if self.kernel.columns <= _MANY_COLUMNS else 1
+        whole = size // unroll * unroll
         zeros = [f32(0.0)] * (_ROWS_EACH * _KEYS_EACH)
-        with e.fold(0, whole, zeros, _UNROLL, "component") as (component, sums, finish):
-            for i in range(_UNROLL):
+        with e.fold(0, whole, zeros, unroll, "component") as (component, sums, finish):
+            for i in range(unroll):
                 sums = step(e.b.add(component, i64(i)), sums)
             finish(sums)
         results = finish.results

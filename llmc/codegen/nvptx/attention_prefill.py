@@ -23,6 +23,8 @@ from llmc.codegen.nvptx.attention_instructions import (
     load_matrices,
     over_lanes,
     shared_address,
+    shared_memory,
+    short_loop,
     smaller,
     thread_index,
     wait_copies,
@@ -41,7 +43,6 @@ from llmc.codegen.nvptx.attention_tensor import (
     RowState,
     Softmax,
     add_values,
-    as_i32,
     flatten,
     hide,
     inverse_totals,
@@ -61,12 +62,14 @@ from llmc.ir.ops import PAGE
 
 @dataclass(frozen=True)
 class Shape:
-    """How a block is cut: warps, bands of 16 rows in each, keys of a step."""
+    """How a block is cut: warps, bands of 16 rows in each, keys of a stage of copies, and of those
+    the keys whose scores are held at a time."""
 
     warps: int
     bands: int
     keys: int
-    queries_in_registers: bool
+    part: int
+    queries_in_registers: bool = False
 
     @property
     def threads(self) -> int:
@@ -77,14 +80,20 @@ class Shape:
         return self.warps * self.bands * BAND
 
 
-def choose_shape(size: int, value_size: int) -> Shape:
-    """128 rows: two bands a warp where their sums fit into registers."""
-    largest = max(size, value_size)
-    if largest <= 64:
-        return Shape(4, 2, 64, False)
-    if largest <= 128:
-        return Shape(8, 1, 64, True)
-    return Shape(8, 1, 32, False)
+def choose_shape(geometry: Geometry, hopper: bool) -> Shape:
+    """128 rows; two bands a warp where their sums fit into registers, so that what is read of keys
+    and values from shared memory serves both.
+
+    The bounds are where the assembler begins to spill: before Hopper it needs more registers.
+    """
+    size = max(geometry.size, geometry.value_size)
+    if size <= 64:
+        return Shape(4, 2, 64, 64)
+    if hopper and size <= 128:
+        return Shape(4, 2, 32, 32)
+    if size <= 128:
+        return Shape(8, 1, 64, 64)
+    return Shape(8, 1, 32, 32)
 
 
 class PrefillKernel:
@@ -98,7 +107,8 @@ class PrefillKernel:
         self.query_bytes = shape.rows * row_bytes(geometry.size)
         self.key_bytes = shape.keys * row_bytes(geometry.size)
         self.stage_bytes = self.key_bytes + shape.keys * row_bytes(geometry.value_size)
-        self.shared_bytes = self.query_bytes + 2 * self.stage_bytes
+        self.bounds_at = self.query_bytes + 2 * self.stage_bytes  # i32 [rows][first, last + 1]
+        self.shared_bytes = self.bounds_at + 8 * shape.rows
 
     def blocks(self) -> Dim:
         return self.source.tile_bound(self.shape.rows) * self.geometry.kv_heads
@@ -132,14 +142,14 @@ class _Block:
         e, shape, geometry = self.e, self.shape, self.geometry
         low, high = self._block_range()
         self._warp_bounds()
-        start = e.b.sub(low, e.b.urem(low, i64(shape.keys)))
+        start = e.b.sub(low, e.b.urem(low, i32(shape.keys)))
         loader = (_PageLoader if isinstance(self.kernel.source, PagedSource) else _RowLoader)(
             self, low, high)
         self._load_queries()
         pages = loader.pages(start)
         loader.copy(start, pages, i32(0))
         commit_copies(e)
-        pages = loader.pages(e.b.add(start, i64(shape.keys)))
+        pages = loader.pages(e.b.add(start, i32(shape.keys)))
         queries = None
         if shape.queries_in_registers:
             wait_copies(e, 0)
@@ -147,20 +157,22 @@ class _Block:
             queries = self._query_fragments()
         state = [*RowState.start(shape.bands).flat(),
                  *zero_sums(shape.bands, geometry.value_size)]
-        with e.fold(start, high, [i32(0), *pages, *state], shape.keys, "keys") as (
-                key, carried, finish):
+        with short_loop(e, start, high, shape.keys, [i32(0), *pages, *state]) as (
+                key, carried, results):
             stage, pages = carried[0], carried[1:1 + len(pages)]
             wait_copies(e, 0)
             barrier(e)
             other = e.b.sub(i32(self.kernel.stage_bytes), stage)
-            following = e.b.add(key, i64(shape.keys))
+            following = e.b.add(key, i32(shape.keys))
             with e.b.if_then(e.b.icmp_signed("<", following, high)):
                 loader.copy(following, pages, other)
                 commit_copies(e)
-            pages = loader.pages(e.b.add(following, i64(shape.keys)))
-            state = self._step(key, stage, carried[1 + len(pages):], queries)
-            finish([other, *pages, *state])
-        rows, sums = self._split(finish.results[1 + len(pages):])
+            pages = loader.pages(e.b.add(following, i32(shape.keys)))
+            state = carried[1 + len(pages):]
+            for part in range(0, shape.keys, shape.part):
+                state = self._step(e.b.add(key, i32(part)), stage, part, state, queries)
+            results += [other, *pages, *state]
+        rows, sums = self._split(results[1 + len(pages):])
         sums = scale_rows(e, sums, inverse_totals(e, rows))
         store_rows(e, self.frame, self.kernel.source, self.kernel.result, self.tile, self.lane,
                    self.first_row, sums)
@@ -185,18 +197,24 @@ class _Block:
         for another_low, another_high in zip(lows[1:], highs[1:], strict=True):
             low, high = smaller(e, low, another_low), larger(e, high, another_high)
         low, high = over_lanes(e, low, smaller), over_lanes(e, high, larger)
-        return e.b.sext(low, I64), e.b.sext(high, I64)
+        return low, high
 
     def _warp_bounds(self) -> None:
-        """Bounds of the lane's rows, and which keys all rows of the warp see."""
+        """Each row's bounds into shared memory, and which keys all rows of the warp see."""
         e = self.e
-        self.bounds = [self._row_bounds(self._own_row(band, half))
-                       for band in range(self.shape.bands) for half in range(2)]
-        low, high = self.bounds[0]
-        for another_low, another_high in self.bounds[1:]:
-            low, high = larger(e, low, another_low), smaller(e, high, another_high)
+        within = e.b.and_(self.lane.number, i32(min(WARP, self.shape.bands * BAND) - 1))
+        row = e.b.add(self.first_row, within)
+        low, high = self._row_bounds(row)
+        place = self._bounds_of(row)
+        e.store(low, place)
+        e.store(high, e.offset(place, 4))
         self.all_from = over_lanes(e, low, larger) if self.geometry.window else None
         self.all_until = over_lanes(e, high, smaller)
+
+    def _bounds_of(self, row: ir.Value) -> ir.Value:
+        e = self.e
+        place = e.b.add(i32(self.kernel.bounds_at), e.b.shl(row, i32(3)))
+        return e.offset(shared_memory(e), e.b.zext(place, I64))
 
     def _own_row(self, band: int, half: int) -> ir.Value:
         """The tile's row that a lane holds as half `half` of a band."""
@@ -232,39 +250,41 @@ class _Block:
         rows = 4 * self.shape.bands
         return RowState.of_flat(values[:rows]), unflatten(values[rows:], self.shape.bands)
 
-    def _step(self, key: ir.Value, stage: ir.Value, carried: list[ir.Value], queries
+    def _step(self, key: ir.Value, stage: ir.Value, part: int, carried: list[ir.Value], queries
               ) -> list[ir.Value]:
-        """One block of keys: scores, weights, and their values added."""
-        e, kernel, shape = self.e, self.kernel, self.shape
+        """A part of a stage of keys: scores, weights, and their values added."""
+        e, kernel, shape, geometry = self.e, self.kernel, self.shape, self.geometry
         rows, sums = self._split(carried)
-        keys = self.lane.key_address(e, e.b.add(self.stages, stage), self.geometry.size)
+        base = e.b.add(self.stages, stage)
+        keys = self.lane.key_address(
+            e, e.b.add(base, i32(part * row_bytes(geometry.size))), geometry.size)
         values = self.lane.value_address(
-            e, e.b.add(e.b.add(self.stages, stage), i32(kernel.key_bytes)),
-            self.geometry.value_size)
+            e, e.b.add(base, i32(kernel.key_bytes + part * row_bytes(geometry.value_size))),
+            geometry.value_size)
 
         def query(step: int, band: int) -> list[ir.Value]:
             return queries[step][band] if queries else self._query(step, band)
 
-        scores = score_tiles(e, kernel.dtype, query, keys, shape.bands, shape.keys,
-                             self.geometry.size)
-        scores = kernel.softmax.scores(e, scores)
-        scores = self._masked(scores, as_i32(e, key))
+        scores = score_tiles(e, kernel.dtype, query, keys, shape.bands, shape.part, geometry.size)
+        scores = self._masked(kernel.softmax.scores(e, scores), key)
         rows, factors = weigh(e, kernel.softmax, scores, rows)
         sums = add_values(e, kernel.dtype, scores, values, scale_rows(e, sums, factors),
-                          self.geometry.value_size)
+                          geometry.value_size)
         return [*rows.flat(), *flatten(sums)]
 
     def _masked(self, scores, key: ir.Value):
         """Hides what rows must not see, if there is anything: most blocks skip this."""
         e = self.e
-        edge = e.b.icmp_signed(">", e.b.add(key, i32(self.shape.keys)), self.all_until)
+        edge = e.b.icmp_signed(">", e.b.add(key, i32(self.shape.part)), self.all_until)
         if self.all_from is not None:
             edge = e.b.or_(edge, e.b.icmp_signed("<", key, self.all_from))
-        own = e.b.add(key, self.lane.column)
 
         def masked(tiles) -> None:
-            for index, (low, high) in enumerate(self.bounds):
-                first = e.b.sub(low, own) if self.geometry.window else None
+            own = e.b.add(key, self.lane.column)
+            for index in range(2 * self.shape.bands):
+                place = self._bounds_of(self._own_row(index // 2, index % 2))
+                high = e.load(e.offset(place, 4), I32)
+                first = e.b.sub(e.load(place, I32), own) if self.geometry.window else None
                 hide(e, tiles[index // 2], index % 2, first, e.b.sub(high, own))
 
         return merge_if(e, edge, scores, masked)
@@ -311,7 +331,7 @@ class _Loader:
     def _wanted(self, key: ir.Value, number: ir.Value) -> ir.Value:
         """Whether any row sees a key: what lies elsewhere may be NaN, and 0 * NaN is NaN."""
         e = self.e
-        place = e.b.add(key, e.b.zext(number, I64))
+        place = e.b.add(key, number)
         return e.b.and_(e.b.icmp_signed(">=", place, self.low),
                         e.b.icmp_signed("<", place, self.high))
 
@@ -328,11 +348,12 @@ class _PageLoader(_Loader):
 
     def pages(self, key: ir.Value) -> list[ir.Value]:
         e, source = self.e, self._source()
-        last = e.b.udiv(e.maximum(e.b.sub(self.high, i64(1)), i64(0)), i64(PAGE))
-        first = e.b.udiv(key, i64(PAGE))
-        numbers = [e.minimum(e.b.add(first, i64(i)), last)
+        last = e.b.lshr(larger(e, e.b.sub(self.high, i32(1)), i32(0)), i32(5))
+        first = e.b.lshr(key, i32(5))
+        numbers = [smaller(e, e.b.add(first, i32(i)), last)
                    for i in range(self.kernel.shape.keys // PAGE)]
-        return [e.b.trunc(source.page(e, self.frame, self.block.tile.sequence, number), I32)
+        sequence = self.block.tile.sequence
+        return [e.b.trunc(source.page(e, self.frame, sequence, e.b.zext(number, I64)), I32)
                 for number in numbers]
 
     def sources(self, key, pages, of_values: bool):
@@ -360,11 +381,11 @@ class _PageLoader(_Loader):
 
 class _RowLoader(_Loader):
     def sources(self, key, pages, of_values: bool):
-        e, last = self.e, self.e.b.sub(self.high, i64(1))
+        e, last = self.e, self.e.b.sub(self.high, i32(1))
 
         def address(row, chunk, start: int, each: int) -> tuple[ir.Value, int]:
-            number = e.b.add(key, e.b.zext(e.b.add(row, i32(start)), I64))
-            within = e.minimum(e.maximum(number, self.low), last)
+            number = e.b.add(key, e.b.add(row, i32(start)))
+            within = e.b.sext(smaller(e, larger(e, number, self.low), last), I64)
             base = self.kernel.source.key_row(e, self.frame, self.block.tile, of_values, within)
             return e.offset(base, e.b.zext(e.b.shl(chunk, i32(4)), I64)), 0
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import llvmlite.ir as ir
 
-from llmc.codegen.llvm import I32, Emitter, f32, i32
+from llmc.codegen.llvm import Emitter, f32, i32
 from llmc.codegen.nvptx.attention_instructions import (
     WARP,
     add_floats,
@@ -247,7 +247,3 @@ def unflatten(values: list[ir.Value], bands: int) -> list[list[Tile]]:
 
 def zero_sums(bands: int, size: int) -> list[ir.Value]:
     return [f32(0.0)] * (bands * size // 8 * 4)
-
-
-def as_i32(e: Emitter, value: ir.Value) -> ir.Value:
-    return value if value.type == I32 else e.b.trunc(value, I32)
