@@ -25,7 +25,9 @@ def _linker() -> llvm.orcjit.LLJIT:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
-    return llvm.create_lljit_compiler(machine, use_jit_link=False, suppress_errors=False)
+    # JITLink lays an object out as one block. RuntimeDyld may put its sections further apart than a
+    # 32-bit offset reaches when the process's address space is crowded, and then aborts.
+    return llvm.create_lljit_compiler(machine, use_jit_link=True, suppress_errors=False)
 
 
 class Library:
