@@ -1,12 +1,15 @@
-"""Minimal cases of what the random graphs found."""
+"""Minimal cases of what the random graphs and files found."""
 
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
+from onnx import helper
 
 import llmc
-from llmc.errors import ShapeError
+from llmc.errors import ModelError, ShapeError
+from llmc.frontend.model import load_model
 from llmc.ir.dtypes import dtype
 from llmc.ir.graph import Graph, TensorType
 from llmc.ir.ops import constant, make
@@ -47,3 +50,19 @@ def test_axes_of_size_zero():
     empty = make("slice", x, starts=(0, 1, 0), stops=(N, 1, 3), steps=(1, 1, 1))
     check(empty, make("reduce_sum", empty, axes=(1,)), make("transpose", empty,
           permutation=(1, 2, 0)), make("concat", empty, x, axis=1), inputs=[x])
+
+
+def test_an_onnx_attribute_of_another_type(tmp_path):
+    """By a damaged byte the value of a Constant was no tensor any more."""
+    node = helper.make_node("Constant", [], ["y"], value=helper.make_tensor("v", 1, [1], [0.5]))
+    node.attribute[0].type = onnx.AttributeProto.UNDEFINED
+    result = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
+    model = helper.make_model(helper.make_graph([node], "graph", [], [result]))
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ModelError, match="attribute 'value' is no tensor"):
+        load_model(tmp_path / "model.onnx")
+
+
+def test_a_line_end_in_a_file_stays_inside_the_errors_line():
+    assert str(ModelError("shard 'a\nb\x1b[2J\ud800 é' is missing")) == (
+        r"shard 'a\nb\x1b[2J\ud800 é' is missing")

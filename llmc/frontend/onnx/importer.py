@@ -59,15 +59,7 @@ def import_onnx(path: str | Path) -> ImportedModel:
     Inputs and outputs keep their names and axes; symbolic axes are unified where operators
     demand it. ModelError names the file and the node or tensor, in one line.
     """
-    try:
-        return _import(Path(path))
-    except ModelError as error:
-        if "\n" not in str(error):
-            raise
-        raise ModelError(" ".join(str(error).splitlines())) from error  # a name in the file
-
-
-def _import(path: Path) -> ImportedModel:
+    path = Path(path)
     model = read_model(path)
     check_model(model, path)
     solutions: dict[str, Dim] = {}
@@ -380,7 +372,9 @@ class Conversion:
         known = None if condition is None else condition.known()
         if known is None:
             raise call.error("its condition depends on data; such an If is not supported")
-        branch: GraphProto = call.required("then_branch" if known.all() else "else_branch")
+        branch = call.required("then_branch" if known.all() else "else_branch")
+        if not isinstance(branch, GraphProto):
+            raise call.error("its branch is no graph")
         missing = unsupported_operators(branch.node, self.functions)
         if missing:
             raise call.error(f"unsupported operators: {', '.join(missing)}")

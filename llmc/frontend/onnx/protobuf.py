@@ -152,8 +152,10 @@ def stored_tensor(name: str, proto: TensorProto, model_path: Path) -> StoredTens
     return StoredTensor.from_array(name, _unpack(packed.read(), dtype, shape), file)
 
 
-def small_array(proto: TensorProto, location: str) -> tuple[np.ndarray[Any, Any], DType]:
+def small_array(proto: Any, location: str) -> tuple[np.ndarray[Any, Any], DType]:
     """The values of a tensor inside the protobuf (a node's attribute), and their dtype."""
+    if not isinstance(proto, TensorProto):
+        raise ModelError(f"{location}: its attribute 'value' is no tensor")
     dtype = element_dtype(proto.data_type, location)
     if is_external(proto):
         raise ModelError(f"{location}: a node's tensor in external data is not supported")
