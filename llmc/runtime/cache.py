@@ -219,10 +219,16 @@ class VariantCache:
         self.directory.mkdir(parents=True, exist_ok=True)
         return FileLock(self.directory / f"{key}.lock")
 
-    def sweep(self, key: str) -> None:
-        """Remove what killed writers of a key left; its lock is held, so nobody is writing."""
-        for stale in self.directory.glob(f".{key}.*"):
-            stale.unlink(missing_ok=True)
+    def sweep(self, held: str) -> None:
+        """Remove what killed writers left: unfinished files whose locks nobody holds, and those of
+        the key whose lock the caller holds."""
+        for stale in self.directory.glob(".*"):
+            key = stale.name.split(".")[1]
+            if key == held:
+                stale.unlink(missing_ok=True)
+            else:
+                with suppress(TimeoutError), self.lock(key).acquire(timeout=0):
+                    stale.unlink(missing_ok=True)
 
     def entries(self) -> Iterator[Entry]:
         """What is cached, oldest use first."""

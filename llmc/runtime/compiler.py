@@ -12,6 +12,7 @@ import json
 import os
 import queue
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -28,9 +29,10 @@ from typing import Any
 from llmc.errors import CompileError, LlmcError
 from llmc.runtime.cache import StoredVariant, VariantCache, text_key, variant_info
 
-TIMEOUT = 120.0  # seconds that one variant may take
+TIMEOUT = 600.0  # seconds that one variant may take; at the lowest priority, that is not much
 IDLE = 30.0  # seconds after which a worker without work is let go
 QUEUE = 16  # jobs that may wait
+KILLED = (-signal.SIGKILL, -signal.SIGTERM)
 COMMAND = (sys.executable, "-m", "llmc.runtime.jit")
 
 
@@ -73,17 +75,30 @@ class Outcome:
     cached: bool = False
 
 
+class ProcessKilled(CompileError):
+    """The compile process was ended from outside: by a person, or for want of memory."""
+
+
 class Worker:
     """One compile process. `ask` starts it when needed; a failure ends it."""
 
-    def __init__(self, command: tuple[str, ...] = COMMAND):
-        self._command = command
+    def __init__(self, command: tuple[str, ...] | None = None):
+        self._command = command or COMMAND
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the worker)
 
     def ask(self, request: Mapping[str, Any], timeout: float) -> StoredVariant:
-        """One job; CompileError if it cannot be compiled, or the process dies or takes too long."""
+        """One job; CompileError if it cannot be compiled, or the process dies or takes too long.
+
+        A process that somebody killed gets a second try; one that died of its job does not.
+        """
+        try:
+            return self._ask(request, timeout)
+        except ProcessKilled:
+            return self._ask(request, timeout)
+
+    def _ask(self, request: Mapping[str, Any], timeout: float) -> StoredVariant:
         deadline = time.monotonic() + timeout
         process = self._running()
         message = json.dumps(request).encode()
@@ -98,7 +113,7 @@ class Worker:
             self.stop()
             raise CompileError(f"the compile took longer than {timeout:g} s") from None
         except (OSError, EOFError, ValueError):
-            raise CompileError(f"the compile process died: {self._last_words()}") from None
+            raise self._post_mortem() from None
         if "error" in reply:
             raise CompileError(reply["error"])
         return StoredVariant(variant_info(reply["info"]), code, reply["seconds"])
@@ -149,22 +164,24 @@ class Worker:
             size -= len(part)
         return b"".join(parts)
 
-    def _last_words(self) -> str:
+    def _post_mortem(self) -> CompileError:
         """How the process ended, and the last line that it wrote."""
-        code = None
+        status = None
         with suppress(subprocess.TimeoutExpired):
-            code = self._process.wait(1.0) if self._process else None
+            status = self._process.wait(1.0) if self._process else None
         self.stop()
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        return f"exit status {code}" + (f", {lines[-1]}" if lines else "")
+        reason = f"exit status {status}" + (f", {lines[-1]}" if lines else "")
+        kind = ProcessKilled if status in KILLED and not self._closed else CompileError
+        return kind(f"the compile process died: {reason}")
 
 
 class Compiler:
     """Turns jobs into outcomes, in the background. Outcomes wait in `finished`."""
 
     def __init__(self, source: Source, cache: VariantCache, timeout: float = TIMEOUT,
-                 command: tuple[str, ...] = COMMAND):
+                 command: tuple[str, ...] | None = None):
         self.source = source
         self.cache = cache
         self.finished: queue.SimpleQueue[Outcome] = queue.SimpleQueue()

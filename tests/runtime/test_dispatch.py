@@ -1,0 +1,142 @@
+"""Dispatch: the most specific variant, trials on real calls, tables that change between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+
+from llmc.errors import ShapeError
+from llmc.runtime.artifact import VariantInfo
+from llmc.runtime.dispatch import MEMO_SHAPES, Dispatch, DispatchTable, Trial
+from llmc.runtime.profile import Profile
+
+
+class FakeCode:
+    """A variant without code."""
+
+    def __init__(self, name: str, **key: tuple[int, int]):
+        self.info = VariantInfo(name, key, "0", "0", 1)
+        self.calls = 0
+        self.seconds = 0.0
+
+    def covers(self, values: Mapping[str, int]) -> bool:
+        return all(low <= values[name] <= high for name, (low, high) in self.info.key.items())
+
+    def width(self) -> int:
+        return sum(high - low for low, high in self.info.key.values())
+
+
+GENERIC = FakeCode("generic", tokens=(1, 512), pages=(1, 64))
+FEW = FakeCode("few", tokens=(1, 4), pages=(1, 64))
+TWO = FakeCode("two", tokens=(2, 2), pages=(1, 64))
+
+
+def make(*variants: FakeCode) -> Dispatch:
+    dispatch = Dispatch(variants, ("tokens",))
+    dispatch.profile = Profile(("tokens",))
+    return dispatch
+
+
+def values(tokens: int, pages: int = 1) -> dict[str, int]:
+    return {"tokens": tokens, "pages": pages}
+
+
+def test_the_most_specific_variant_runs():
+    dispatch = make(GENERIC, TWO, FEW)
+    chosen = [dispatch.choose(values(tokens)) for tokens in (1, 2, 3, 5, 512)]
+    assert chosen == [FEW, TWO, FEW, GENERIC, GENERIC]
+
+
+def test_a_shape_that_nothing_covers_is_an_error():
+    dispatch = make(GENERIC, FEW)
+    with pytest.raises(ShapeError, match="no compiled variant covers"):
+        dispatch.choose(values(513))
+
+
+def test_what_is_remembered_is_checked_against_all_symbols():
+    narrow = FakeCode("narrow", tokens=(2, 2), pages=(1, 2))
+    dispatch = make(GENERIC, narrow)
+    assert dispatch.choose(values(2, pages=1)) is narrow
+    assert dispatch.choose(values(2, pages=3)) is GENERIC
+    with pytest.raises(ShapeError):
+        dispatch.choose(values(2, pages=65))
+
+
+def test_the_memory_of_shapes_is_bounded():
+    dispatch = make(FakeCode("generic", tokens=(1, 1 << 30)))
+    for tokens in range(1, 3 * MEMO_SHAPES):
+        dispatch.choose({"tokens": tokens})
+    assert len(dispatch.table.memo) <= MEMO_SHAPES
+
+
+def test_replacing_the_table_forgets_old_choices():
+    dispatch = make(GENERIC, FEW)
+    assert dispatch.choose(values(2)) is FEW
+    dispatch.replace(add=[TWO])
+    assert dispatch.choose(values(2)) is TWO
+    dispatch.replace(remove=[TWO])
+    assert dispatch.choose(values(2)) is FEW
+
+
+def run_trial(trial: Trial, old: float, new: float, noise: float = 0.0) -> None:
+    """Calls until the trial is done; every fifth is disturbed."""
+    call = 0
+    while not trial.done:
+        variant = trial.pick()
+        call += 1
+        disturbed = noise * (call % 5 == 0)
+        trial.observe(variant, (new if variant is trial.new else old) * (1 + disturbed))
+
+
+@pytest.mark.parametrize(("new", "noise", "faster"), [
+    (0.9, 0.0, True), (0.9, 0.5, True), (1.0, 0.0, False), (0.995, 0.0, False), (1.1, 0.0, False),
+    (1.0, 3.0, False)])
+def test_a_trial_finds_what_is_faster_than_noise(new: float, noise: float, faster: bool):
+    trial = Trial(FEW, TWO)
+    run_trial(trial, 1.0, new, noise)
+    assert trial.is_faster() is faster
+    assert trial.pick() is FEW, "until somebody decides, the old code runs"
+
+
+def test_noise_that_hides_a_gain_is_no_gain():
+    trial = Trial(FEW, TWO, pairs=12)
+    for number in range(13):
+        trial.observe(FEW, 1.0)
+        trial.observe(TWO, 0.97 + (0.3 if number % 2 else -0.3))
+    assert not trial.is_faster()
+
+
+def test_a_trial_gets_every_other_call_of_its_shape_only():
+    dispatch = make(GENERIC, FEW)
+    trial = dispatch.start_trial((2,), values(2), TWO, pairs=3)
+    ran = []
+    while not trial.done:
+        variant = dispatch.choose(values(2))
+        dispatch.observe(values(2), variant, 1.0)
+        ran.append(variant)
+        assert dispatch.choose(values(3)) is FEW
+    assert ran.count(TWO) == ran.count(FEW) == 4
+    dispatch.end_trial((2,))
+    assert dispatch.choose(values(2)) is FEW
+
+
+def test_only_narrow_code_is_tried_where_it_fits():
+    narrow = FakeCode("narrow", tokens=(2, 2), pages=(1, 2))
+    dispatch = make(GENERIC, FEW)
+    dispatch.start_trial((2,), values(2), narrow, pairs=3)
+    assert {dispatch.choose(values(2, pages=9)) for _ in range(8)} == {FEW}
+
+
+def test_calls_are_counted_by_shape_and_variant():
+    dispatch = make(GENERIC, FEW)
+    for tokens in (1, 1, 9):
+        dispatch.observe(values(tokens), dispatch.choose(values(tokens)), 0.25)
+    assert dispatch.profile is not None
+    cells = {key: cell.calls for key, cell in dispatch.profile.cells.items()}
+    assert cells == {((1,), "few"): 2, ((9,), "generic"): 1}
+
+
+def test_the_table_prints_its_tiers():
+    lines = str(DispatchTable(make(GENERIC, FEW, TWO))).splitlines()
+    assert [line.split()[0] for line in lines] == ["exact", "ranged", "generic"]

@@ -1,0 +1,308 @@
+"""Specialisation from end to end: promotion, trials, eviction, restart, eager, faults, threads."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import llmc
+from llmc.errors import LlmcError
+from llmc.runtime import compiler
+from llmc.runtime.artifact import Artifact
+from llmc.runtime.cache import VariantCache
+from llmc.runtime.compiler import Compiler
+from llmc.runtime.profile import Verdict
+from llmc.runtime.specialize import TIERS, Specializer, _source, find_tier
+from tests.conftest import EMBEDDED
+
+PROMPT = [1, 2, 3, 4, 5, 6, 7, 8]
+TWO = {"tokens": 2, "sequences": 1, "rows": 2}
+EIGHT = "tokens=8,sequences=1,rows=8"
+
+
+@pytest.fixture(autouse=True)
+def not_nice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile processes that a busy machine does not starve."""
+    code = "import os; os.nice = lambda _: 0; from llmc.runtime.jit import main; main()"
+    monkeypatch.setattr(compiler, "COMMAND", (sys.executable, "-c", code))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, embedded_artifact: Path) -> Path:
+    """A cache directory of its own."""
+    return tmp_path / "cache"
+
+
+def still(runtime: llmc.Runtime) -> Specializer:
+    """The runtime's specializer without its thread: the test calls tick."""
+    specializer = runtime._specializer
+    assert specializer is not None
+    specializer._wake.set()
+    assert specializer._thread is not None
+    specializer._thread.join(timeout=10)
+    return specializer
+
+
+def promote(runtime: llmc.Runtime, specializer: Specializer, ids: list[int]) -> None:
+    """Run a shape until nothing is left to be done for it."""
+    deadline = time.monotonic() + 60
+    verdicts = len(specializer.profile.verdicts)
+    while len(specializer.profile.verdicts) == verdicts:
+        for _ in range(30):
+            runtime.run(ids)
+        specializer.tick()
+        assert time.monotonic() < deadline
+
+
+def test_a_threshold_promotes_and_results_stay(embedded_artifact: Path, cache: Path):
+    with llmc.Runtime(embedded_artifact, threads=1) as plain, llmc.Runtime(
+            embedded_artifact, threads=1, specialize="lazy", promote_after=5,
+            cache_dir=cache) as runtime:
+        specializer = still(runtime)
+        expected = plain.run(PROMPT)
+        runtime.run(PROMPT)
+        specializer.tick()
+        assert specializer.attempt is None, "one call is no five"
+        promote(runtime, specializer, PROMPT)
+        assert EIGHT in str(runtime.dispatch_table)
+        np.testing.assert_allclose(runtime.run(PROMPT), expected, rtol=1e-4, atol=1e-4)
+        stats = runtime.stats()
+        assert stats["variants"][EIGHT]["calls"] >= 1
+        assert stats["specialize"]["verdicts"] == {EIGHT: "kept"}
+
+
+@pytest.mark.parametrize(("speed", "state"), [(0.5, "kept"), (1.5, "dropped")])
+def test_a_trial_decides_and_is_remembered(embedded_artifact: Path, cache: Path, speed: float,
+                                           state: str, monkeypatch: pytest.MonkeyPatch):
+    """With a clock that says that exact code takes `speed` times as long."""
+    monkeypatch.setattr(Specializer, "_pays", lambda self, heat: heat.calls >= 20)
+    with llmc.Runtime(embedded_artifact, threads=1, specialize="lazy", cache_dir=cache) as runtime:
+        specializer = still(runtime)
+        dispatch = runtime.executor.dispatch
+        observe = dispatch.observe
+        monkeypatch.setattr(dispatch, "observe", lambda values, variant, _: observe(
+            values, variant, speed if variant.info.name == EIGHT else 1.0))
+        promote(runtime, specializer, PROMPT)
+        assert specializer.profile.verdicts[8, 1, 8].state == state
+        assert (EIGHT in str(runtime.dispatch_table)) is (state == "kept")
+        assert not dispatch.table.trials
+        specializer.tick()
+        assert specializer.attempt is None, "what was dropped is not tried again"
+    with llmc.Runtime(embedded_artifact, threads=1, specialize="lazy", cache_dir=cache) as second:
+        assert (EIGHT in str(second.dispatch_table)) is (state == "kept")
+        assert second.stats()["specialize"]["verdicts"] == {EIGHT: state}
+
+
+def test_the_next_start_is_hot_and_compiles_nothing(embedded_artifact: Path, cache: Path,
+                                                     monkeypatch: pytest.MonkeyPatch):
+    options = {"threads": 1, "specialize": "lazy", "promote_after": 5, "cache_dir": cache}
+    with llmc.Runtime(embedded_artifact, **options) as runtime:
+        promote(runtime, still(runtime), PROMPT)
+    monkeypatch.setattr(Compiler, "compile", lambda *_: pytest.fail("compiled"))
+    with llmc.Runtime(embedded_artifact, **options) as runtime:
+        assert EIGHT in str(runtime.dispatch_table)
+        runtime.run(PROMPT)
+        assert runtime.stats()["variants"][EIGHT]["calls"] == 1
+
+
+def test_verdicts_of_another_compiler_do_not_count(embedded_artifact: Path, cache: Path):
+    with llmc.Runtime(embedded_artifact, threads=1, specialize="lazy", cache_dir=cache) as runtime:
+        specializer = still(runtime)
+        runtime.run(PROMPT)
+        specializer.profile.verdicts[8, 1, 8] = Verdict("kept", 0.1, 1.0, "older")
+    with llmc.Runtime(embedded_artifact, threads=1, specialize="lazy", cache_dir=cache) as second:
+        assert EIGHT not in str(second.dispatch_table)
+
+
+def test_eager_is_ready_before_the_first_request(embedded_artifact: Path, cache: Path):
+    with llmc.Runtime(embedded_artifact, threads=1, specialize="eager", shapes=[TWO],
+                      cache_dir=cache) as runtime:
+        assert "tokens=2,sequences=1,rows=2" in str(runtime.dispatch_table)
+        runtime.run([1, 2])
+        assert runtime.stats()["variants"]["tokens=2,sequences=1,rows=2"]["calls"] == 1
+
+
+@pytest.mark.parametrize("shapes", [[{"nonsense": 1}], [{"tokens": 0}], [{"tokens": "two"}]])
+def test_bad_shapes_are_refused(embedded_artifact: Path, cache: Path, shapes: list):
+    with pytest.raises(LlmcError, match="shapes"):
+        llmc.Runtime(embedded_artifact, specialize="eager", shapes=shapes, cache_dir=cache)
+
+
+@pytest.mark.parametrize("option", [{"specialize": "always"}, {"promote_after": 0},
+                                    {"code_budget_mb": "1"}, {"max_variants": -1}])
+def test_bad_options_are_refused(embedded_artifact: Path, option: dict):
+    with pytest.raises(LlmcError, match=next(iter(option))):
+        llmc.Runtime(embedded_artifact, **option)
+
+
+def test_the_coldest_goes_when_the_budget_is_full(embedded_artifact: Path, cache: Path):
+    with llmc.Runtime(embedded_artifact, threads=1, specialize="lazy", promote_after=5,
+                      max_variants=1, cache_dir=cache) as runtime:
+        specializer = still(runtime)
+        promote(runtime, specializer, PROMPT)
+        for _ in range(400):
+            promoted = runtime.run(PROMPT + PROMPT)
+        deadline = time.monotonic() + 60
+        while "tokens=16," not in str(runtime.dispatch_table):
+            for _ in range(100):
+                runtime.run(PROMPT + PROMPT)
+            specializer.tick()
+            assert time.monotonic() < deadline
+        assert list(specializer.promoted) == [(16, 1, 16)]
+        assert EIGHT not in str(runtime.dispatch_table)
+        np.testing.assert_allclose(runtime.run(PROMPT + PROMPT), promoted, rtol=1e-4, atol=1e-4)
+        assert runtime.run(PROMPT).shape == (8, 512), "what was evicted runs on generic code"
+
+
+def test_a_compile_that_fails_is_not_tried_again(embedded_artifact: Path, cache: Path):
+    with llmc.Runtime(embedded_artifact, threads=1, specialize="lazy", promote_after=5,
+                      cache_dir=cache) as runtime:
+        specializer = still(runtime)
+        specializer.compiler._worker._command = (sys.executable, "-c", "import os; os.abort()")
+        promote(runtime, specializer, PROMPT)
+        assert specializer.profile.verdicts[8, 1, 8].state == "failed"
+        specializer.tick()
+        assert specializer.attempt is None
+        assert runtime.run(PROMPT).shape == (8, 512)
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_the_next_start(embedded_artifact: Path):
+    with llmc.Runtime(embedded_artifact, threads=1, specialize="lazy", promote_after=5,
+                      cache_dir="/proc/llmc") as runtime:
+        promote(runtime, still(runtime), PROMPT)
+        assert EIGHT in str(runtime.dispatch_table)
+
+
+def test_an_artifact_without_its_graph_says_what_to_do(embedded_artifact: Path, cache: Path,
+                                                       monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Artifact, "graph_text", lambda _: None)
+    with pytest.raises(LlmcError, match="compile the model again"):
+        llmc.Runtime(embedded_artifact, specialize="lazy", cache_dir=cache)
+
+
+def test_threads_get_the_same_results_while_variants_come_and_go(embedded_artifact: Path,
+                                                                 cache: Path):
+    """4 threads, random shapes, code promoted and evicted all the time."""
+    lengths = (1, 2, 3, 5, 8, 9, 16, 17, 33)
+    with llmc.Runtime(embedded_artifact, threads=1) as plain:
+        expected = {n: plain.run(list(range(1, n + 1))) for n in lengths}
+    shapes = [{"tokens": n, "sequences": 1, "rows": n} for n in lengths]
+    with llmc.Runtime(embedded_artifact, threads=2, specialize="eager", shapes=shapes,
+                      cache_dir=cache) as runtime:
+        specializer = still(runtime)
+        live = dict(specializer.promoted)
+        stop, wrong = threading.Event(), []
+
+        def send(seed: int) -> None:
+            choice = random.Random(seed)
+            while not stop.is_set():
+                n = choice.choice(lengths)
+                got = runtime.run(list(range(1, n + 1)))
+                if not np.allclose(got, expected[n], rtol=1e-4, atol=1e-4):
+                    wrong.append(n)
+
+        senders = [threading.Thread(target=send, args=(seed,)) for seed in range(4)]
+        for sender in senders:
+            sender.start()
+        choice = random.Random(9)
+        deadline = time.monotonic() + 4
+        while time.monotonic() < deadline:
+            shape = choice.choice(list(live))
+            if shape in specializer.promoted:
+                specializer.evict(shape)
+            else:
+                stored = specializer.compiler.cached(specializer._job(shape, live[shape].schedule))
+                assert stored is not None
+                specializer._promote(shape, specializer._load(stored), live[shape].schedule,
+                                     stored, None)
+            time.sleep(0.002)
+        stop.set()
+        for sender in senders:
+            sender.join(timeout=30)
+        assert not wrong
+        assert sum(v.calls for v in runtime.executor.variants) > 0
+
+
+RACER = """
+import sys, llmc
+from llmc.runtime.compiler import Worker
+ask = Worker.ask
+def counted(self, request, timeout):
+    print("compiled", request["name"], flush=True)
+    return ask(self, request, timeout)
+Worker.ask = counted
+shapes = [{"tokens": n} for n in (2, 3)]
+with llmc.Runtime(sys.argv[1], threads=1, specialize="eager", shapes=shapes,
+                  cache_dir=sys.argv[2]) as runtime:
+    assert runtime.run([1, 2]).shape == (2, 512)
+"""
+
+
+def test_processes_that_start_together_compile_each_variant_about_once(embedded_artifact: Path,
+                                                                       cache: Path):
+    environment = os.environ | {"PYTHONPATH": str(Path(llmc.__file__).parent.parent)}
+    racers = [subprocess.Popen(
+        [sys.executable, "-c", RACER, str(embedded_artifact), str(cache)], env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(8)]
+    lines = []
+    for racer in racers:
+        output, errors = racer.communicate(timeout=240)
+        assert racer.returncode == 0, errors
+        lines += output.splitlines()
+    assert len(lines) == len(set(lines)) == 2, lines
+
+
+def test_a_process_killed_while_it_writes_leaves_nothing_that_is_taken_for_code(
+        embedded_artifact: Path, cache: Path):
+    code = ("import os, signal, sys\n"
+            "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n" + RACER)
+    environment = os.environ | {"PYTHONPATH": str(Path(llmc.__file__).parent.parent)}
+    killed = subprocess.run([sys.executable, "-c", code, str(embedded_artifact), str(cache)],
+                            env=environment, capture_output=True, timeout=120, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert list(VariantCache(cache).entries()) == []
+    with llmc.Runtime(embedded_artifact, threads=1, specialize="eager", shapes=[{"tokens": 2}],
+                      cache_dir=cache) as runtime:
+        assert "tokens=2," in str(runtime.dispatch_table)
+    left = [path for path in (cache / "variants").iterdir() if path.name.startswith(".")]
+    assert not left, "the next writer sweeps up after the killed one"
+
+
+def test_a_child_process_after_a_fork_steps_and_closes(embedded_artifact: Path, cache: Path):
+    with llmc.Runtime(embedded_artifact, threads=1, specialize="lazy", cache_dir=cache) as runtime:
+        child = os.fork()
+        if child == 0:
+            try:
+                runtime.run(PROMPT)
+                runtime.close()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_model_directory_is_specialised_too(cache: Path, embedded_artifact: Path):
+    shutil.copytree(embedded_artifact.parent, cache / "artifacts", dirs_exist_ok=True)
+    with llmc.Runtime(EMBEDDED, threads=1, specialize="eager", shapes=[TWO],
+                      cache_dir=cache) as runtime:
+        assert "exact" in str(runtime.dispatch_table)
+
+
+def test_tiers_cover_every_number_of_tokens_once():
+    assert [tier.low for tier in TIERS] == [1] + [tier.high + 1 for tier in TIERS if tier.high]
+    assert find_tier(10**9) is TIERS[-1]
+
+
+def test_the_source_is_what_the_artifact_was_made_from(embedded_artifact: Path):
+    source = _source(Artifact(embedded_artifact))
+    assert source.graph.startswith("graph ") and source.program.startswith("program ")
