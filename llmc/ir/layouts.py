@@ -15,6 +15,7 @@ import numpy as np
 
 from llmc.errors import CompileError
 from llmc.ir.dims import Dim, ceildiv, product
+from llmc.ir.dtypes import DType, from_numpy
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,9 @@ class Panels:
     """A matmul weight [k, n] in panels of `columns` columns, streamed from top to bottom.
 
     In memory: [panel][k / interleave][columns][interleave]; `interleave` consecutive k of one
-    column fill one 32-bit lane. With parts > 1 the n columns are that many equal parts (gate and
-    up), and a panel holds columns / parts columns of each, side by side. k and n are padded with zeros.
+    column fill one 32-bit lane (of 4-bit codes 8). With parts > 1 the n columns are that many equal
+    parts (gate and up), and a panel holds columns / parts columns of each, side by side. k and n
+    are padded with zeros.
     """
 
     columns: int
@@ -155,9 +157,17 @@ def pack(array: np.ndarray, layout: Layout, out: np.ndarray | None = None,
          threads: int = 1) -> np.ndarray:
     """The elements of array in the order of the layout, as a flat array (written to out if given).
 
-    Panels are packed panel by panel, so that no temporary is larger than a panel; NumPy's copies
-    release the GIL, so threads help.
+    2- and 4-bit elements come as bytes, several in each (see `join_bits`). Panels are packed panel
+    by panel, so that no temporary is larger than a panel; NumPy's copies release the GIL, so
+    threads help.
     """
+    own = from_numpy(array.dtype)
+    if own.bits < 8:
+        joined = join_bits(pack(array.view(np.uint8), layout, threads=threads), own)
+        if out is None:
+            return joined
+        out[:] = joined
+        return out
     size = layout.elements(array.shape)
     assert isinstance(size, int)
     if out is None:
@@ -175,8 +185,28 @@ def pack(array: np.ndarray, layout: Layout, out: np.ndarray | None = None,
     return out
 
 
+def join_bits(flat: np.ndarray, dtype: DType) -> np.ndarray:
+    """Bytes that hold a 2- or 4-bit element each -> u8 with 8 / bits elements each, the first in
+    the low bits."""
+    per_byte = 8 // dtype.bits
+    padded = np.zeros((-(-flat.size // per_byte), per_byte), np.uint8)
+    padded.reshape(-1)[:flat.size] = flat
+    padded &= (1 << dtype.bits) - 1
+    joined = padded[:, 0]
+    for place in range(1, per_byte):
+        joined = joined | padded[:, place] << np.uint8(place * dtype.bits)
+    return joined
+
+
+def split_bits(joined: np.ndarray, dtype: DType) -> np.ndarray:
+    """The inverse of join_bits, as elements of the dtype (those that fill up the last byte too)."""
+    shifts = np.arange(0, 8, dtype.bits, dtype=np.uint8)
+    split = joined[:, None] >> shifts & np.uint8((1 << dtype.bits) - 1)
+    return split.reshape(-1).view(dtype.numpy)
+
+
 def unpack(flat: np.ndarray, layout: Layout, shape: tuple[int, ...]) -> np.ndarray:
-    """The inverse of pack."""
+    """The inverse of pack, of elements that fill whole bytes (`split_bits` makes them so)."""
     index = np.indices(shape, sparse=True)
     return flat[np.broadcast_to(layout.address(shape, index), shape)]
 

@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from llmc.ir.dtypes import dtype
 from llmc.ir.layouts import (
     KeyPages,
     Panels,
@@ -13,6 +14,7 @@ from llmc.ir.layouts import (
     format_layout,
     pack,
     parse_layout,
+    split_bits,
     unpack,
 )
 
@@ -65,3 +67,28 @@ def test_a_transposed_matrix_packs_like_its_copy(interleave, shape):
 @pytest.mark.parametrize("layout, shape", CASES, ids=lambda value: str(value))
 def test_text_form(layout, shape):
     assert parse_layout(format_layout(layout)) == layout
+
+
+PACKED = {"i4": ml_dtypes.int4, "u4": ml_dtypes.uint4, "i2": ml_dtypes.int2, "u2": ml_dtypes.uint2}
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("layout, shape", [
+    (Rows(), (3, 5)), (Rows(), (1, 8)), (Panels(16, 8, 1), (33, 17)), (Panels(16, 8, 2), (17, 26)),
+    (Panels(32, 16, 1), (40, 40))])
+def test_elements_of_less_than_a_byte_share_bytes(name, layout, shape):
+    own, array = dtype(name), np.random.default_rng(0).integers(0, 16, shape).astype(PACKED[name])
+    joined = pack(array, layout, threads=2)
+    assert joined.dtype == np.uint8
+    assert joined.size == -(-layout.elements(shape) * own.bits // 8)
+    into = np.full_like(joined, 255)
+    assert pack(array, layout, out=into) is into and (into == joined).all()
+    assert (unpack(split_bits(joined, own), layout, shape) == array).all()
+    numbers = split_bits(joined, own).astype(np.int32)
+    assert np.count_nonzero(numbers) == np.count_nonzero(array.astype(np.int32))
+
+
+def test_the_codes_of_a_column_lie_in_one_lane_from_its_low_bits_on():
+    array = np.arange(8, dtype=np.uint8).astype(ml_dtypes.uint4)[:, None]
+    lanes = pack(np.repeat(array, 4, 1), Panels(4, 8)).view(np.uint32)
+    assert lanes.tolist() == [0x76543210] * 4
