@@ -8,7 +8,7 @@ from functools import cache, cached_property
 import llvmlite.binding as llvm
 
 from llmc.errors import CompileError
-from llmc.ir.program import Capabilities
+from llmc.ir.program import QUANTIZED_MATMUL, Capabilities
 
 # Ops beyond the plain elementwise and movement ones that host kernels compute themselves.
 HOST_KERNELS = frozenset("""
@@ -150,7 +150,8 @@ class Target:
         name = f"{self.processor}-{32 * lanes}" + ("-bf16" if self.bf16_dot else "")
         return Capabilities(
             name=name, vector_lanes=lanes, matmul_rows=12 if many else 6, panel_columns=2 * lanes,
-            few_rows=4, bf16_dot=self.bf16_dot, kernels=HOST_KERNELS)
+            few_rows=4, bf16_dot=self.bf16_dot,
+            kernels=HOST_KERNELS | {QUANTIZED_MATMUL})
 
 
 def _parse_device(text: str, architectures: str) -> Target:

@@ -15,6 +15,8 @@ from llmc.ir.dtypes import DType
 from llmc.ir.graph import Graph, TensorType
 from llmc.ir.layouts import Layout, Rows
 
+QUANTIZED_MATMUL = "quantized_matmul"  # among the kernels of targets whose matmul reads codes
+
 
 @dataclass(frozen=True)
 class Capabilities:
@@ -25,7 +27,8 @@ class Capabilities:
     panel_columns     columns of a packed weight's panel
     few_rows          up to so many rows, a matmul streams weights and computes its own prologue
     bf16_dot          bf16 x bf16 dot products exist: bf16 activations are packed as bf16
-    kernels           composite and special ops that have a kernel; others are decomposed
+    kernels           composite and special ops that have a kernel; others are decomposed.
+                      QUANTIZED_MATMUL: matmul reads quantised weights as codes
     weight_layout     "panels", or "columns": weights column by column, the activations of products
                       in plain rows (computed by a stage of their own), both caches as ValuePages
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llmc.ir.graph import Graph, Node, merge_origins
 from llmc.ir.ops import LEAVES, make
+from llmc.ir.quantized import stored_operands
 from llmc.passes.match import VIEWS
 from llmc.passes.movement import slice_of_elementwise
 from llmc.passes.partition import Group, Partition
@@ -106,7 +107,7 @@ def _short(name: str) -> str:
 def fusion_name(group: Group, exits: list[Node]) -> str:
     """A name for people: a matmul's is its weight's; a map's tells the notable ops in it."""
     if group.anchor == "matmul":
-        weight = group.core.inputs[1].get_attribute("name") or "matmul"
+        weight = stored_operands(group.core.inputs[1])[0].get_attribute("name") or "matmul"
         return _short(weight).removesuffix("_weight")
     if group.anchor != "map":
         return group.core.op

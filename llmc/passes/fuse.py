@@ -12,13 +12,14 @@
 Matmuls choose first, then reductions and attention; maps share out the rest. Views that nobody
 took in (reshape, transpose, slice, broadcast of a whole buffer) stay as they are: whoever reads
 them reads the buffer through them. Scalars and index ramps that depend on dims only are copied to
-their readers.
+their readers, and so is the `dequantize` of a matmul's weight.
 """
 
 from __future__ import annotations
 
 from llmc.ir.graph import Graph, Node
 from llmc.ir.ops import ELEMENTWISE, LEAVES
+from llmc.ir.quantized import quantized, stored_operands
 from llmc.passes.bodies import build
 from llmc.passes.epilogue import absorb_epilogue
 from llmc.passes.match import ATTENTION, MOVEMENT, NORMS, REDUCTIONS, VIEWS, is_last_axis
@@ -38,7 +39,7 @@ def fuse(graph: Graph) -> Graph:
     graph = with_repeats(graph, fuse)
     weights = weight_expressions(graph)
     anchors = {node: anchor_of(node, weights) for node in graph.nodes() if node.op not in LEAVES}
-    partition = Partition(graph, anchors, _free_nodes(graph))
+    partition = Partition(graph, anchors, _free_nodes(graph) | _dequantized(graph))
     _join_parts_of_tuples(partition)
     for anchor in ("matmul", "reduce"):
         for group in _anchored(partition, anchor):
@@ -83,6 +84,17 @@ def _free_nodes(graph: Graph) -> set[Node]:
             free.add(node)
     return free - {node for _, node in graph.outputs} - {
         each for node in graph.nodes() if node.op in STRUCTURE for each in node.inputs}
+
+
+def _dequantized(graph: Graph) -> set[Node]:
+    """What lies between matmuls and the parameters that their quantised weights are stored as."""
+    found: set[Node] = set()
+    for node in graph.nodes():
+        matrix = node.inputs[1] if node.op == "matmul" else None
+        if matrix is not None and quantized(matrix) is not None and all(
+                each.op == "parameter" for each in stored_operands(matrix)):
+            found.update((matrix, matrix.inputs[0], *matrix.inputs[0].inputs))
+    return found
 
 
 def _anchored(partition: Partition, anchor: str) -> list[Group]:

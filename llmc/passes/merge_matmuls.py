@@ -3,6 +3,7 @@
 Q, K and V; gate and up. The weights are concatenated along their columns by an expression of
 parameters, which the prelude evaluates once. Where each product (or some of them) is followed by a
 bias, the biases are concatenated too, so that the merged product is still one matmul + bias.
+Quantised matrices of one kind are concatenated as codes, scales and zeros.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from llmc.ir.dims import Dim
 from llmc.ir.graph import Graph, Node, merge_origins
 from llmc.ir.ops import constant, make
+from llmc.ir.quantized import quantized
 from llmc.passes.match import slice_last
 from llmc.passes.prelude import weight_expressions
 from llmc.passes.rewrite import only_user, with_inputs, with_repeats, with_roots
@@ -28,7 +30,8 @@ def merge_matmuls(graph: Graph) -> Graph:
         if node.op == "matmul" and node.inputs[1] in weights and node.inputs[1].rank == 2:
             left, weight = node.inputs
             product = _product(node, users, weights, results)
-            groups.setdefault((left, weight.dtype, node.dtype), []).append(product)
+            kind = (left, weight.dtype, node.dtype, _quantization(weight))
+            groups.setdefault(kind, []).append(product)
     merged = {each.result: products for products in groups.values() if len(products) > 1
               for each in products}
     return _replace(graph, merged) if merged else graph
@@ -70,11 +73,26 @@ def _product(matmul: Node, users: dict[Node, list[Node]], weights: set[Node],
     return _Product(matmul, None, matmul)
 
 
+def _quantization(weight: Node) -> tuple | None:
+    """What quantised matrices must agree in to be one; None of a matrix that is not quantised."""
+    found = quantized(weight)
+    return None if found is None else (found.group, *(each.dtype for each in found.operands))
+
+
+def _columns(weights: Sequence[Node]) -> Node:
+    """The weights side by side."""
+    parts = [quantized(each) for each in weights]
+    known = [each for each in parts if each is not None]
+    if not known:
+        return make("concat", *weights, axis=1)
+    operands = zip(*(each.operands for each in known), strict=True)
+    return known[0].with_operands([make("concat", *each, axis=0) for each in operands]).matrix()
+
+
 def _merge(products: Sequence[_Product], left: Node) -> dict[Node, Node]:
     """Result of each product -> its slice of the merged one."""
     first = products[0].matmul
-    weight = make("concat", *(each.matmul.inputs[1] for each in products), axis=1)
-    merged = with_inputs(first, (left, weight))
+    merged = with_inputs(first, (left, _columns([each.matmul.inputs[1] for each in products])))
     if any(each.bias is not None for each in products):
         zero = constant(0, first.dtype)
         biases = [each.bias or make("broadcast", zero, shape=each.matmul.shape[-1:])

@@ -32,8 +32,9 @@ PIPELINE: list[tuple[str, Pass]] = [
     ("simplify_again", lambda graph, _: simplify(graph)),
     # After this, only ops that the target has kernels for.
     ("legalize", legalize),
-    # After this, whatever depends on parameters only is a parameter.
-    ("split_prelude", lambda graph, _: split_prelude(graph)),
+    # After this, whatever depends on parameters only is a parameter; quantised matrices are
+    # dequantised parameters.
+    ("split_prelude", split_prelude),
     # After this, only fusions, repeats, gets, views and leaves.
     ("fuse", lambda graph, _: fuse(graph)),
 ]

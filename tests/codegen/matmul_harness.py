@@ -13,7 +13,7 @@ from llmc.codegen.host.matmul import matmul
 from llmc.codegen.llvm import I64, POINTER, VOID, define, emit_object, i64, optimise
 from llmc.codegen.target import Target
 from llmc.ir.dims import evaluate, symbol
-from llmc.ir.dtypes import dtype
+from llmc.ir.dtypes import dtype, from_numpy
 from llmc.ir.graph import Graph, TensorType
 from llmc.ir.layouts import Panels, RowBlocks, Rows, pack
 from llmc.ir.ops import make
@@ -27,15 +27,17 @@ def leaf(name, dtype_name, *shape):
 
 
 def make_stage(inputs, outputs, blocked=False, parts=1, target=HOST):
-    """(stage, program) of a body; the input w is packed, and with `blocked` the input a as well."""
+    """(stage, program) of a body; the input w is packed (scales and zeros as well, if there are
+    any), and with `blocked` the input a too."""
     capabilities = target.capabilities()
     layouts = {}
     if blocked:
         a = next(x for x in inputs if x["name"] == "a")
         layouts["a"] = RowBlocks(capabilities.matmul_rows, capabilities.interleave(a.dtype))
     packed = next(x for x in inputs if x["name"] == "w")
-    layouts["w"] = Panels(capabilities.panel_columns, capabilities.interleave(packed.dtype),
-                             parts)
+    for name, interleave in (("w", capabilities.interleave(packed.dtype)), ("scales", 1),
+                             ("zeros", 1)):
+        layouts[name] = Panels(capabilities.panel_columns, interleave, parts)
     buffers = {x["name"]: Buffer(x["name"], x.type, "input", layouts.get(x["name"], Rows()))
                for x in inputs}
     for name, value in outputs.items():
@@ -121,7 +123,7 @@ class Runner:
         """Buffer name -> packed bytes, with NaN behind and in what is not written."""
         held = {}
         for name, buffer in self.program.buffers.items():
-            size = evaluate(buffer.elements(), {"rows": rows}) * buffer.type.dtype.numpy.itemsize
+            size = evaluate(buffer.bytes(), {"rows": rows})
             held[name] = aligned(size + 64)[:size]
             if name in arrays:
                 _pack(arrays[name], buffer.layout, held[name])
@@ -140,7 +142,7 @@ class Runner:
 
 
 def _pack(array, layout, out):
-    typed = out.view(array.dtype)
+    typed = out if from_numpy(array.dtype).bits < 8 else out.view(array.dtype)
     if isinstance(layout, RowBlocks):  # rows and k of padding stay NaN
         flat = array.reshape(-1, array.shape[-1])
         typed[layout.address(flat.shape, np.indices(flat.shape, sparse=True))] = flat

@@ -10,7 +10,7 @@ from llmc.ir.dims import symbol
 from llmc.ir.dtypes import DType, dtype
 from llmc.ir.graph import Graph, Node, TensorType
 from llmc.ir.ops import PAGE, constant, make
-from llmc.ir.program import Capabilities
+from llmc.ir.program import QUANTIZED_MATMUL, Capabilities
 
 TOKENS, SEQUENCES, ROWS = symbol("tokens"), symbol("sequences"), symbol("rows", 0)
 WIDTH, POOL = symbol("table_width"), symbol("pool_pages")
@@ -116,7 +116,8 @@ def bert(layers: int = 2, hidden: int = 24, count: int = 4, inner: int = 40,
 
 CAPABILITIES = Capabilities(
     "test", vector_lanes=8, matmul_rows=6, panel_columns=16, few_rows=8, bf16_dot=False,
-    kernels=frozenset({"rope", "attention", "packed_attention", "cache_append", "paged_attention"}))
+    kernels=frozenset({"sigmoid", "silu", "softplus", "gelu", "rope", "attention",
+                       "packed_attention", "cache_append", "paged_attention", QUANTIZED_MATMUL}))
 
 
 # ---- values ------------------------------------------------------------------------------------

@@ -30,7 +30,8 @@ PASSES: dict[str, Callable[[Graph], Graph]] = {
     "raise_patterns": lambda graph: simplify(raise_patterns(simplify(graph))),
     "merge_matmuls": merge_matmuls,
     "legalize": lambda graph: legalize(graph, CAPABILITIES),
-    "split_prelude": split_prelude,
+    "split_prelude": lambda graph: split_prelude(graph, CAPABILITIES),
+    "merge, prelude, fuse": lambda graph: fuse(split_prelude(merge_matmuls(graph), CAPABILITIES)),
     "fuse": fuse,
 }
 

@@ -1,4 +1,4 @@
-"""a @ w with w a packed weight: the two forms of the host's matmul.
+"""a @ w with w a packed weight, of floats or of codes: the two forms of the host's matmul.
 
 few rows    The left operand lies in rows; what comes before it (a norm, a conversion) is computed
             by each worker into its scratch. A tile is one panel: the weight is streamed once, at
@@ -23,15 +23,17 @@ import llvmlite.ir as ir
 
 from llmc.codegen.host.epilogue import Epilogue
 from llmc.codegen.host.kernel import Frame, Kernel, Worker
-from llmc.codegen.host.microkernel import LeftRows, PanelReader, Tile, tile_product
+from llmc.codegen.host.microkernel import LeftRows, PanelReader, Tile
+from llmc.codegen.host.packed_weight import CodeReader, PackedWeight, Panel, QuantizedWeight
 from llmc.codegen.host.prologue import RowsInPlace, RowsInScratch
 from llmc.codegen.llvm import F64, Emitter, i64
-from llmc.ir.dims import Dim, bounds, evaluate
+from llmc.ir.dims import Dim, bounds
 from llmc.ir.dims import product as product_of
 from llmc.ir.dtypes import DType, dtype, f32, f64
 from llmc.ir.graph import Node
 from llmc.ir.layouts import Panels, RowBlocks, Rows
 from llmc.ir.program import Buffer, Program, Stage, unsupported
+from llmc.ir.quantized import quantized, stored_operands
 
 if TYPE_CHECKING:
     from llmc.codegen.target import Target
@@ -47,8 +49,11 @@ class Product:
 
     stage: Stage
     node: Node
-    weight: Buffer
-    reader: PanelReader
+    weight: PackedWeight
+
+    @property
+    def reader(self) -> PanelReader:
+        return self.weight.reader
 
     @property
     def left(self) -> Node:
@@ -60,19 +65,7 @@ class Product:
 
     @property
     def k(self) -> int:
-        return evaluate(self.weight.type.shape[0], {})
-
-    @property
-    def panels(self) -> int:
-        return evaluate(self.reader.layout.panels(self.weight.type.shape), {})
-
-    @property
-    def panel_bytes(self) -> int:
-        return -(-self.k // self.reader.layout.interleave) * self.reader.group_bytes
-
-    def panel(self, e: Emitter, frame: Frame, index: ir.Value) -> ir.Value:
-        """Address of a panel."""
-        return e.offset(frame.pointer(self.weight), e.b.mul(index, i64(self.panel_bytes)))
+        return self.weight.k
 
     @property
     def left_dtype(self) -> DType:
@@ -98,24 +91,33 @@ def find_product(stage: Stage, program: Program) -> Product:
     found = [node for node in stage.body.nodes() if node.op == "matmul"]
     if len(found) != 1:
         raise unsupported(stage, f"its body holds {len(found)} products, not one")
-    weight = operand_buffer(stage, program, found[0].inputs[1])
-    if weight is None or not isinstance(weight.layout, Panels):
-        raise unsupported(stage, "its right operand is not a packed weight")
-    return Product(stage, found[0], weight, panel_reader(stage, program, found[0], weight))
+    return Product(stage, found[0], packed_weight(stage, program, found[0]))
 
 
-def panel_reader(stage: Stage, program: Program, node: Node, weight: Buffer) -> PanelReader:
-    """How the weight is read on this target; CompileError for what has no kernel."""
-    own = weight.type.dtype
-    if own.name not in ("f64", "f32", "bf16", "f16"):
-        raise unsupported(stage, f"no kernel for weights of {own}")
-    if not all(isinstance(size, int) for size in weight.type.shape):
-        raise unsupported(stage, f"the shape of its weight is symbolic: {weight.type}")
-    assert isinstance(weight.layout, Panels)
-    capabilities = program.capabilities
+def packed_weight(stage: Stage, program: Program, node: Node) -> PackedWeight:
+    """How the right operand lies and is read; CompileError for what has no kernel."""
+    buffers = []
+    for operand in stored_operands(node.inputs[1]):
+        buffer = operand_buffer(stage, program, operand)
+        if buffer is None or not isinstance(buffer.layout, Panels):
+            raise unsupported(stage, "its right operand is not a packed weight")
+        if not all(isinstance(size, int) for size in buffer.type.shape):
+            raise unsupported(stage, f"the shape of its weight is symbolic: {buffer.type}")
+        buffers.append(buffer)
+    weight, *scales = buffers
+    own, capabilities = weight.type.dtype, program.capabilities
     packed = capabilities.packed_activation(own, node.inputs[0].dtype)
     lanes = capabilities.vector_lanes // (2 if packed == "f64" else 1)
-    return PanelReader(own, weight.layout, lanes, packed == "bf16")
+    assert isinstance(weight.layout, Panels)
+    whole = quantized(node.inputs[1])
+    if whole is not None:
+        if not own.is_integer or whole.group % weight.layout.interleave or packed != "f32":
+            raise unsupported(stage, f"no kernel for {own} codes in groups of {whole.group}")
+        return QuantizedWeight(weight, CodeReader(own, weight.layout, lanes), scales[0],
+                               scales[1] if scales[1:] else None, whole.group)
+    if own.name not in ("f64", "f32", "bf16", "f16"):
+        raise unsupported(stage, f"no kernel for weights of {own}")
+    return PackedWeight(weight, PanelReader(own, weight.layout, lanes, packed == "bf16"))
 
 
 def operand_buffer(stage: Stage, program: Program, node: Node) -> Buffer | None:
@@ -157,9 +159,9 @@ class BlockedMatmul:
         groups = -(-product.k // self.layout.interleave)
         self.block_bytes = (groups * self.layout.interleave * self.layout.rows
                             * product.left_bytes)
-        self.panel_group = max(1, min(PANEL_GROUP_BYTES // max(1, product.panel_bytes),
-                                      product.panels // LEAST_PANEL_GROUPS))
-        self.panel_groups = -(-product.panels // self.panel_group)
+        self.panel_group = max(1, min(PANEL_GROUP_BYTES // max(1, product.weight.panel_bytes),
+                                      product.weight.panels // LEAST_PANEL_GROUPS))
+        self.panel_groups = -(-product.weight.panels // self.panel_group)
         self.row_group = max(1, ROW_GROUP_BYTES // max(1, self.block_bytes))
         self.epilogue = Epilogue(product.stage, program, product.node, product.reader,
                                  self.layout.rows)
@@ -183,7 +185,7 @@ class BlockedMatmul:
         last_block = e.minimum(e.b.add(first_block, size), blocks)
         first_panel = e.b.mul(panel_group, i64(self.panel_group))
         last_panel = e.minimum(e.b.add(first_panel, i64(self.panel_group)),
-                               i64(self.product.panels))
+                               i64(self.product.weight.panels))
         sums = self.epilogue.reserve(e)
         with (e.loop(first_block, last_block, name="block") as block,
               e.loop(first_panel, last_panel, name="panel") as panel):
@@ -193,11 +195,11 @@ class BlockedMatmul:
                      panel: ir.Value) -> None:
         rows, product = self.layout.rows, self.product
         start = e.offset(frame.pointer(self.blocks), e.b.mul(block, i64(self.block_bytes)))
-        columns = product.panel(e, frame, panel)
+        columns = product.weight.panel(e, frame, panel)
         first_row = e.b.mul(block, i64(rows))
         count = e.minimum(i64(rows), e.b.sub(frame.dim(product.rows), first_row))
         for size in choose_body(e, count, [rows // 2, rows]):
-            tile = tile_product(e, product.reader, self._left(e, start, size), columns, product.k)
+            tile = product.weight.product(e, self._left(e, start, size), columns)
             self.epilogue.keep(e, sums, tile)
         self.epilogue.emit(e, frame, sums, first_row, count, panel)
 
@@ -240,7 +242,7 @@ class FewRowsMatmul:
         return RowsInScratch(product.stage, program, product.node, product.left_dtype, high)
 
     def tiles(self, e: Emitter, frame: Frame) -> ir.Value:
-        return i64(self.product.panels)
+        return i64(self.product.weight.panels)
 
     def setup(self, e: Emitter, frame: Frame, worker: Worker) -> None:
         self.prologue.emit(e, frame, worker)
@@ -248,7 +250,7 @@ class FewRowsMatmul:
     def tile(self, e: Emitter, frame: Frame, worker: Worker, tile: ir.Value) -> None:
         """All rows, as many at a time as fit the registers, past one panel."""
         most = self.bodies[-1]
-        panel = self.product.panel(e, frame, tile)
+        panel = self.product.weight.panel(e, frame, tile)
         rows = frame.dim(self.product.rows)
         sums = self.epilogue.reserve(e)
         with e.loop(0, rows, most, name="rows") as first:
@@ -257,7 +259,7 @@ class FewRowsMatmul:
                 self.epilogue.keep(e, sums, self._sums(e, frame, worker, panel, first, size))
             self.epilogue.emit(e, frame, sums, first, count, tile)
 
-    def _sums(self, e: Emitter, frame: Frame, worker: Worker, panel: ir.Value, first: ir.Value,
+    def _sums(self, e: Emitter, frame: Frame, worker: Worker, panel: Panel, first: ir.Value,
               size: int) -> Tile:
         """Rows beyond the end stand for the last row again; their sums are not used."""
         reader, element = self.product.reader, self.product.left_bytes
@@ -267,4 +269,4 @@ class FewRowsMatmul:
             for row in range(size))
         left = LeftRows(pointers, group_bytes=reader.layout.interleave * element,
                         step_bytes=element)
-        return tile_product(e, reader, left, panel, self.product.k)
+        return self.product.weight.product(e, left, panel)

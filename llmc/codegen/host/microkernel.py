@@ -9,7 +9,7 @@ FMA's latency of 4 cycles, take 12 of the 16 registers of AVX2 and 7 loads per 6
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import llvmlite.ir as ir
 
@@ -111,6 +111,11 @@ class LeftRows:
     group_bytes: int
     step_bytes: int
 
+    def advanced(self, e: Emitter, index: ir.Value, groups: int) -> LeftRows:
+        """The same rows from the k of group index * groups on."""
+        distance = e.b.mul(index, i64(groups * self.group_bytes))
+        return replace(self, pointers=tuple(e.offset(each, distance) for each in self.pointers))
+
     def broadcast(self, e: Emitter, row: int, base: ir.Value, offset: int, step: int,
                   reader: PanelReader, last_of_pair: bool = False) -> ir.Value:
         """last_of_pair: k ends inside this pair; what follows it in memory is not to be read."""
@@ -133,7 +138,7 @@ def tile_product(e: Emitter, reader: PanelReader, left: LeftRows, panel: ir.Valu
     rows, interleave = len(left.pointers), reader.layout.interleave
     unroll = _unroll(reader, rows)
     whole = k // interleave // unroll * unroll
-    tile = _zeros(reader, rows)
+    tile = zeros_of(reader, rows)
     if whole:
         tile = _stream(e, reader, left, panel, whole, unroll)
     for group in range(whole, -(-k // interleave)):
@@ -160,9 +165,9 @@ def _stream(e: Emitter, reader: PanelReader, left: LeftRows, panel: ir.Value, gr
     rows, vectors = len(left.pointers), reader.vectors
     size = rows * vectors
     chains = max(1, min(unroll * reader.steps, 8 // size))
-    with e.fold(0, groups, _flatten(_zeros(reader, rows * chains)), unroll, "k") as (
+    with e.fold(0, groups, flatten(zeros_of(reader, rows * chains)), unroll, "k") as (
             group, flat, finish):
-        tiles = [_unflatten(flat[c * size:(c + 1) * size], vectors) for c in range(chains)]
+        tiles = [unflatten(flat[c * size:(c + 1) * size], vectors) for c in range(chains)]
         columns_at = e.offset(panel, e.b.mul(group, i64(reader.group_bytes)))
         base = e.b.mul(group, i64(left.group_bytes))
         _prefetch(e, e.offset(columns_at, PREFETCH_BYTES), unroll * reader.group_bytes)
@@ -172,12 +177,12 @@ def _stream(e: Emitter, reader: PanelReader, left: LeftRows, panel: ir.Value, gr
                 for row in range(rows):
                     factor = left.broadcast(e, row, base, u * left.group_bytes, step, reader)
                     _accumulate(e, reader, tile[row:row + 1], [factor], columns)
-        finish([value for tile in tiles for value in _flatten(tile)])
+        finish([value for tile in tiles for value in flatten(tile)])
     total = finish.results[:size]
     for c in range(1, chains):
         chain = finish.results[c * size:(c + 1) * size]
         total = [e.b.fadd(a, b) for a, b in zip(total, chain, strict=True)]
-    return _unflatten(total, vectors)
+    return unflatten(total, vectors)
 
 
 def _accumulate(e: Emitter, reader: PanelReader, tile: Tile, factors: Sequence[ir.Value],
@@ -207,14 +212,17 @@ def _prefetch(e: Emitter, pointer: ir.Value, count: int) -> None:
         e.call("llvm.prefetch.p0", VOID, e.offset(pointer, line), i32(0), i32(3), i32(1))
 
 
-def _zeros(reader: PanelReader, rows: int) -> Tile:
+def zeros_of(reader: PanelReader, rows: int) -> Tile:
+    """A tile of zeros."""
     zero = splat_constant(vector(reader.element, reader.lanes), 0.0)
     return [[zero] * reader.vectors for _ in range(rows)]
 
 
-def _flatten(tile: Tile) -> list[ir.Value]:
+def flatten(tile: Tile) -> list[ir.Value]:
+    """The vectors of a tile, row by row."""
     return [value for row in tile for value in row]
 
 
-def _unflatten(values: Sequence[ir.Value], vectors: int) -> Tile:
+def unflatten(values: Sequence[ir.Value], vectors: int) -> Tile:
+    """The inverse of flatten."""
     return [list(values[i:i + vectors]) for i in range(0, len(values), vectors)]

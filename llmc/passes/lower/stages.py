@@ -12,6 +12,7 @@ from llmc.ir.graph import Graph, Node, TensorType
 from llmc.ir.layouts import RowBlocks, Rows
 from llmc.ir.ops import make
 from llmc.ir.program import Buffer, Capabilities, Loop, Stage, Step, Weight
+from llmc.ir.quantized import stored_operands
 from llmc.passes.lower.bodies import (
     VIEWS,
     absorb,
@@ -204,7 +205,7 @@ class Lowering:
         if not columns and high is not None and high <= self.capabilities.few_rows:
             return [self._stage("matmul", body, operands, results, name)]
         packed = dtype(self.capabilities.packed_activation(
-            matmul.inputs[1].dtype, matmul.inputs[0].dtype))
+            stored_operands(matmul.inputs[1])[0].dtype, matmul.inputs[0].dtype))
         if columns and matmul.inputs[0].dtype is packed and is_rows_of_input(matmul.inputs[0]):
             return [self._stage("matmul", body, operands, results, name)]
         prologue, rest, stand_in = split_prologue(body, matmul, packed)

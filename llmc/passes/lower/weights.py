@@ -9,6 +9,7 @@ from llmc.errors import CompileError
 from llmc.ir.graph import Graph, Node
 from llmc.ir.layouts import Columns, KeyPages, Layout, Panels, ValuePages
 from llmc.ir.program import Capabilities
+from llmc.ir.quantized import stored_operands
 
 
 def scopes(graph: Graph) -> Iterator[Graph]:
@@ -33,13 +34,16 @@ def anchor_of(body: Graph, op: str) -> Node:
     return anchor
 
 
-def weight_layout(matmul: Node, body: Graph, capabilities: Capabilities) -> Layout:
-    """How the right operand of a fusion's matmul lies."""
-    if capabilities.weight_layout == "columns":
-        return Columns()
-    dtype = matmul.inputs[1].dtype
-    return Panels(capabilities.panel_columns, capabilities.interleave(dtype),
-                  matmul_parts(matmul, body))
+def weight_layouts(matmul: Node, body: Graph, capabilities: Capabilities) -> dict[Node, Layout]:
+    """How the right operand of a fusion's matmul lies; of a quantised one, its codes, and its
+    scales and zeros, whose rows are read whole."""
+    parts = matmul_parts(matmul, body)
+    layouts: dict[Node, Layout] = {}
+    for operand in stored_operands(matmul.inputs[1]):
+        interleave = 1 if layouts else capabilities.interleave(operand.dtype)
+        layouts[operand] = Columns() if capabilities.weight_layout == "columns" else Panels(
+            capabilities.panel_columns, interleave, parts)
+    return layouts
 
 
 def matmul_parts(matmul: Node, body: Graph) -> int:
@@ -69,8 +73,8 @@ def weight_uses(graph: Graph, capabilities: Capabilities) -> dict[Node, Layout]:
             if node.op == "fusion" and node["anchor"] == "matmul":
                 body = node.bodies[0]
                 matmul = anchor_of(body, "matmul")
-                operand = node.inputs[body.inputs.index(matmul.inputs[1])]
-                uses[operand] = weight_layout(matmul, body, capabilities)
+                for stand_in, layout in weight_layouts(matmul, body, capabilities).items():
+                    uses[node.inputs[body.inputs.index(stand_in)]] = layout
     return uses
 
 
