@@ -8,8 +8,11 @@ from llmc.frontend.onnx.reduction import constant_scalar
 from llmc.frontend.onnx.registry import MICROSOFT, Result, converter
 from llmc.ir import dims
 from llmc.ir.dims import Dim
-from llmc.ir.dtypes import DType, f32, i32, u8
+from llmc.ir.dtypes import DType, f32, i2, i4, i8, i32, u2, u4, u8
 from llmc.ir.graph import Node
+
+SIGNED = {2: i2, 4: i4, 8: i8}
+UNSIGNED = {2: u2, 4: u4, 8: u8}
 
 
 def integer_range(dtype: DType) -> tuple[int, int]:
@@ -130,19 +133,26 @@ def matmul_n_bits(call: Call) -> Result:
     codes = call.reshape(unpacked(call, codes, bits), (rows, blocks * block))
     codes = call.slice_axis(codes, 1, 0, columns)
     scales = call.reshape(scales, (rows, blocks))
-    zeros = nbits_zero_points(call, (rows, blocks), bits)
-    weight = call.make("dequantize", codes, scales, zeros, group=block, dtype=a.dtype)
+    if call.has(3):
+        zeros = nbits_zero_points(call, call.input(3), (rows, blocks), bits)
+        operands = [call.cast(codes, UNSIGNED[bits]), scales, zeros]
+    else:
+        operands = [signed(call, codes, bits), scales]
+    weight = call.make("dequantize", *operands, group=block, dtype=a.dtype)
     product = call.matmul(a, call.swap_last(weight))
     bias = call.optional(5)
     return product if bias is None else call.binary("add", product, bias)
 
 
-def nbits_zero_points(call: Call, shape: tuple[int, int], bits: int) -> Node:
-    """Zero points of all blocks: given packed or as floats, else the middle of the range."""
+def signed(call: Call, codes: Node, bits: int) -> Node:
+    """Codes without zero points: the middle of their range becomes 0."""
+    middle = call.scalar(1 << (bits - 1), i32)
+    return call.cast(call.binary("sub", call.cast(codes, middle.dtype), middle), SIGNED[bits])
+
+
+def nbits_zero_points(call: Call, zeros: Node, shape: tuple[int, int], bits: int) -> Node:
+    """Zero points of all blocks: packed or as floats."""
     rows, blocks = shape
-    zeros = call.optional(3)
-    if zeros is None:
-        return call.full(1 << (bits - 1), shape, u8)
     if zeros.dtype is not u8:
         return call.reshape(zeros, shape)
     packed = call.reshape(zeros, (rows, (blocks * bits + 7) // 8))
