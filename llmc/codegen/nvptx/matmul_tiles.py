@@ -2,7 +2,7 @@
 
 The estimate counts waves of blocks; within a wave, a chunk of k costs the longer of its arithmetic
 and its bytes from L2. The constants make the rule's choices the best ones that were measured on an
-H100 at layer shapes (benchmarks/gpu_matmul.py --tune): within 2 % in the geometric mean.
+H100 at layer shapes (benchmarks/gpu_matmul.py --tune): within 1 % in the geometric mean.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ MANY_ROWS = 2048  # what tiles are chosen for where rows are without bound
 MOST_STAGES = 12
 
 # Per multiprocessor and microsecond.
-WGMMA_FLOPS, MMA_FLOPS = 6.7e6, 2.2e6
-L2_BYTES = 139e3
+WGMMA_FLOPS, MMA_FLOPS = 7.6e6, 3.0e6
+L2_BYTES = 126e3
 MEMORY_BYTES = 23e3
 NARROW = 32  # columns more that a tile's arithmetic costs: it reads its rows once for all columns
-CHUNK_TIME = 0.014  # microseconds that every chunk takes at least
-BLOCK_TIME = 3.5  # microseconds to start a block, fill its stages, and finish its sums
-EXCHANGE_TIME = 0.156  # microseconds for a KiB of sums from other blocks of the cluster
+LONELY = 1.15  # the same of one warp group, where two would hide each other's waits
+CHUNK_TIME = 0.033  # microseconds that every chunk takes at least
+BLOCK_TIME = 3.9  # microseconds to start a block, fill its stages, and finish its sums
+EXCHANGE_TIME = 0.146  # microseconds for a KiB of sums from other blocks of the cluster
 
 # Shared memory of a multiprocessor; clusters of blocks share out k where there are any.
 _SHARED = {"sm_80": 164, "sm_87": 164, "sm_90": 228, "sm_90a": 228, "sm_100": 228}  # KiB
@@ -114,7 +115,8 @@ def estimate(product: Product, tiling: Tiling, rows: int) -> float:
     active = min(tiling.resident, -(-blocks // PROCESSORS))
     waves = -(-blocks // (PROCESSORS * active))
     flops = 2 * shape.rows * (shape.columns + NARROW) * CHUNK * 8 // product.dtype.bits
-    chunk = max(active * flops / (MMA_FLOPS if tiling.warps else WGMMA_FLOPS),
+    rate = MMA_FLOPS if tiling.warps else WGMMA_FLOPS / (LONELY if shape.rows == 64 else 1)
+    chunk = max(active * flops / rate,
                 active * shape.stage_bytes / L2_BYTES, CHUNK_TIME)
     exchanged = shape.rows * shape.columns * 4 / 1024 * (tiling.split - 1) / tiling.split
     extra = BLOCK_TIME + EXCHANGE_TIME * exchanged
