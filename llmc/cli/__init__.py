@@ -11,7 +11,8 @@ from typing import Any
 from llmc import knobs
 from llmc.errors import LlmcError
 
-COMMANDS = ("generate", "compile", "run", "bench", "inspect", "devices", "cache")
+COMMANDS = ("generate", "compile", "run", "bench", "inspect", "devices", "cache",
+            "profile")
 
 
 def main(argv: list[str] | None = None) -> int:
