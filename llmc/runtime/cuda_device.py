@@ -82,7 +82,7 @@ class Device:
                               f"{_version(OLDEST_DRIVER)} or newer is needed: update the driver")
         self.ordinal = ordinal
         self._handle = call("cuDeviceGet", ordinal)
-        self.name = call("cuDeviceGetName", 128, self._handle).rstrip(b"\0").decode()
+        self.name = call("cuDeviceGetName", 128, self._handle).split(b"\0")[0].decode()
         attribute = driver.CUdevice_attribute
         self.capability = tuple(
             call("cuDeviceGetAttribute", each, self._handle) for each in (

@@ -11,13 +11,15 @@ from __future__ import annotations
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from llmc.ir.dims import Dim, evaluate, parse_dim
 from llmc.runtime.artifact import Artifact, VariantInfo
+from llmc.runtime.binding import Tensor
 from llmc.runtime.cuda_device import (
     Device,
     Graph,
@@ -29,6 +31,7 @@ from llmc.runtime.cuda_device import (
     launch,
     upload,
 )
+from llmc.runtime.dispatch import MEMO_SHAPES
 from llmc.runtime.executor import Described, Executor
 
 ALIGNMENT = 256  # bytes, of every tensor in device memory
@@ -44,7 +47,8 @@ class DeviceVariant(Described):
         super().__init__(info, symbols)
         code = artifact.variant_file(info, f"{architecture}.{form}")
         self.module = Module(code, info.name)
-        steps = json.loads(artifact.variant_file(info, f"{architecture}.json"))["steps"]
+        described = json.loads(artifact.variant_file(info, f"{architecture}.json"))
+        steps, self.overlaps = described["steps"], described["overlaps"]
         functions: dict[str, Any] = {}
         self.launches: list[tuple[Any, Dim, int, int, int]] = []
         for step in steps:
@@ -63,6 +67,43 @@ class DeviceVariant(Described):
             if blocks not in known:
                 known[blocks] = evaluate(blocks, values)
         return tuple(known[blocks] for _, blocks, *_ in self.launches)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step of given shapes. inputs: their offsets in the copied block; outputs: name -> (offset,
+    bytes) among the outputs; copied: bytes of the block, a power of two so that one graph serves
+    many lengths."""
+
+    grids: tuple[int, ...]
+    arena_bytes: int
+    symbols: tuple[int, ...]
+    inputs: tuple[int, ...]
+    copied: int
+    outputs: dict[str, tuple[int, int]]
+    output_bytes: int
+
+    @classmethod
+    def of(cls, variant: DeviceVariant, values: Mapping[str, int], symbols: Sequence[int],
+           inputs: Sequence[int], outputs: Mapping[str, int]) -> Plan:
+        """inputs and outputs: bytes of each."""
+        numbers = FIELDS + len(symbols) + len(inputs) + len(outputs)
+        (_, *places), size = _places([8 * numbers, *inputs])
+        result_places, result_size = _places(list(outputs.values()))
+        return cls(variant.grids(values), evaluate(variant.arena, values), tuple(symbols),
+                   tuple(places), max(4096, 1 << (size - 1).bit_length()),
+                   {name: (place, outputs[name])
+                    for name, place in zip(outputs, result_places, strict=True)}, result_size)
+
+    def header(self, block: int, outputs: int, weights: int, states: int, arena: int
+               ) -> np.ndarray:
+        """What the block begins with: the step's arguments, symbols, and tables of pointers."""
+        at_symbols = block + 8 * FIELDS
+        at_inputs = at_symbols + 8 * len(self.symbols)
+        at_outputs = at_inputs + 8 * len(self.inputs)
+        return np.array([at_symbols, at_inputs, at_outputs, weights, states, arena, 0, 0, 0,
+                         *self.symbols, *(block + place for place in self.inputs),
+                         *(outputs + place for place, _ in self.outputs.values())], np.uint64)
 
 
 class CudaExecutor(Executor):
@@ -87,6 +128,7 @@ class CudaExecutor(Executor):
         self._state_memory: Memory | None = None
         self._grown: dict[str, Memory | PinnedMemory] = {}
         self._graphs: OrderedDict[tuple, Graph | None] = OrderedDict()
+        self._plans: dict[tuple, Plan] = {}
         self.graph_launches = 0
 
     def _table(self, addresses: Sequence[int]) -> Memory:
@@ -104,7 +146,8 @@ class CudaExecutor(Executor):
     def allocate_states(self, known: Mapping[str, int]) -> None:
         """Reserve the states' pools; `known` gives the symbols in their shapes (pool sizes)."""
         self.device.use()
-        self.known = self._fixed() | dict(known)
+        self._know(known)
+        self._plans.clear()
         offsets, total = [], 0
         for tensor in self.states:
             size = int(np.prod(tensor.concrete_shape(known), dtype=np.int64))
@@ -121,53 +164,55 @@ class CudaExecutor(Executor):
 
     # ---- a step -------------------------------------------------------------------------------
 
+    def _wanted(self, names: Collection[str] | None) -> list[Tensor]:
+        """The outputs that are copied back."""
+        return [each for each in self.outputs if names is None or each.name in names]
+
     def _call(self, variant: Any, values: Mapping[str, int], given: Sequence[np.ndarray],
-              results: Sequence[np.ndarray]) -> None:
+              results: Mapping[str, np.ndarray]) -> None:
         self.device.use()
         started = time.perf_counter()
-        arena = self._at_least("arena", evaluate(variant.arena, values))
-        offsets, size = _places([array.nbytes for array in results])
-        outputs = self._at_least("outputs", size)
-        host_outputs = self._at_least("host outputs", size)
-        copied = self._fill_block(arena, [outputs.address + offset for offset in offsets], values,
-                                  given)
-        self._run(variant, variant.grids(values), copied, size)
+        plan = self._plan(variant, values, given)
+        arena = self._at_least("arena", plan.arena_bytes)
+        outputs = self._at_least("outputs", plan.output_bytes)
+        host_outputs = self._at_least("host outputs", plan.output_bytes)
+        self._at_least("block", plan.copied)
+        host = self._at_least("host block", plan.copied).array
+        header = plan.header(self._grown["block"].address, outputs.address,
+                             self._weight_table.address, self._state_table.address, arena.address)
+        host[:header.nbytes] = header.view(np.uint8)
+        for place, array in zip(plan.inputs, given, strict=True):
+            host[place:place + array.nbytes] = array.reshape(-1).view(np.uint8)
+        self._run(variant, plan, tuple(results))
         self.device.wait()
-        for offset, result in zip(offsets, results, strict=True):
-            source = host_outputs.array[offset:offset + result.nbytes]
-            result.reshape(-1).view(np.uint8)[:] = source
+        for name, result in results.items():
+            place = plan.outputs[name][0]
+            result.reshape(-1).view(np.uint8)[:] = host_outputs.array[place:place + result.nbytes]
         variant.seconds += time.perf_counter() - started
         variant.calls += 1
 
-    def _fill_block(self, arena: Any, outputs: Sequence[int], values: Mapping[str, int],
-                    given: Sequence[np.ndarray]) -> int:
-        """Write arguments, symbols, tables and inputs into the pinned block; the bytes to copy, a
-        power of two so that one graph serves many lengths."""
-        symbols = [values.get(info.name, info.low) for info in self.artifact.manifest.symbols]
-        numbers = FIELDS + len(symbols) + len(given) + len(outputs)
-        places, size = _places([8 * numbers, *(array.nbytes for array in given)])
-        copied = max(4096, 1 << (size - 1).bit_length())
-        block = self._at_least("block", copied)
-        host = self._at_least("host block", copied)
-        base = block.address
-        at_symbols = base + 8 * FIELDS
-        at_inputs = at_symbols + 8 * len(symbols)
-        at_outputs = at_inputs + 8 * len(given)
-        header = [at_symbols, at_inputs, at_outputs, self._weight_table.address,
-                  self._state_table.address, arena.address, 0, 0, 0,
-                  *symbols, *(base + place for place in places[1:]), *outputs]
-        host.array[:8 * numbers] = np.array(header, np.uint64).view(np.uint8)
-        for place, array in zip(places[1:], given, strict=True):
-            host.array[place:place + array.nbytes] = array.reshape(-1).view(np.uint8)
-        return copied
+    def _plan(self, variant: Any, values: Mapping[str, int], given: Sequence[np.ndarray]) -> Plan:
+        """What a step of these shapes looks like; remembered, for most steps repeat."""
+        key = (id(variant), *(array.shape for array in given))
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= MEMO_SHAPES:
+                self._plans.clear()
+            sizes = {tensor.name: int(np.prod(tensor.concrete_shape(values), dtype=np.int64))
+                     * tensor.numpy.itemsize for tensor in self.outputs}
+            symbols = [values[info.name] for info in self.artifact.manifest.symbols]
+            plan = self._plans[key] = Plan.of(variant, values, symbols,
+                                              [array.nbytes for array in given], sizes)
+        return plan
 
-    def _run(self, variant: Any, grids: tuple[int, ...], copied: int, size: int) -> None:
+    def _run(self, variant: Any, plan: Plan, wanted: tuple[str, ...]) -> None:
         """The step's copies and kernels: one by one at first, as a graph when the shape repeats."""
-        key = (variant.info.name, grids, copied, size)
+        key = (id(variant), plan.grids, plan.copied,
+               *(plan.outputs[name] for name in wanted))
         graph = self._graphs.get(key)
         if graph is None:
             def record() -> None:
-                self._record(variant, grids, copied, size)
+                self._record(variant, plan, wanted)
 
             if key not in self._graphs:
                 record()
@@ -178,15 +223,19 @@ class CudaExecutor(Executor):
         graph.launch()
         self.graph_launches += 1
 
-    def _record(self, variant: Any, grids: tuple[int, ...], copied: int, size: int) -> None:
+    def _record(self, variant: Any, plan: Plan, wanted: Sequence[str]) -> None:
         stream, block = self.device.stream, self._grown["block"].address
-        call("cuMemcpyHtoDAsync", block, self._grown["host block"].address, copied, stream)
-        for (function, _, threads, shared, layer), blocks in zip(variant.launches, grids,
+        call("cuMemcpyHtoDAsync", block, self._grown["host block"].address, plan.copied, stream)
+        overlaps = False  # the first kernel needs the copy
+        for (function, _, threads, shared, layer), blocks in zip(variant.launches, plan.grids,
                                                                  strict=True):
             if blocks > 0:  # a shape may leave a stage nothing to do
-                launch(self.device, function, blocks, threads, shared, block, layer)
-        call("cuMemcpyDtoHAsync", self._grown["host outputs"].address,
-             self._grown["outputs"].address, size, stream)
+                launch(self.device, function, blocks, threads, shared, block, layer, overlaps)
+                overlaps = variant.overlaps
+        host, device = self._grown["host outputs"].address, self._grown["outputs"].address
+        for place, size in (plan.outputs[name] for name in wanted):
+            if size:
+                call("cuMemcpyDtoHAsync", host + place, device + place, size, stream)
 
     def _remember(self, key: tuple, graph: Graph | None) -> None:
         self._graphs[key] = graph

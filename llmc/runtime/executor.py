@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from llmc.errors import LlmcError, ShapeError
 from llmc.ir.dims import Dim, evaluate, parse_dim
 from llmc.runtime.artifact import Artifact, VariantInfo
 from llmc.runtime.binding import Tensor, bind, check_inputs, make_symbols
-from llmc.runtime.dispatch import Dispatch, exact_symbols
+from llmc.runtime.dispatch import MEMO_SHAPES, Dispatch, exact_symbols
 from llmc.runtime.host_device import Team, load_object
 from llmc.runtime.memory import aligned_empty, physical_memory
 
@@ -73,6 +73,7 @@ class Executor:
         self.outputs = [Tensor(info, self.symbols) for info in manifest.outputs]
         self.states = [Tensor(info, self.symbols) for info in manifest.states]
         self.known = self._fixed()  # symbols that no input's shape has to tell
+        self._bound: dict[tuple, dict[str, int]] = {}
         self._closed = False
 
     def state_memory(self) -> int:
@@ -81,13 +82,18 @@ class Executor:
 
     def allocate_states(self, known: Mapping[str, int]) -> None:
         """Reserve the states' pools; `known` gives the symbols in their shapes (pool sizes)."""
-        self.known = self._fixed() | dict(known)
+        self._know(known)
         self._states = []
         for tensor in self.states:
             size = int(np.prod(tensor.concrete_shape(known), dtype=np.int64))
             stride = -(-size * tensor.dtype.bits // 8 // 64) * 64
             self._states += [aligned_empty(stride) for _ in range(tensor.count)]
         self._state_table = _pointer_table([state.ctypes.data for state in self._states])
+
+    def _know(self, known: Mapping[str, int]) -> None:
+        """Symbols whose values are now given."""
+        self.known = self._fixed() | dict(known)
+        self._bound.clear()
 
     def _fixed(self) -> dict[str, int]:
         """Symbols that the artifact was compiled for one value of."""
@@ -112,23 +118,42 @@ class Executor:
         return self.dispatch.table.choose(self.dispatch.shape(values), values)
 
     def run(self, arrays: Mapping[str, np.ndarray],
-            out: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
-        """One step. arrays: every input by name. Returns every output by name (in `out` if given).
+            out: Mapping[str, np.ndarray] | None = None, want: Collection[str] | None = None
+            ) -> dict[str, np.ndarray]:
+        """One step. arrays: every input by name. Returns every output by name (in `out` if given);
+        of a GPU's only those in `want`, for the others would have to be copied.
 
         Raises ShapeError when shapes or dtypes do not fit the model.
         """
         if self._closed:
             raise LlmcError("this runtime is closed")
         given = check_inputs(self.inputs, arrays)
-        values = bind(self.inputs, given, self.known)
-        if unknown := self.symbols.keys() - values.keys():
-            raise ShapeError(f"no input's shape tells the value of {', '.join(sorted(unknown))}")
+        values = self._values(given)
         variant: Any = self.dispatch.choose(values)
-        results = [self._output(tensor, values, out) for tensor in self.outputs]
+        results = {tensor.name: self._output(tensor, values, out)
+                   for tensor in self._wanted(want)}
         before = variant.seconds
         self._call(variant, values, given, results)
         self.dispatch.observe(values, variant, variant.seconds - before)
-        return {tensor.name: result for tensor, result in zip(self.outputs, results, strict=True)}
+        return results
+
+    def _wanted(self, names: Collection[str] | None) -> list[Tensor]:
+        """The outputs that a step fills: here all of them, whatever is wanted."""
+        return self.outputs
+
+    def _values(self, given: Sequence[np.ndarray]) -> dict[str, int]:
+        """Values of all symbols, by the shapes of the inputs."""
+        shapes = tuple(array.shape for array in given)
+        values = self._bound.get(shapes)
+        if values is None:
+            values = bind(self.inputs, given, self.known)
+            if unknown := self.symbols.keys() - values.keys():
+                raise ShapeError("no input's shape tells the value of "
+                                 f"{', '.join(sorted(unknown))}")
+            if len(self._bound) >= MEMO_SHAPES:
+                self._bound.clear()
+            self._bound[shapes] = values
+        return values
 
     def _output(self, tensor: Tensor, values, out) -> np.ndarray:
         shape = tensor.concrete_shape(values)
@@ -137,13 +162,13 @@ class Executor:
         return np.empty(shape, tensor.numpy)
 
     def _call(self, variant: Variant, values: Mapping[str, int], given: Sequence[np.ndarray],
-              results: Sequence[np.ndarray]) -> None:
+              results: Mapping[str, np.ndarray]) -> None:
         self._arena = _at_least(self._arena, evaluate(variant.arena, values))
         self._scratch = _at_least(self._scratch, evaluate(variant.scratch, values) * self.threads)
         symbols = np.array([values.get(info.name, info.low)
                             for info in self.artifact.manifest.symbols], np.int64)
         inputs = _pointer_table([array.ctypes.data for array in given])
-        outputs = _pointer_table([array.ctypes.data for array in results])
+        outputs = _pointer_table([array.ctypes.data for array in results.values()])
         arguments = (POINTERS * 9)(
             symbols.ctypes.data, ctypes.addressof(inputs), ctypes.addressof(outputs),
             ctypes.addressof(self._weights), ctypes.addressof(self._state_table),

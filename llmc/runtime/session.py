@@ -27,7 +27,7 @@ from llmc.runtime.pages import Sequence as CachedSequence
 from llmc.runtime.progress import Progress, silent
 from llmc.runtime.sampling import Sampling, sample
 from llmc.runtime.specialize import MODES, Policy, Specializer, specialize
-from llmc.runtime.step import Chunk, LanguageModel
+from llmc.runtime.step import GREEDY, Chunk, LanguageModel
 from llmc.runtime.targets import check_target, resolve_target
 
 CHUNK_TOKENS = 512  # tokens of one step: enough to be bound by arithmetic, small in memory
@@ -278,9 +278,7 @@ class Runtime:
             while limit is None or made < limit:
                 if sequence.length + len(pending) > model.max_context:
                     return
-                with self._lock:
-                    (logits,) = model.feed(sequence, pending)
-                token = sample(logits[-1], sampling, number, sequence.length)
+                token = self._next_token(sequence, pending, sampling, number)
                 if token in stops:
                     return
                 made += 1
@@ -289,6 +287,18 @@ class Runtime:
         finally:
             with self._lock:
                 model.release(sequence)
+
+    def _next_token(self, sequence: CachedSequence, pending: np.ndarray, sampling: Sampling,
+                    number: int) -> int:
+        """Run the pending tokens and choose the next one; on the device, if nothing is random."""
+        model = self._model
+        assert isinstance(model, LanguageModel | OnnxLanguageModel)
+        with self._lock:
+            if sampling.temperature == 0 and isinstance(model, LanguageModel) and model.chooses:
+                (best,) = model.feed(sequence, pending, output=GREEDY)
+                return int(best[-1])
+            (logits,) = model.feed(sequence, pending)
+        return sample(logits[-1], sampling, number, sequence.length)
 
     def _check_ids(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """Token ids as an array; ShapeError if empty, no integers, or outside the vocabulary."""

@@ -12,6 +12,8 @@ from llmc.errors import ShapeError
 from llmc.runtime.executor import Executor
 from llmc.runtime.pages import PAGE, PagePool, Sequence
 
+GREEDY = "greedy"  # the output with the likeliest token of every row of logits
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -74,8 +76,14 @@ class LanguageModel:
         self.pool = PagePool(pages)
         executor.allocate_states({"pool_pages": pages})
 
-    def step(self, chunks: Sequences[Chunk]) -> np.ndarray:
-        """Run the chunks' tokens; logits [sum of wanted, vocab] f32, in the order of the chunks.
+    @property
+    def chooses(self) -> bool:
+        """Whether a step can give the likeliest tokens themselves, as its output `greedy`."""
+        return any(tensor.name == GREEDY for tensor in self.executor.outputs)
+
+    def step(self, chunks: Sequences[Chunk], output: str = "logits") -> np.ndarray:
+        """Run the chunks' tokens; logits [sum of wanted, vocab] f32, in the order of the chunks
+        (with output GREEDY the likeliest tokens [sum of wanted]).
 
         A step that fails leaves every sequence as it was.
         """
@@ -84,14 +92,14 @@ class LanguageModel:
         try:
             for chunk in chunks:
                 self._reserve(chunk)
-            logits = self.executor.run(pack_batch(chunks))["logits"]
+            result = self.executor.run(pack_batch(chunks), want=(output,))[output]
         except BaseException:
             for sequence, length in before:
                 self.pool.truncate(sequence, length)
             raise
         for chunk in chunks:
             chunk.sequence.length += len(chunk.tokens)
-        return logits
+        return result
 
     def _reserve(self, chunk: Chunk) -> None:
         length = chunk.sequence.length + len(chunk.tokens)
@@ -104,8 +112,8 @@ class LanguageModel:
                              "differently from the first token on. Start with the longer prompt")
         self.pool.reserve(chunk.sequence, length)
 
-    def feed(self, sequence: Sequence, tokens: Sequences[int] | np.ndarray, every: bool = False
-             ) -> Iterator[np.ndarray]:
+    def feed(self, sequence: Sequence, tokens: Sequences[int] | np.ndarray, every: bool = False,
+             output: str = "logits") -> Iterator[np.ndarray]:
         """Run a long input chunk by chunk; yields logits of all rows, or of the very last one."""
         size = min(self.chunk_tokens, self.logit_rows) if every else self.chunk_tokens
         if sequence.length == 0 and self.growth_limit and len(tokens) > self.growth_limit:
@@ -113,9 +121,9 @@ class LanguageModel:
         for start in range(0, len(tokens), size):
             part = tokens[start:start + size]
             last = start + len(part) == len(tokens)
-            logits = self.step([Chunk(sequence, part, len(part) if every else int(last))])
+            result = self.step([Chunk(sequence, part, len(part) if every else int(last))], output)
             if every or last:
-                yield logits
+                yield result
 
     def check_prompt(self, length: int) -> None:
         """ShapeError if a prompt of that many tokens can never fit."""
