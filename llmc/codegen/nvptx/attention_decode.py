@@ -68,8 +68,10 @@ from llmc.ir.ops import PAGE
 
 _RING_BYTES = 112 * 1024  # of shared memory: two blocks fit a processor of Hopper
 _MOST_SPLITS = WARP  # a lane of the joining warp for each
-_VECTOR = 4  # components that a thread joins at a time
-_VECTOR_TYPE = ir.VectorType(F32, _VECTOR)
+CLUSTER = 8  # the most blocks of a cluster that every Hopper part takes
+CLUSTER_PAGES = 128  # of a sequence: measured, clusters are faster below about twice that
+VECTOR = 4  # components that a thread joins at a time
+VECTOR_TYPE = ir.VectorType(F32, VECTOR)
 _MOST_SIZE_IN_REGISTERS = 96  # of a head, for the queries to stay in registers
 _BLOCKS_EACH = 2  # blocks that a multiprocessor holds at a time
 
@@ -94,10 +96,13 @@ class Ring:
 
 class DecodeKernel:
     """One launch. by_token: every token is a query of its own; else sequences with one query are
-    answered, and the others left to another kernel. processors: of the target."""
+    answered, and the others left to another kernel. processors: of the target. clusters_first: a
+    ClusterDecodeKernel stands beside this one, for the shapes that it suits."""
+
+    cluster = 1  # blocks of a split
 
     def __init__(self, source: PagedSource, geometry: Geometry, softmax: Softmax, dtype: DType,
-                 result: Operand, by_token: bool, processors: int):
+                 result: Operand, by_token: bool, processors: int, clusters_first: bool = False):
         self.source, self.geometry, self.softmax = source, geometry, softmax
         self.dtype, self.result, self.by_token = dtype, result, by_token
         self.ring = Ring.of(geometry.size, geometry.value_size)
@@ -114,40 +119,61 @@ class DecodeKernel:
         self.shared_bytes = self.answer_at + 16
         queries = source.tokens if by_token else source.packing.sequences
         self.queries = queries if by_token else single_query_sequences(source.tokens, queries)
-        places = queries * geometry.kv_heads * self.chunks
-        self.splits: Dim = least(largest(self.most_blocks // places, 1), _MOST_SPLITS,
-                                 ceildiv(source.table_width, self.ring.warps))
+        self.splits = self._split_bound(queries * geometry.kv_heads * self.chunks)
+        self.used = self._use(clusters_first)
+
+    def _split_bound(self, places: Dim) -> Dim:
+        """Splits of each of `places` queries, heads and chunks, as launched."""
+        return least(largest(self.most_blocks // places, 1), _MOST_SPLITS,
+                     ceildiv(self.source.table_width, self.ring.warps))
+
+    def _use(self, clusters_first: bool) -> Dim:
+        """1 for shapes that this kernel is launched for, 0 for others."""
+        return 1 - self.suits_clusters() if clusters_first else 1
+
+    def suits_clusters(self) -> Dim:
+        """1 where all blocks of clusters fit the processors at a time and contexts are short, so
+        that joining takes longer than reading; else 0."""
+        places = self.queries * self.geometry.kv_heads * self.chunks
+        short = least(1, largest(0, CLUSTER_PAGES + 1 - self.source.table_width))
+        return least(1, self.most_blocks // (places * CLUSTER)) * short
 
     def blocks(self) -> Dim:
-        return self.queries * self.geometry.kv_heads * self.chunks * self.splits
+        places = self.queries * self.geometry.kv_heads * self.chunks
+        return places * self.splits * self.cluster * self.used
 
     def emit(self, e: DeviceEmitter, frame: DeviceFrame) -> None:
-        work = _Work.of(self, e, frame)
+        work = Work.of(self, e, frame)
         with e.b.if_then(work.exists):
-            _Block(self, e, frame, work).emit()
+            self.block(e, frame, work).emit()
+
+    def block(self, e: DeviceEmitter, frame: DeviceFrame, work: Work) -> Block:
+        return Block(self, e, frame, work)
 
 
 @dataclass(frozen=True)
-class _Work:
+class Work:
     """What a block does; i32 values but for the tile's."""
 
     exists: ir.Value
     tile: Tile  # of one query; `first` is the first of the up to 16 heads
     low: ir.Value  # first visible key
     high: ir.Value  # last visible key + 1
-    begin: ir.Value  # first page of the split
+    begin: ir.Value  # first page of the block
     end: ir.Value  # last page + 1
+    rank: ir.Value  # of the block in its cluster
     split: ir.Value
     splits: ir.Value  # that find something to do
     place: ir.Value  # number of query, head and chunk
     slot: ir.Value  # number of the place's first split among all
 
     @classmethod
-    def of(cls, kernel: DecodeKernel, e: DeviceEmitter, frame: DeviceFrame) -> _Work:
+    def of(cls, kernel: DecodeKernel, e: DeviceEmitter, frame: DeviceFrame) -> Work:
         b, geometry, source = e.b, kernel.geometry, kernel.source
         splits = b.trunc(frame.dim(kernel.splits), I32)
         block = b.trunc(e.block, I32)
-        place, split = b.udiv(block, splits), b.urem(block, splits)
+        members = b.mul(splits, i32(kernel.cluster))
+        place, member = b.udiv(block, members), b.urem(block, members)
         chunk, rest = b.urem(place, i32(kernel.chunks)), b.udiv(place, i32(kernel.chunks))
         head = b.urem(rest, i32(geometry.kv_heads))
         query = b.zext(b.udiv(rest, i32(geometry.kv_heads)), I64)
@@ -165,21 +191,22 @@ class _Work:
             e, position, b.add(position, i64(1))))
         first_page = b.lshr(low, i32(5))
         pages = b.sub(b.lshr(b.add(high, i32(PAGE - 1)), i32(5)), first_page)
-        warps = i32(kernel.ring.warps)
-        rounds = b.udiv(b.add(pages, i32(kernel.ring.warps - 1)), warps)
-        active = larger(e, smaller(e, splits, rounds), i32(1))
+        rounds = b.udiv(b.add(pages, i32(kernel.ring.warps - 1)), i32(kernel.ring.warps))
+        used = larger(e, smaller(e, splits, rounds), i32(1))
+        active = larger(e, smaller(e, b.mul(used, i32(kernel.cluster)), rounds), i32(1))
         each = b.udiv(b.add(pages, b.sub(active, i32(1))), active)
-        begin = b.add(first_page, b.mul(split, each))
+        begin = b.add(first_page, b.mul(member, each))
         end_page = smaller(e, b.add(begin, each), b.add(first_page, pages))
-        exists = b.and_(single, b.icmp_unsigned("<", split, active))
-        return cls(exists, tile, low, high, begin, end_page, split, active, place,
-                   b.mul(place, splits))
+        split = b.udiv(member, i32(kernel.cluster))
+        exists = b.and_(single, b.icmp_unsigned("<", split, used))
+        return cls(exists, tile, low, high, begin, end_page, b.urem(member, i32(kernel.cluster)),
+                   split, used, place, b.mul(place, splits))
 
 
-class _Block:
+class Block:
     """Emits the work of one block."""
 
-    def __init__(self, kernel: DecodeKernel, e: DeviceEmitter, frame: DeviceFrame, work: _Work):
+    def __init__(self, kernel: DecodeKernel, e: DeviceEmitter, frame: DeviceFrame, work: Work):
         self.kernel, self.e, self.frame, self.work = kernel, e, frame, work
         self.geometry, self.ring = kernel.geometry, kernel.ring
         self.lane = Lane.of(e)
@@ -379,11 +406,11 @@ class _Block:
     def _each_vector(self, emit) -> None:
         """emit(row, component) for every 4th component of the block's heads; threads side by
         side, so that what one reads is coalesced."""
-        e, vectors = self.e, self.geometry.value_size // _VECTOR
+        e, vectors = self.e, self.geometry.value_size // VECTOR
         count = e.b.mul(self._heads(), i64(vectors))
         with e.loop(e.b.zext(self.thread, I64), count, self.kernel.threads, "place") as index:
             short = e.b.trunc(index, I32)
-            component = e.b.mul(e.b.urem(short, i32(vectors)), i32(_VECTOR))
+            component = e.b.mul(e.b.urem(short, i32(vectors)), i32(VECTOR))
             emit(e.b.zext(e.b.udiv(short, i32(vectors)), I64), e.b.zext(component, I64))
 
     def _join_warps(self) -> None:
@@ -395,7 +422,7 @@ class _Block:
                 self._each_vector(lambda row, component: self._store(
                     row, component, self._joined(row, component, whole=True)))
             with part:
-                spare = _Spare(self.kernel, e, work)
+                spare = Spare(self.kernel, e, work)
 
                 def save(row, component) -> None:
                     e.store(self._joined(row, component, whole=False),
@@ -414,24 +441,24 @@ class _Block:
         e, size = self.e, self.geometry.value_size
         factors, _, total = self._warp_shares(row)
         place = e.b.add(e.b.mul(row, i64(size)), component)
-        result = splat_constant(_VECTOR_TYPE, 0.0)
+        result = splat_constant(VECTOR_TYPE, 0.0)
         for warp, factor in enumerate(factors):
             base = e.offset(self._warp_floats(warp, "sums"), place, F32)
-            result = e.fma(e.load(base, _VECTOR_TYPE, 16), e.splat(factor, _VECTOR), result)
+            result = e.fma(e.load(base, VECTOR_TYPE, 16), e.splat(factor, VECTOR), result)
         if not whole:
             return result
-        return e.b.fmul(result, e.splat(e.b.fdiv(f32(1.0), total), _VECTOR))
+        return e.b.fmul(result, e.splat(e.b.fdiv(f32(1.0), total), VECTOR))
 
     def _store(self, row: ir.Value, component: ir.Value, value: ir.Value) -> None:
         e, result, tile = self.e, self.kernel.result, self.work.tile
         place = self.kernel.source.place(e, tile, tile.row(e, row))
         offset = add(e, result.offset(e, self.frame, *place), component)
         pointer = global_memory(e, self.frame.pointer(result.buffer))
-        elements = [e.b.extract_element(value, i32(i)) for i in range(_VECTOR)]
-        for i in range(0, _VECTOR, 2):
+        elements = [e.b.extract_element(value, i32(i)) for i in range(VECTOR)]
+        for i in range(0, VECTOR, 2):
             store_pair(e, result, pointer, e.b.add(offset, i64(i)), *elements[i:i + 2])
 
-    def _join_splits(self, spare: _Spare) -> None:
+    def _join_splits(self, spare: Spare) -> None:
         """The last block of a place to arrive adds up what all have left."""
         e, work = self.e, self.work
         place = e.offset(shared_memory(e), self.kernel.answer_at)
@@ -450,7 +477,7 @@ class _Block:
         base = e.offset(shared_memory(e), self.kernel.weights_at)
         return e.offset(base, e.b.add(e.b.mul(row, i64(WARP)), split), F32)
 
-    def _split_weights(self, spare: _Spare) -> None:
+    def _split_weights(self, spare: Spare) -> None:
         """What multiplies each split's sums, into shared memory: a warp for a row, a lane for a
         split; 0 for splits that there are not."""
         e, softmax = self.e, self.kernel.softmax
@@ -465,29 +492,29 @@ class _Block:
             weight = e.b.select(exists, e.b.fdiv(factor, whole), f32(0.0))
             e.store(weight, self._split_weight_at(row, e.b.zext(self.lane.number, I64)))
 
-    def _sum_of_splits(self, spare: _Spare, row: ir.Value, component: ir.Value) -> ir.Value:
+    def _sum_of_splits(self, spare: Spare, row: ir.Value, component: ir.Value) -> ir.Value:
         """4 components of all splits together, the loads of 8 splits in flight at a time."""
         e, ahead = self.e, 8
         splits = e.b.zext(self.work.splits, I64)
-        zero = splat_constant(_VECTOR_TYPE, 0.0)
+        zero = splat_constant(VECTOR_TYPE, 0.0)
         with e.fold(0, splits, [zero], ahead, "split") as (split, (total,), finish):
             numbers = [e.b.add(split, i64(i)) for i in range(ahead)]
             last = e.b.sub(splits, i64(1))
             values = [e.load(spare.sum_at(e.b.trunc(e.minimum(number, last), I32), row, component),
-                             _VECTOR_TYPE, 16) for number in numbers]
+                             VECTOR_TYPE, 16) for number in numbers]
             for number, value in zip(numbers, values, strict=True):
                 weight = e.load(self._split_weight_at(row, number), F32)
-                total = e.fma(value, e.splat(weight, _VECTOR), total)
+                total = e.fma(value, e.splat(weight, VECTOR), total)
             finish([total])
         return finish.results[0]
 
 
-class _Spare:
+class Spare:
     """Device memory of the kernel's own, zero when it is loaded: the results of splits and, for
     each place, how many have arrived. Splits are only made as long as all blocks fit the processors
     at a time, which bounds it."""
 
-    def __init__(self, kernel: DecodeKernel, e: DeviceEmitter, work: _Work):
+    def __init__(self, kernel: DecodeKernel, e: DeviceEmitter, work: Work):
         self.e, self.work, self.size = e, work, kernel.geometry.value_size
         blocks = kernel.most_blocks
         self.sums = _own_memory(e, F32, blocks * BAND * self.size)

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from llmc.codegen.host.attention_sources import Operand
 from llmc.codegen.host.attention_views import result_view
+from llmc.codegen.nvptx.attention_cluster import ClusterDecodeKernel
 from llmc.codegen.nvptx.attention_decode import DecodeKernel
 from llmc.codegen.nvptx.attention_general import GeneralKernel, Scoring
 from llmc.codegen.nvptx.attention_places import (
@@ -107,8 +108,12 @@ class FlashAttention:
         if not isinstance(source, PagedSource):
             return self._many(source, softmax)
         few = self.has_few_queries
-        decode = DecodeKernel(source, geometry, softmax, source.query.dtype, self.result, few,
-                              _PROCESSORS.get(self.target.cpu, _OTHER_PROCESSORS))
+        processors = _PROCESSORS.get(self.target.cpu, _OTHER_PROCESSORS)
+        clusters = few and self._is_hopper
+        given = (source, geometry, softmax, source.query.dtype, self.result, few, processors)
+        decode = DecodeKernel(*given, clusters_first=clusters)
+        if clusters:
+            return [ClusterDecodeKernel(*given), decode]
         if few:
             return [decode]
         return [*self._many(self._source(skip_single=True), softmax), decode]

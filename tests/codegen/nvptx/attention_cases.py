@@ -10,7 +10,9 @@ from llmc.ir.layouts import KeyPages, ValuePages, pack, unpack
 from llmc.ir.ops import make
 
 MIX = [(1, 0), (7, 30), (33, 0), (1, 200), (1, 31), (129, 5), (2, 64), (1, 1500)]
+MEDIUM = [(1, 3000), (1, 95)]
 FEW = [(1, 700), (1, 0), (3, 65), (1, 95), (2, 31)]
+LONG = [(1, 9000), (1, 40)]  # more pages than clusters take
 TOLERANCE = {"f32": 4e-6, "f16": 2e-3, "bf16": 1.2e-2}
 LAYOUTS = {"k": ValuePages(), "v": ValuePages()}
 
@@ -89,6 +91,11 @@ def cases():
             yield (f"paged {name} {dtype} {heads}/{kv_heads} x {size}", dtype,
                    lambda device, s=sequences, h=heads, g=kv_heads, d=size, t=dtype:
                    check_paged(device, s, h, g, d, t))
+    for size in (64, 128):
+        yield (f"paged medium bf16 8/2 x {size}", "bf16", lambda device, d=size:
+               check_paged(device, MEDIUM, 8, 2, d, "bf16"))
+        yield (f"paged long bf16 8/2 x {size}", "bf16", lambda device, d=size:
+               check_paged(device, LONG, 8, 2, d, "bf16"))
     for attributes in ({"window": 1}, {"window": 33}, {"softcap": 5.0},
                        {"window": 40, "softcap": 50.0}):
         for dtype, sequences in (("bf16", MIX), ("bf16", FEW), ("f32", MIX)):

@@ -56,7 +56,8 @@ def make_ptx(kernel, program, target):
         e.b.ret_void()
     text = str(module)
     for index, launch in enumerate(kernel.launches):
-        attribute = f'"nvvm.reqntid"="{launch.threads}"'
+        named = {"nvvm.reqntid": launch.threads, **getattr(launch, "attributes", {})}
+        attribute = " ".join(f'"{key}"="{value}"' for key, value in named.items())
         text = re.sub(rf'(@"?launch_{index}"?\(.*\))', rf"\1 {attribute}", text, count=1)
     parsed = llvm.parse_assembly(text)
     parsed.verify()

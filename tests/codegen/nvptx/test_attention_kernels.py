@@ -6,6 +6,7 @@ import pytest
 from attention_cases import LAYOUTS, TOLERANCE, cases, device_arrays
 from attention_on_device import Device, DeviceStage, run_once
 
+from llmc.codegen.nvptx.attention_cluster import ClusterDecodeKernel
 from llmc.codegen.nvptx.attention_decode import DecodeKernel
 from llmc.codegen.nvptx.attention_general import GeneralKernel
 from llmc.codegen.nvptx.attention_prefill import PrefillKernel
@@ -15,7 +16,7 @@ from llmc.ir.ops import PAGE, make
 pytest.importorskip("cuda.bindings.nvjitlink")
 
 ARCHITECTURES = ["sm_80", "sm_90a"]
-PREFILL, DECODE, GENERAL = [PrefillKernel, DecodeKernel], [DecodeKernel], [GeneralKernel]
+PREFILL, GENERAL = [PrefillKernel, DecodeKernel], [GeneralKernel]
 SYMBOLS = {"tokens": (1, 8192), "sequences": (1, 256), "table_width": (1, 4096),
            "pool_pages": (1, 1 << 20)}
 
@@ -66,18 +67,22 @@ def test_other_types_and_sizes_do_not_spill(architecture, dtype, size):
     assert_no_spills(stage)
 
 
-def test_few_tokens_are_split_over_blocks():
-    stage = paged_stage("sm_90a", "bf16", 32, 8, 128, most=8)
-    assert kinds(stage) == DECODE
+@pytest.mark.parametrize("architecture, kernels, counts", [
+    ("sm_80", [DecodeKernel], [[8], [8 * 27], [8 * 8 * 3]]),
+    ("sm_90a", [ClusterDecodeKernel, DecodeKernel],
+     [[8 * 8, 0], [0, 8 * 32], [0, 8 * 8 * 4]])])
+def test_few_tokens_are_split_over_blocks(architecture, kernels, counts):
+    """Short contexts of a few tokens over clusters, where there are any."""
+    stage = paged_stage(architecture, "bf16", 32, 8, 128, most=8)
+    assert kinds(stage) == kernels
     assert_no_spills(stage)
+    assert (".reqnctapercluster 8" in stage.ptx) == (architecture == "sm_90a")
 
     def blocks(tokens, pages):
         dims = {"tokens": tokens, "sequences": tokens, "table_width": pages, "pool_pages": 1}
-        return stage.launches(dims)[0][0]
+        return [launch[0] for launch in stage.launches(dims)]
 
-    assert blocks(1, 1) == 8  # nothing to split
-    assert blocks(1, 4096) == 8 * 32
-    assert blocks(8, 4096) == 8 * 8 * 4
+    assert [blocks(1, 1), blocks(1, 4096), blocks(8, 4096)] == counts
 
 
 def test_launches_that_a_shape_has_no_use_for_are_empty():
