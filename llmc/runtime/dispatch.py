@@ -16,7 +16,8 @@ from llmc.runtime.artifact import Manifest, VariantInfo
 from llmc.runtime.profile import Profile, Shape
 
 MEMO_SHAPES = 4096
-TRIAL_PAIRS = 12  # calls of old and new code, side by side, that a verdict takes
+TRIAL_PAIRS = 12  # calls of old and new code, side by side, that a verdict takes at least
+MOST_PAIRS = 96  # where noise hides the answer
 LEAST_GAIN = 0.01
 STEP_SYMBOLS = ("tokens", "sequences", "rows")  # of a language model's step or an encoder's
 
@@ -69,6 +70,13 @@ class Trial:
         middle = median(ratios)
         spread = 1.4826 * median(abs(ratio - middle) for ratio in ratios)
         return 1.2533 * spread / len(ratios) ** 0.5
+
+    def extend(self) -> bool:
+        """Take twice as many pairs if noise hides the answer; False if more would not help."""
+        if abs(self.gain() - LEAST_GAIN) > 2.0 * self.noise() or self._wanted > MOST_PAIRS:
+            return False
+        self._wanted *= 2
+        return True
 
     def is_faster(self) -> bool:
         """Whether the gain is more than noise."""

@@ -239,6 +239,8 @@ class Specializer:
                 self.dispatch.end_trial(attempt.shape)
                 self.attempt = None
             return
+        if trial.extend():
+            return
         stored, schedule = attempt.stored, attempt.schedules.pop(0)
         assert stored is not None
         gain, noise, faster = trial.gain(), trial.noise(), trial.is_faster()

@@ -99,12 +99,22 @@ def test_a_trial_finds_what_is_faster_than_noise(new: float, noise: float, faste
     assert trial.pick() is FEW, "until somebody decides, the old code runs"
 
 
-def test_noise_that_hides_a_gain_is_no_gain():
+def test_noise_that_hides_a_gain_makes_a_trial_longer_but_not_endless():
     trial = Trial(FEW, TWO, pairs=12)
-    for number in range(13):
+    pairs = 0
+    while not trial.done or trial.extend():
         trial.observe(FEW, 1.0)
-        trial.observe(TWO, 0.97 + (0.3 if number % 2 else -0.3))
+        trial.observe(TWO, (0.7, 0.98, 1.3)[pairs % 3])
+        pairs += 1
+    assert 96 < pairs < 300
     assert not trial.is_faster()
+
+
+def test_a_clear_answer_needs_no_longer_trial():
+    for new in (0.9, 1.1):
+        trial = Trial(FEW, TWO)
+        run_trial(trial, 1.0, new)
+        assert not trial.extend()
 
 
 def test_a_trial_gets_every_other_call_of_its_shape_only():
