@@ -68,7 +68,7 @@ class Built:
 
 def build(case: Case, architecture: str, tiling=None) -> Built:
     """A case's kernel, with the tiling that the rule chooses or with this one."""
-    from matmul_on_device import MatmulStage, product_body, rows_symbol
+    from matmul_on_device import MatmulStage, first_rows, product_body, rows_symbol
 
     from llmc.codegen.nvptx import matmul_tensor
     from llmc.codegen.nvptx.matmul_tiles import choose_tiling
@@ -77,7 +77,7 @@ def build(case: Case, architecture: str, tiling=None) -> Built:
     matmul_tensor.choose_tiling = (lambda *_: tiling) if tiling else choose_tiling
     body = product_body(case.dtype, case.k, case.n, rows_symbol(case.rows) if case.rows > 1 else 1,
                         **dict(case.options))
-    stage = MatmulStage(*body, architecture=architecture, rows=(1, case.rows))
+    stage = MatmulStage(*body, architecture=architecture, rows=(first_rows(case.rows), case.rows))
     kernel = stage.kernel
     name = type(kernel).__name__
     if hasattr(kernel, "shape"):
@@ -85,7 +85,7 @@ def build(case: Case, architecture: str, tiling=None) -> Built:
                 f"x{kernel.shape.stages}/{kernel.split}*{kernel.attributes['nvvm.minctasm']}")
     registers, spills = (stage.report.registers, stage.report.spill_bytes) if stage.report \
         else (0, 0)
-    return Built(name, stage.launch.kernel, stage.cubin,
+    return Built(name, stage.launches[0].kernel, stage.cubin,
                  evaluate(kernel.blocks(), {"rows": case.rows}), kernel.threads,
                  kernel.shared_bytes, registers, spills)
 
@@ -230,10 +230,10 @@ def tune(cases: list[Case], pool, options) -> None:
 
 def case_product(case: Case):
     """What the rule sees of a case."""
-    from matmul_on_device import MatmulStage, product_body, rows_symbol
+    from matmul_on_device import MatmulStage, first_rows, product_body, rows_symbol
 
     body = product_body(case.dtype, case.k, case.n, rows_symbol(case.rows))
-    return MatmulStage(*body, rows=(1, case.rows)).kernel.product
+    return MatmulStage(*body, rows=(first_rows(case.rows), case.rows)).kernel.product
 
 
 def main() -> None:

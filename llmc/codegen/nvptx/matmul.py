@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from llmc.codegen.nvptx.kernel import Kernel
-from llmc.codegen.nvptx.matmul_tensor import tensor_matmul
+from llmc.codegen.nvptx.matmul_rows import RangedMatmul, tensor_kernel
 from llmc.codegen.nvptx.matrix_vector import MatrixVector
-from llmc.codegen.nvptx.matvec import tensor_matvec
 from llmc.codegen.nvptx.product import Product, find_product
 from llmc.codegen.nvptx.tiled_matmul import TiledMatmul
 from llmc.codegen.target import Target
@@ -21,15 +20,14 @@ from llmc.ir.dims import bounds
 from llmc.ir.program import Program, Stage
 
 # Each gives a kernel, or None where it does not fit the product or the architecture; in order.
-KERNELS: list[Callable[[Product, Target], Kernel | None]] = [
-    tensor_matvec,
-    tensor_matmul,
+KERNELS: list[Callable[[Product, Target], Kernel | RangedMatmul | None]] = [
+    tensor_kernel,
     lambda product, target: MatrixVector(product) if _few(product) else None,
     lambda product, target: TiledMatmul(product),
 ]
 
 
-def matmul(stage: Stage, program: Program, target: Target) -> Kernel:
+def matmul(stage: Stage, program: Program, target: Target) -> Kernel | RangedMatmul:
     """The kernel of a matmul stage; CompileError where its body is no such product."""
     product = find_product(stage, program)
     return next(kernel for make in KERNELS if (kernel := make(product, target)))

@@ -25,9 +25,8 @@ from llmc.codegen.nvptx.matmul_ptx import (
     shared_memory,
     wait_copies,
 )
-from llmc.codegen.nvptx.matmul_tiles import Tiling, choose_tiling, chunk_count, make_consumer
+from llmc.codegen.nvptx.matmul_tiles import choose_tiling, chunk_count, make_consumer
 from llmc.codegen.nvptx.product import Epilogue, Product
-from llmc.codegen.target import Target
 from llmc.ir.dims import Dim, ceildiv
 
 PADDING = 8  # elements behind a row of sums: rows a power of two apart would share banks
@@ -37,7 +36,9 @@ VECTOR = 8  # columns that a thread finishes at a time
 class TensorMatmul:
     """The kernel of a matmul stage for many rows of f16 or bf16."""
 
-    def __init__(self, product: Product, tiling: Tiling):
+    def __init__(self, product: Product, architecture: str, rows: int):
+        """rows: what the tile is chosen for."""
+        tiling = choose_tiling(product, architecture, rows)
         self.product, self.epilogue = product, Epilogue(product)
         self.shape, self.split = tiling.shape, tiling.split
         self.consumer = make_consumer(tiling, product.dtype.name)
@@ -173,10 +174,3 @@ class SumTile:
         for rank in range(1, self.split):
             total = e.b.fadd(total, load_remote(e, address, rank, lanes))
         return total
-
-
-def tensor_matmul(product: Product, target: Target) -> TensorMatmul | None:
-    """The kernel for a product of 16-bit floats; None for other dtypes."""
-    if product.dtype.bits != 16 or product.parts > 4:
-        return None
-    return TensorMatmul(product, choose_tiling(product, target.cpu))

@@ -18,7 +18,6 @@ from llmc.codegen.nvptx.matmul_loader import CHUNK, TileShape
 from llmc.codegen.nvptx.mma import MmaConsumer
 from llmc.codegen.nvptx.product import Product
 from llmc.codegen.nvptx.wgmma import WgmmaConsumer
-from llmc.ir.dims import bounds
 
 PROCESSORS = 132  # multiprocessors of the GPU that tiles are chosen for
 MANY_ROWS = 2048  # what tiles are chosen for where rows are without bound
@@ -76,9 +75,9 @@ def chunk_count(product: Product) -> int:
     return -(-product.k * product.dtype.bits // 8 // CHUNK)
 
 
-def choose_tiling(product: Product, architecture: str) -> Tiling:
-    """The tiling with the least estimated time at the greatest number of rows."""
-    high = min(bounds(product.rows)[1] or MANY_ROWS, MANY_ROWS)
+def choose_tiling(product: Product, architecture: str, rows: int) -> Tiling:
+    """The tiling with the least estimated time at so many rows."""
+    high = min(rows, MANY_ROWS)
     return min(tilings(product, architecture), key=lambda tiling: estimate(product, tiling, high))
 
 

@@ -1,8 +1,8 @@
 """Products of few rows: bound by reading the weight once.
 
 A warp takes COLUMNS columns of every part. Its lanes split k: each reads 16 bytes of every column
-and row at a time, several loads in flight, and adds the products up in registers; then the lanes' sums
-are added by shuffles, and each lane finishes one element of the results.
+and row at a time, several loads in flight, and adds the products up in registers; then the sums
+of the lanes are added by shuffles, and each lane finishes one element of the results.
 """
 
 from __future__ import annotations

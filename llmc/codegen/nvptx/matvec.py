@@ -25,20 +25,21 @@ from llmc.codegen.nvptx.matmul_tensor import SumTile
 from llmc.codegen.nvptx.matmul_tiles import PROCESSORS
 from llmc.codegen.nvptx.overlap import await_earlier, may_overlap
 from llmc.codegen.nvptx.product import Epilogue, Product
-from llmc.codegen.target import Target
-from llmc.ir.dims import Dim, bounds, minimum
+from llmc.ir.dims import Dim, minimum
 
 SLOTS = 16  # columns of a block's tile: the rows of a fragment
 ROWS = 8  # rows that one fragment takes
 STEP = 64  # elements of k of a step: a cache line of each column
-MATVEC_ROWS = 16  # beyond, reading the rows costs more than the weight
 LINES = 2  # steps that a warp has in flight while it multiplies the two before
 
 
 class TensorMatvec:
     """A block computes 16 columns (of all parts together) for up to `rows` rows."""
 
-    def __init__(self, product: Product, rows: int, warps: int, overlaps: bool):
+    def __init__(self, product: Product, architecture: str, rows: int):
+        """Warps share out k: enough in all to keep every processor's loads in flight."""
+        tiles = product.part_size * product.parts // SLOTS
+        warps = 16 if tiles < 2 * PROCESSORS else 8
         self.product, self.epilogue = product, Epilogue(product)
         self.row_fragments = -(-rows // ROWS)
         self.name = product.dtype.name
@@ -49,7 +50,7 @@ class TensorMatvec:
         self.tiles = -(-product.part_size // self.width)
         self.sums = SumTile(self.row_fragments * ROWS, self.width, SLOTS + 4, self.threads)
         self.shared_bytes = self.warps * self.sums.bytes
-        self.awaits_earlier = overlaps
+        self.awaits_earlier = may_overlap(architecture)
         self.attributes = {"nvvm.minctasm": max(1, 512 // self.threads)}
 
     def blocks(self) -> Dim:
@@ -207,16 +208,3 @@ class TensorMatvec:
                 other = e.offset(pointer, warp * self.sums.bytes // 4, F32)
                 total = e.b.fadd(total, e.load(other, F32))
             e.store(total, pointer)
-
-
-def tensor_matvec(product: Product, target: Target) -> TensorMatvec | None:
-    """The kernel for few rows of 16-bit floats; None for other products.
-
-    Warps that share out k: enough in all to keep every processor's loads in flight.
-    """
-    high = bounds(product.rows)[1]
-    if high is None or high > MATVEC_ROWS or product.dtype.bits != 16 or product.parts > 2:
-        return None
-    tiles = product.part_size * product.parts // SLOTS
-    return TensorMatvec(product, high, 16 if tiles < 2 * PROCESSORS else 8,
-                        may_overlap(target.cpu))

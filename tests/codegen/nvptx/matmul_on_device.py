@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from llmc.codegen.nvptx import generate, make_kernel
+from llmc.codegen.nvptx.matmul_rows import RANGES
 from llmc.codegen.target import Target
-from llmc.ir.dims import evaluate, symbol
+from llmc.ir.dims import evaluate, parse_dim, symbol, symbols
 from llmc.ir.dtypes import dtype
 from llmc.ir.graph import Graph, TensorType
 from llmc.ir.layouts import Columns, Rows, pack
@@ -19,8 +20,14 @@ def leaf(name, dtype_name, *shape):
     return make("input", name=name, type=TensorType(dtype(dtype_name), shape))
 
 
-def rows_symbol(high=4096):
-    return symbol("rows", 1, high)
+def rows_symbol(high=4096, low=None):
+    """The symbol `rows`, by default of such a range as one kernel takes."""
+    return symbol("rows", first_rows(high) if low is None else low, high)
+
+
+def first_rows(high):
+    """The least rows that the kernel for `high` rows takes (never 0)."""
+    return max([1, *(last + 1 for last in RANGES[:-1] if last < high)])
 
 
 def product_body(dtype_name, k, n, rows, residual=False, gated=False, result=None):
@@ -58,17 +65,20 @@ class MatmulStage:
         assembled = code.assembled[architecture]
         self.ptx, self.cubin, self.warnings = assembled.ptx, assembled.cubin, assembled.warnings
         self.report = assembled.report[0] if assembled.report else None  # not by older nvJitLinks
-        self.launch = code.steps[architecture][0].launches[0]
+        self.launches = code.steps[architecture][0].launches
 
 
 class LoadedMatmul:
     """A stage on the device, for operands that already lie at `addresses`."""
 
     def __init__(self, device: Device, stage: MatmulStage, rows: int, addresses: dict[str, int]):
-        self.device, self.launch = device, stage.launch
+        self.device, self.launches = device, stage.launches
         module = Module(stage.cubin, "matmul")
-        self.function = module.function(stage.launch.kernel, stage.launch.shared_bytes)
-        self.blocks = evaluate(stage.kernel.blocks(), {"rows": rows})
+        self.functions = [module.function(each.kernel, each.shared_bytes)
+                          for each in stage.launches]
+        known = {s.name: s for s in symbols(stage.program.buffers["a"].type.shape[0])}
+        self.blocks = [evaluate(parse_dim(each.blocks, known), {"rows": rows})
+                       for each in stage.launches]
         tables = [[rows], *([addresses[b.name] for b in stage.program.with_role(role)]
                             for role in ("input", "output"))]
         fields = [place(device, np.array(table, np.int64)) for table in tables]
@@ -77,8 +87,10 @@ class LoadedMatmul:
         self.arguments = arguments.address
 
     def run(self) -> None:
-        launch(self.device, self.function, self.blocks, self.launch.threads,
-               self.launch.shared_bytes, self.arguments, 0)
+        for each, function, blocks in zip(self.launches, self.functions, self.blocks, strict=True):
+            if blocks:
+                launch(self.device, function, blocks, each.threads, each.shared_bytes,
+                       self.arguments, 0)
 
 
 def place(device: Device, array: np.ndarray) -> Memory:
