@@ -3,9 +3,9 @@
 A stage whose rows may be few or many has a kernel for each range of them. All are launches of the
 stage; those of other ranges have no blocks.
 
-Measured on an H100 with bf16 at the layer shapes of 1B and 8B models (benchmarks/gpu_matmul.py), as
-shares of cuBLAS's speed in the same run: 1.00 in the geometric mean for 8B (least 0.87), 0.99 for 1B
-(least 0.77); up to 8 rows 1.02 to 1.24, with 2.98 TB/s read at best.
+Measured on an H100 with bf16 at the layer shapes of 1B and 8B models (benchmarks/gpu_matmul.py),
+as shares of cuBLAS's speed in the same run: 1.00 in the geometric mean for 8B (least 0.87), 0.99
+for 1B (least 0.77); up to 8 rows 1.02 to 1.24, with 2.98 TB/s read at best.
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmc.codegen.expr import Expression, is_elementwise, operand_sources
+from llmc.codegen.expr import Expression, Source, is_elementwise, operand_sources
 from llmc.codegen.host.epilogue import dependents, matmul_result, split_row
 from llmc.codegen.host.matmul import operand_buffer
-from llmc.codegen.llvm import F32, F64, Emitter, ir, i64
+from llmc.codegen.llvm import F32, F64, Emitter, i64, ir
 from llmc.codegen.nvptx.kernel import DeviceEmitter, DeviceFrame
 from llmc.ir.dims import Dim, evaluate, known_equal
 from llmc.ir.dims import product as product_of
@@ -102,11 +102,11 @@ def find_product(stage: Stage, program: Program) -> Product:
 def _part_count(body: Graph, product: Node) -> int:
     """How many equal slices tile the last axis, where the body reads nothing else; else 1."""
     users = body.users().get(product, [])
-    width = product.shape[-1]
+    width = evaluate(product.shape[-1], {})
     if not users or any(user.op != "slice" or user.shape[:-1] != product.shape[:-1]
                         for user in users):
         return 1
-    sizes = {user.shape[-1] for user in users}
+    sizes = {evaluate(user.shape[-1], {}) for user in users}
     size = sizes.pop()
     starts = sorted(user["starts"][-1] for user in users)
     return len(starts) if not sizes and starts == list(range(0, width, size)) else 1
@@ -158,10 +158,15 @@ class Epilogue:
                                   product.program.buffers)
         x = Expression(e, frame, sources, lanes)
         for node, value in zip(self.parts, sums, strict=True):
-            x.bind(node, lambda index, lanes, mask, value=value: value)
+            x.bind(node, _always(value))
         first = x.scopes.integers.leaf(column, 0, lanes)
         index = (*split_row(x, product.node, x.index(row)), first)
         for result in self.results:
             value = x.value(result.value, index, lanes)
             x.store(result.buffer, index,
                     value if isinstance(value.type, ir.VectorType) else e.splat(value, lanes))
+
+
+def _always(value: ir.Value) -> Source:
+    """A source of one value, whatever index it is asked for."""
+    return lambda index, lanes, mask: value
