@@ -108,7 +108,8 @@ class PrefillKernel:
         self.key_bytes = shape.keys * row_bytes(geometry.size)
         self.stage_bytes = self.key_bytes + shape.keys * row_bytes(geometry.value_size)
         self.bounds_at = self.query_bytes + 2 * self.stage_bytes  # i32 [rows][first, last + 1]
-        self.shared_bytes = self.bounds_at + 8 * shape.rows
+        self.tile_at = self.bounds_at + 8 * shape.rows  # i32 [4]: the tile, for the end
+        self.shared_bytes = self.tile_at + 16
 
     def blocks(self) -> Dim:
         return self.source.tile_bound(self.shape.rows) * self.geometry.kv_heads
@@ -146,6 +147,7 @@ class _Block:
         loader = (_PageLoader if isinstance(self.kernel.source, PagedSource) else _RowLoader)(
             self, low, high)
         self._load_queries()
+        self._put_tile_aside()
         pages = loader.pages(start)
         loader.copy(start, pages, i32(0))
         commit_copies(e)
@@ -174,8 +176,22 @@ class _Block:
             results += [other, *pages, *state]
         rows, sums = self._split(results[1 + len(pages):])
         sums = scale_rows(e, sums, inverse_totals(e, rows))
-        store_rows(e, self.frame, self.kernel.source, self.kernel.result, self.tile, self.lane,
-                   self.first_row, sums)
+        store_rows(e, self.frame, self.kernel.source, self.kernel.result, self._tile_again(),
+                   self.lane, self.first_row, sums)
+
+    def _put_tile_aside(self) -> None:
+        """What only the end needs leaves the registers, all of which the steps need."""
+        e, tile = self.e, self.tile
+        place = e.offset(shared_memory(e), self.kernel.tile_at)
+        for index, value in enumerate((tile.sequence, tile.start, tile.first, tile.rows)):
+            e.store(e.b.trunc(value, I32), e.offset(place, 4 * index))
+
+    def _tile_again(self) -> Tile:
+        e = self.e
+        place = e.offset(shared_memory(e), self.kernel.tile_at)
+        sequence, start, first, rows = (
+            e.b.zext(e.load(e.offset(place, 4 * index), I32), I64) for index in range(4))
+        return Tile(self.tile.exists, sequence, self.tile.head, start, first, rows)
 
     # ---- what is visible -----------------------------------------------------------------------
 

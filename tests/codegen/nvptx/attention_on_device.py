@@ -10,7 +10,8 @@ import llvmlite.binding as llvm
 import llvmlite.ir as ir
 import numpy as np
 
-from llmc.codegen.llvm import POINTER, VOID, define, i64, optimise
+from llmc.codegen.llvm import POINTER, VOID, define, i64
+from llmc.codegen.nvptx import _optimise, _set_options
 from llmc.codegen.nvptx.attention_flash import FlashAttention
 from llmc.codegen.nvptx.kernel import DeviceEmitter, DeviceFrame
 from llmc.codegen.target import Target
@@ -43,8 +44,10 @@ def make_stage(inputs, result, symbols, layouts):
 
 def make_ptx(kernel, program, target):
     """PTX of all launches of a kernel; entry i is launch_i(arguments)."""
+    _set_options()
     module = ir.Module("attention")
     module.triple = target.triple
+    module.data_layout = str(target.machine().target_data)
     for index, launch in enumerate(kernel.launches):
         function, e = define(module, f"launch_{index}", VOID, [POINTER], internal=False)
         function.calling_convention = "ptx_kernel"
@@ -62,7 +65,7 @@ def make_ptx(kernel, program, target):
     parsed = llvm.parse_assembly(text)
     parsed.verify()
     machine = target.machine()
-    optimise(parsed, machine)
+    _optimise(parsed, machine)
     return machine.emit_assembly(parsed)
 
 
