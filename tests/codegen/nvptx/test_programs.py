@@ -1,4 +1,4 @@
-"""Whole programs for GPUs: every kernel of a model assembled without one, and its report checked."""
+"""Whole programs for GPUs: every kernel is assembled without one, and its report checked."""
 
 from pathlib import Path
 
