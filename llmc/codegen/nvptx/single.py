@@ -6,12 +6,12 @@ own.
 
 from __future__ import annotations
 
+from llmc.codegen.expr import Expression, operand_sources
 from llmc.codegen.host import dense_matmul, single
 from llmc.codegen.host.dense_matmul import _Block as Products
 from llmc.codegen.host.kernel import Worker
 from llmc.codegen.host.rows import unflatten
-from llmc.codegen.llvm import I64, POINTER, i64, ir
-from llmc.codegen.expr import Expression, operand_sources
+from llmc.codegen.llvm import POINTER, i64, ir
 from llmc.codegen.nvptx.kernel import DeviceEmitter, DeviceFrame
 from llmc.ir.dims import Dim, ceildiv, maximum, product
 from llmc.ir.program import Program, Stage
