@@ -12,6 +12,7 @@ from steps import (
     I32,
     TOKENS,
     bert,
+    linear,
     llama,
     parameters_of,
     step_of,
@@ -22,8 +23,10 @@ from steps import (
 from llmc.ir.graph import Graph, Node
 from llmc.ir.interpret import interpret_step
 from llmc.ir.ops import constant, make
+from llmc.ir.program import Loop
 from llmc.ir.text import format_graph, parse_graph
 from llmc.ir.verify import verify
+from llmc.passes.lower import lower
 from llmc.passes.pipeline import PIPELINE, optimize
 
 GRAPHS = {
@@ -170,3 +173,24 @@ def test_a_loop_that_feeds_another_is_optimized_too() -> None:
     for loop in loops:
         assert {node.op for node in loop.bodies[0].nodes()} == {"input", "parameter", "fusion"}
     check_equal(graph, optimized)
+
+
+def test_what_every_turn_reads_may_be_a_view_or_a_constant() -> None:
+    """A norm without a weight, and a reshaped input: invariants of a loop without a buffer."""
+    source, flat = tensor("x", F32, TOKENS, 24), tensor("shift", F32, 1, 24)
+    x = source
+    ones = make("broadcast", constant(1.0, F32), shape=(24,))
+    for layer in range(4):
+        inner = make("rms_norm", x, ones, epsilon=1e-5)
+        inner = make("silu", linear(inner, f"layers.{layer}.up", 40))
+        inner = make("layer_norm", linear(inner, f"layers.{layer}.down", 24), ones,
+                     make("reshape", flat, shape=(24,)), epsilon=1e-5)
+        x = make("add", x, inner)
+    graph = optimize(Graph("norms", (source, flat), (("y", x),)), CAPABILITIES)
+    assert any(node.op == "repeat" for node in graph.nodes())
+    program = lower(graph, CAPABILITIES)
+    assert any(isinstance(step, Loop) for step in program.steps)
+    written = {name for stage in program.stages() for name in stage.results}
+    for stage in program.stages():
+        for name in stage.operands:
+            assert name in written or program.buffers[name].role in ("input", "weight"), name

@@ -88,7 +88,7 @@ class Lowering:
             loop_buffers.append(home)
             self.homes[stand_in] = home
         for stand_in, value in zip(body.inputs[carried:], node.inputs[carried:], strict=True):
-            self.homes[stand_in] = self._operand(value)
+            self.homes[stand_in] = self._whole(value, before)
         inner = self._scope(body)
         if any(isinstance(step, Loop) for step in inner):
             raise CompileError("a repeat inside a repeat cannot be lowered yet")
@@ -104,9 +104,20 @@ class Lowering:
         if home and self.buffers[home].role == "arena" and initial not in held \
                 and len(users[initial]) == 1:
             return home
-        copy = self._new_buffer("carried", initial.tensor_type, "arena")
-        body = copy_body(initial.tensor_type)
-        before.append(self._stage("map", body, [self._operand(initial)], [copy]))
+        return self._copied(initial, "carried", before)
+
+    def _whole(self, value: Node, before: list[Step]) -> str:
+        """A buffer that holds a value and nothing else: views and constants are copied out."""
+        if value in self.homes or value.op in ("parameter", "state"):
+            return self._operand(value)
+        return self._copied(value, "invariant", before)
+
+    def _copied(self, value: Node, name: str, before: list[Step]) -> str:
+        """A new buffer, and a stage before the loop that copies the value into it."""
+        body, operands = absorb(copy_body(value.tensor_type), [value])
+        body, names = self._operands(body, operands)
+        copy = self._new_buffer(name, value.tensor_type, "arena")
+        before.append(self._stage("map", body, names, [copy]))
         return copy
 
     def _close_loop(self, stages: list[Stage], body: Graph, loop_buffers: list[str]) -> list[Stage]:
