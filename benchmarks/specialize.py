@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 import llmc
-from llmc.runtime.compiler import Job
+from llmc.runtime.cache import VariantCache
+from llmc.runtime.compiler import Compiler
 from llmc.runtime.pages import Sequence
 from llmc.runtime.step import Chunk
 
@@ -87,13 +88,14 @@ class Strategy:
         return np.array([self.run(request) for request in trace])
 
     def settle(self, trace: list[Request], limit: float) -> float:
-        """Replay until every hot shape has its verdict; seconds that it took."""
+        """Replay until every shape has its verdict; seconds that it took."""
         started = time.monotonic()
-        wanted = len(set(trace))
+        wanted = {",".join(f"{name}={value}" for name, value in shape(request).items())
+                  for request in trace}
         while time.monotonic() - started < limit:
             for request in trace:
                 self.run(request)
-            if len(self.runtime.stats()["specialize"]["verdicts"]) >= wanted:
+            if wanted <= self.state()["verdicts"].keys():
                 break
         return time.monotonic() - started
 
@@ -128,22 +130,21 @@ def total_ratio(times: dict[str, list[np.ndarray]], a: str, b: str) -> float:
     return round(median(x.sum() / y.sum() for x, y in zip(times[a], times[b], strict=True)), 3)
 
 
-def while_compiling(strategy: Strategy, rounds: int) -> dict[str, float]:
-    """p99 latency of a hot request with the compiler busy over p99 without, in paired rounds."""
+def while_compiling(strategy: Strategy, cache: Path, rounds: int) -> dict[str, float]:
+    """p99 latency of a hot request with a compiler busy over p99 without, in paired rounds."""
     specializer = strategy.runtime._specializer
     assert specializer is not None
+    compiler = Compiler(specializer.compiler.source, VariantCache(cache))
     ratios = []
     for number in range(rounds):
         quiet = strategy.replay([HOT[0]] * 60)
-        names = specializer.dispatch.names
-        for tokens in (300, 301, 302):
-            key = {**specializer._generic, **dict.fromkeys(names, (1, 1))}
-            key["tokens"] = (tokens + 10 * number, tokens + 10 * number)
-            specializer.compiler.submit(Job(f"busy {key['tokens'][0]}", key, {}))
+        for tokens in range(300 + 10 * number, 303 + 10 * number):
+            compiler.submit(specializer._job((tokens, 1, 1), {}))
         busy = strategy.replay([HOT[0]] * 60)
         for _ in range(3):
-            specializer.compiler.finished.get(timeout=300)
+            compiler.finished.get(timeout=300)
         ratios.append(float(np.percentile(busy, 99) / np.percentile(quiet, 99)))
+    compiler.close()
     return {"p99 compiling / p99 quiet": round(median(ratios), 3)}
 
 
@@ -190,9 +191,9 @@ def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
     trace = make_trace(HOT, arguments.requests, seed=1)
     result["trace"] = compare(strategies, trace, HOT, arguments.rounds)
     result["promoted"] = lazy.state()["promoted"]
-    result |= while_compiling(lazy, arguments.rounds)
+    result |= while_compiling(lazy, directory, arguments.rounds)
     result["seconds to settle after the shift"] = round(
-        lazy.settle(list(HOT[:1]) + list(LATER) * 4, arguments.warm), 1)
+        lazy.settle(list(LATER), arguments.warm), 1)
     result["after the shift"] = lazy.state()
     result["dispatch microseconds"] = round(overhead(lazy), 2)
     for each in strategies:

@@ -42,7 +42,7 @@ class Trial:
 
     def __init__(self, old: Code, new: Code, pairs: int = TRIAL_PAIRS):
         self.old, self.new = old, new
-        self._calls = 0
+        self.calls = 0
         self._seconds: tuple[list[float], list[float]] = ([], [])
         self._wanted = pairs + 1
 
@@ -54,8 +54,8 @@ class Trial:
         """What runs the next call."""
         if self.done:
             return self.old
-        self._calls += 1
-        return self.new if self._calls % 4 in (2, 3) else self.old
+        self.calls += 1
+        return self.new if self.calls % 4 in (2, 3) else self.old
 
     def observe(self, variant: Code, seconds: float) -> None:
         self._seconds[variant is self.new].append(seconds)

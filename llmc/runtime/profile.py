@@ -124,9 +124,12 @@ class Profile:
         found = [Heat(shape, calls, seconds) for shape, (calls, seconds) in sums.items()]
         return sorted(found, key=lambda heat: (-heat.seconds, heat.shape))
 
-    def calls(self, shape: Shape) -> int:
-        """Calls of a shape in this process, as far as they are remembered."""
-        return sum(cell.calls for (own, _), cell in list(self.cells.items()) if own == shape)
+    def calls(self) -> dict[Shape, int]:
+        """Calls of every shape in this process, as far as they are remembered."""
+        sums: dict[Shape, int] = {}
+        for (shape, _), cell in list(self.cells.items()):
+            sums[shape] = sums.get(shape, 0) + cell.calls
+        return sums
 
     # ---- files ------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ SAVE_EVERY = 60.0  # seconds
 MODES = ("lazy", "eager", "none")
 COMPILE_SECONDS = 2.0  # what a compile is expected to take before one was measured
 LEAST_CALLS = 8.0  # decayed calls of a shape before anything is expected of it
+PATIENCE = 60.0  # seconds that a trial waits for calls of its shape
 OUST = 1.5  # by how much a shape must be hotter than the one whose code goes for it
 
 
@@ -104,6 +105,8 @@ class Attempt:
     trial: Trial | None = None
     share: float = 1.0  # of the generic time that is left
     compile_seconds: float = 0.0
+    seen: int = 0  # calls of the trial at the last look, and seconds since there were new ones
+    waited: float = 0.0
 
 
 class Specializer:
@@ -124,6 +127,8 @@ class Specializer:
         self.attempt: Attempt | None = None
         self.error = ""  # why the thread gave up, if it did
         self._hot: dict[Shape, Heat] = {}  # hottest first, as of the last look
+        self._calls: dict[Shape, int] = {}  # of this process, as of the last look
+        self._paused: dict[Shape, int] = {}  # shapes that stopped coming in a trial: calls then
         self._generic = {name: tuple(ends) for name, ends in
                          max(dispatch.table.variants, key=lambda v: v.width()).info.key.items()}
         self._load = load
@@ -177,10 +182,11 @@ class Specializer:
         """Everything that is due. seconds: since the last call."""
         self.profile.fold()
         self._hot = {heat.shape: heat for heat in self.profile.hottest()}
+        self._calls = self.profile.calls()
         if self.attempt is None:
             self.attempt = self._next()
         if self.attempt is not None:
-            self._advance(self.attempt)
+            self._advance(self.attempt, seconds)
         self._unsaved += seconds
         if self._unsaved >= SAVE_EVERY:
             self._save()
@@ -190,8 +196,10 @@ class Specializer:
         with suppress(OSError, TimeoutError):  # a read-only or full disk: the next start is colder
             self.profile.save(self.path)
 
-    def _advance(self, attempt: Attempt) -> None:
-        if attempt.trial is not None:
+    def _advance(self, attempt: Attempt, seconds: float) -> None:
+        if attempt.trial is not None and not attempt.trial.done:
+            self._wait(attempt, attempt.trial, seconds)
+        elif attempt.trial is not None:
             self._judge(attempt, attempt.trial)
         elif attempt.job is None:
             self._request(attempt)
@@ -232,13 +240,17 @@ class Specializer:
         attempt.stored = stored
         attempt.trial = self.dispatch.start_trial(attempt.shape, self._values(attempt.shape), code)
 
+    def _wait(self, attempt: Attempt, trial: Trial, seconds: float) -> None:
+        """Give up a trial whose shape comes no more, until it comes again."""
+        attempt.waited = 0.0 if trial.calls != attempt.seen else attempt.waited + seconds
+        attempt.seen = trial.calls
+        if attempt.waited > PATIENCE:
+            self._paused[attempt.shape] = self._calls.get(attempt.shape, 0)
+            self.dispatch.end_trial(attempt.shape)
+            self.attempt = None
+
     def _judge(self, attempt: Attempt, trial: Trial) -> None:
-        """A trial that is done decides; one whose shape comes no more is given up."""
-        if not trial.done:
-            if self._heat(attempt.shape).calls < LEAST_CALLS / 2:
-                self.dispatch.end_trial(attempt.shape)
-                self.attempt = None
-            return
+        """A trial that is done decides."""
         if trial.extend():
             return
         stored, schedule = attempt.stored, attempt.schedules.pop(0)
@@ -273,8 +285,11 @@ class Specializer:
             concluded = verdict is not None and self._is_current(verdict)
             if heat.shape in self.promoted or (concluded and verdict and verdict.state != "kept"):
                 continue
+            if self._paused.get(heat.shape) == self._calls.get(heat.shape, 0):
+                continue
             if not self._pays(heat) or not self._fits(heat):
                 continue
+            self._paused.pop(heat.shape, None)
             schedules = self._schedules(heat.shape)
             if concluded and verdict:  # evicted, and hot again
                 schedules = [verdict.schedule]
@@ -285,7 +300,7 @@ class Specializer:
 
     def _pays(self, heat: Heat) -> bool:
         if self.policy.promote_after is not None:
-            return self.profile.calls(heat.shape) >= self.policy.promote_after
+            return self._calls.get(heat.shape, 0) >= self.policy.promote_after
         return heat.calls >= LEAST_CALLS and self._saving(heat) > self._compile_seconds * len(
             self._schedules(heat.shape))
 

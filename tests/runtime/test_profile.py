@@ -34,7 +34,7 @@ def test_shapes_are_counted_over_their_variants():
     first, second = profile.hottest()
     assert (first.shape, round(first.calls), round(first.mean, 2)) == ((1, 1), 2, 1.5)
     assert second.shape == (8, 1)
-    assert profile.calls((1, 1)) == 2
+    assert profile.calls() == {(1, 1): 2, (8, 1): 1}
 
 
 def test_a_weight_halves_with_every_half_life():

@@ -22,7 +22,7 @@ from llmc.runtime.artifact import Artifact
 from llmc.runtime.cache import VariantCache
 from llmc.runtime.compiler import Compiler
 from llmc.runtime.profile import Verdict
-from llmc.runtime.specialize import TIERS, Specializer, _source, find_tier
+from llmc.runtime.specialize import PATIENCE, TIERS, Specializer, _source, find_tier
 from tests.conftest import EMBEDDED
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8]
@@ -101,6 +101,28 @@ def test_a_trial_decides_and_is_remembered(embedded_artifact: Path, cache: Path,
     with llmc.Runtime(embedded_artifact, threads=1, specialize="lazy", cache_dir=cache) as second:
         assert (EIGHT in str(second.dispatch_table)) is (state == "kept")
         assert second.stats()["specialize"]["verdicts"] == {EIGHT: state}
+
+
+def test_a_trial_whose_shape_stops_coming_holds_nobody_up(
+        embedded_artifact: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Specializer, "_pays", lambda self, heat: heat.calls >= 20)
+    with llmc.Runtime(embedded_artifact, threads=1, specialize="lazy", cache_dir=cache) as runtime:
+        specializer = still(runtime)
+        for _ in range(30):
+            runtime.run(PROMPT)
+        deadline = time.monotonic() + 60
+        while not runtime.executor.dispatch.table.trials:
+            specializer.tick()
+            time.sleep(0.01)
+            assert time.monotonic() < deadline
+        specializer.tick(PATIENCE)
+        specializer.tick(PATIENCE)
+        assert specializer.attempt is None and not runtime.executor.dispatch.table.trials
+        specializer.tick()
+        assert specializer.attempt is None, "as long as it does not come again"
+        runtime.run(PROMPT)
+        specializer.tick()
+        assert specializer.attempt is not None and specializer.attempt.shape == (8, 1, 8)
 
 
 def test_the_next_start_is_hot_and_compiles_nothing(embedded_artifact: Path, cache: Path,
