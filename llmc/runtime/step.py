@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -27,23 +28,28 @@ class Chunk:
 def pack_batch(chunks: Sequences[Chunk]) -> dict[str, np.ndarray]:
     """The step's inputs, all i32. Every chunk's pages must be reserved."""
     counts = [len(chunk.tokens) for chunk in chunks]
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    ends = list(accumulate(counts))
+    lengths = [chunk.sequence.length for chunk in chunks]
     width = max(1, *(len(chunk.sequence.pages) for chunk in chunks))
     table = np.zeros((len(chunks), width), np.int32)
     for row, chunk in zip(table, chunks, strict=True):
         row[:len(chunk.sequence.pages)] = chunk.sequence.pages
     return {
-        "ids": np.concatenate([chunk.tokens for chunk in chunks]).astype(np.int32),
-        "positions": np.concatenate([
-            np.arange(chunk.sequence.length, chunk.sequence.length + count)
-            for chunk, count in zip(chunks, counts, strict=True)]).astype(np.int32),
-        "sequence": np.repeat(np.arange(len(chunks)), counts).astype(np.int32),
-        "offsets": offsets,
+        "ids": _joined([np.asarray(chunk.tokens, np.int32) for chunk in chunks]),
+        "positions": _joined([np.arange(length, length + count, dtype=np.int32)
+                              for length, count in zip(lengths, counts, strict=True)]),
+        "sequence": _joined([np.full(count, number, np.int32)
+                             for number, count in enumerate(counts)]),
+        "offsets": np.array([0, *ends], np.int32),
         "page_table": table,
-        "rows": np.concatenate([
-            np.arange(end - chunk.wanted, end)
-            for chunk, end in zip(chunks, offsets[1:], strict=True)]).astype(np.int32),
+        "rows": _joined([np.arange(end - chunk.wanted, end, dtype=np.int32)
+                         for chunk, end in zip(chunks, ends, strict=True)]),
     }
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """The parts one after the other; a step of one sequence has nothing to join."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _check(chunks: Sequences[Chunk]) -> None:
