@@ -6,6 +6,7 @@ import pytest
 
 from llmc.ir.dtypes import dtype
 from llmc.ir.layouts import (
+    Columns,
     KeyPages,
     Panels,
     RowBlocks,
@@ -24,6 +25,7 @@ CASES = [
     (RowBlocks(12, 2), (2, 7, 9)),
     (KeyPages(), (3, 32, 2, 5)),
     (ValuePages(), (3, 32, 2, 5)),
+    (Columns(), (33, 17)), (Columns(), (128, 3)), (Columns(8), (1, 1)),
     *[(Panels(columns, interleave, parts), shape)
       for columns in (16, 32) for interleave in (1, 2, 4)
       for parts, shape in ((1, (1, 1)), (1, (33, 17)), (1, (64, 48)), (2, (34, 6)),
