@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -151,11 +152,14 @@ def _source_files(path: Path) -> list[Path]:
         raise ModelError(f"{path}: {error.strerror}") from None
 
 
+@cache
 def _own_sources() -> str:
-    """Changes when a file of this package does."""
+    """Changes when a file of this package does; what this process has loaded does not."""
     root = Path(__file__).parent.parent
-    stamps = (f"{p.relative_to(root)} {p.stat().st_size} {p.stat().st_mtime_ns}"
-              for p in sorted(root.rglob("*.py")))
+    stamps = []
+    for path in sorted(root.rglob("*.py")):
+        status = path.stat()
+        stamps.append(f"{path.relative_to(root)} {status.st_size} {status.st_mtime_ns}")
     return os.linesep.join(stamps)
 
 
