@@ -25,7 +25,7 @@ from llmc.frontend.model import ImportedModel, load_model
 from llmc.ir import interpret
 from llmc.ir.dims import Dim, format_dim
 from llmc.ir.dtypes import DType
-from llmc.ir.graph import Graph
+from llmc.ir.graph import Graph, walk
 from llmc.ir.layouts import format_layout, pack
 from llmc.ir.program import Buffer, Capabilities, Program, Weight
 from llmc.ir.program_text import format_program
@@ -112,7 +112,8 @@ class Compiled:
         return Manifest(
             self.model.kind, self.graph.name, self.target.text(), compute_dtype(self.graph),
             self.model.fingerprint, _plain(self.model.config), symbols,
-            _tensors(program, "input"), _tensors(program, "output"), _tensors(program, "state"),
+            _tensors(program, "input", table_sizes(self.model.graph)),
+            _tensors(program, "output"), _tensors(program, "state"),
             weights, variants, size, _plain(interface) if interface else None, self.timings, hashes)
 
 
@@ -308,9 +309,27 @@ def _plain(facts) -> dict:
             for key, value in asdict(facts).items()}
 
 
-def _tensors(program: Program, role: str) -> tuple[TensorInfo, ...]:
+def table_sizes(graph: Graph) -> dict[str, int]:
+    """Input -> rows of the smallest table of parameters that its integers pick from."""
+    sizes: dict[str, int] = {}
+    for node in graph.nodes():
+        if node.op != "gather" or not all(leaf.op in ("parameter", "constant")
+                                          for leaf in walk([node.inputs[0]]) if not leaf.inputs):
+            continue
+        index, rows = node.inputs[1], node.inputs[0].shape[node["axis"]]
+        while index.op in ("cast", "reshape", "broadcast"):
+            index = index.inputs[0]
+        if index.op == "input" and isinstance(rows, int):
+            name = index["name"]
+            sizes[name] = min(rows, sizes.get(name, rows))
+    return sizes
+
+
+def _tensors(program: Program, role: str, limits: Mapping[str, int] | None = None
+             ) -> tuple[TensorInfo, ...]:
     return tuple(TensorInfo(b.name, str(b.type.dtype), tuple(format_dim(d) for d in b.type.shape),
-                            b.count) for b in program.with_role(role))
+                            b.count, (limits or {}).get(b.name, 0))
+                 for b in program.with_role(role))
 
 
 class _timed:

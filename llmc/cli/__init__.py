@@ -19,9 +19,13 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point. Exit status: 0, or 1 with one line on stderr, or 2 for a wrong command line."""
     try:
         arguments = make_parser().parse_args(argv)
-        return arguments.run(arguments) or 0
+        status = arguments.run(arguments) or 0
+        sys.stdout.flush()
+        return status
     except LlmcError as error:
         print(f"llmc: {error}", file=sys.stderr)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"llmc: {where}{error.strerror or error}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -40,6 +41,8 @@ def run(arguments) -> int:
     prompt = arguments.prompt
     if prompt is None and arguments.model == str(EMBEDDED):
         prompt = EMBEDDED_PROMPT
+    if not os.path.exists(arguments.model):
+        raise LlmcError(f"{arguments.model}: no such file or directory")
     if not prompt:
         raise LlmcError("the prompt is empty: give a text to continue, --prompt TEXT")
     with open_runtime(arguments.model, arguments) as runtime:

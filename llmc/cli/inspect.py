@@ -43,6 +43,8 @@ def run(arguments) -> int:
         return _inspect_artifact(arguments)
     if arguments.verify:
         raise LlmcError(f"{arguments.model} is no artifact: --verify checks artifacts")
+    if arguments.json:
+        raise LlmcError(f"{arguments.model} is no artifact: --json prints an artifact's manifest")
     if arguments.stage == "ptx" and not arguments.target.startswith("nvptx"):
         raise LlmcError("--stage ptx is of GPU code: add --target nvptx:sm_90a")
     if arguments.html:
@@ -115,6 +117,9 @@ def _inspect_artifact(arguments) -> int:
     from llmc.runtime.artifact import Artifact
 
     artifact = Artifact(arguments.model)
+    if arguments.html:
+        raise LlmcError(f"{arguments.model} is an artifact: --html inspects the model it was made "
+                        "from")
     if arguments.verify:
         artifact.verify()
         print(f"{arguments.model}: every file is as it was written")

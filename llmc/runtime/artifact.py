@@ -37,13 +37,14 @@ GRAPH = "graph.txt"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """An input, output or state. shape: dims in text form over the symbols."""
+    """An input, output or state. shape: dims in text form over the symbols. limit: an input's
+    integers pick rows of a table with so many (0: they do not)."""
 
     name: str
     dtype: str
     shape: tuple[str, ...]
     count: int = 1
-    group: str = ""
+    limit: int = 0
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ class Tensor:
     def __init__(self, info: TensorInfo, symbols: Mapping[str, Symbol]):
         self.name = info.name
         self.count = info.count
+        self.limit = info.limit
         self.dtype = dtype(info.dtype)
         self.numpy = self.dtype.numpy
         self.shape: tuple[Dim, ...] = tuple(parse_dim(text, symbols) for text in info.shape)
@@ -54,6 +55,9 @@ def _check(tensor: Tensor, array: np.ndarray) -> np.ndarray:
         if tensor.dtype.is_integer and array.size and _overflows(array, tensor.numpy):
             raise ShapeError(f"input {tensor} has values that do not fit {tensor.dtype}")
         array = array.astype(tensor.numpy)
+    if tensor.limit and array.size and (array.min() < 0 or array.max() >= tensor.limit):
+        wrong = array[(array < 0) | (array >= tensor.limit)].flat[0]
+        raise ShapeError(f"input {tensor}: {wrong} is outside 0..{tensor.limit - 1}")
     return np.asarray(array, order="C")  # ascontiguousarray would give scalars an axis
 
 

@@ -30,6 +30,7 @@ from llmc.runtime.specialize import MODES, Policy, Specializer, specialize
 from llmc.runtime.step import GREEDY, Chunk, LanguageModel
 from llmc.runtime.targets import check_target, resolve_target
 
+MOST_THREADS = 1024
 CHUNK_TOKENS = 512  # tokens of one step: enough to be bound by arithmetic, small in memory
 LOGIT_BYTES = 64 << 20  # most memory for the logits of one step
 
@@ -90,6 +91,8 @@ def _options(given: Mapping[str, Any]) -> Options:
         value = getattr(options, name)
         if value is not None and (not isinstance(value, int) or value < 1):
             raise LlmcError(f"{name} must be a positive int, got {value!r}")
+    if (options.threads or 1) > MOST_THREADS:
+        raise LlmcError(f"threads must be at most {MOST_THREADS}, got {options.threads}")
     return options
 
 
@@ -325,11 +328,16 @@ class Runtime:
         if self._tokenizer is None:
             from llmc.frontend.tokenizer import Tokenizer
 
+            if not (self.artifact.files() / "tokenizer.json").is_file():
+                raise ModelError(f"{self.manifest.name} has no tokenizer.json beside its weights: "
+                                 "give token ids, or put the file there and compile again")
             self._tokenizer = Tokenizer.load(self.artifact.files(), trusted=True)
         return self._tokenizer
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the model's special tokens."""
+        if not isinstance(text, str):
+            raise ShapeError(f"a text must be a str, got {type(text).__name__}")
         return self.tokenizer.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -53,3 +53,11 @@ def test_scalars_stay_scalars():
     scalar = [Tensor(TensorInfo("x", "f32", ()), SYMBOLS)]
     given = check_inputs(scalar, {"x": np.float64(2.5)})
     assert given[0].shape == () and bind(scalar, given, {}) == {}
+
+
+@pytest.mark.parametrize("wrong", [-1, 7])
+def test_integers_that_pick_rows_stay_inside_the_table(wrong):
+    ids = [Tensor(TensorInfo("ids", "i64", ("batch",), limit=7), SYMBOLS)]
+    check_inputs(ids, {"ids": np.array([0, 6])})
+    with pytest.raises(ShapeError, match=r"outside 0\.\.6"):
+        check_inputs(ids, {"ids": np.array([0, wrong])})
