@@ -117,11 +117,10 @@ class Executor:
         """The most specific live variant that covers a shape."""
         return self.dispatch.table.choose(self.dispatch.shape(values), values)
 
-    def run(self, arrays: Mapping[str, np.ndarray],
-            out: Mapping[str, np.ndarray] | None = None, want: Collection[str] | None = None
+    def run(self, arrays: Mapping[str, np.ndarray], want: Collection[str] | None = None
             ) -> dict[str, np.ndarray]:
-        """One step. arrays: every input by name. Returns every output by name (in `out` if given);
-        of a GPU's only those in `want`, for the others would have to be copied.
+        """One step. arrays: every input by name. Returns every output by name; of a GPU's only
+        those in `want`, for the others would have to be copied.
 
         Raises ShapeError when shapes or dtypes do not fit the model.
         """
@@ -130,7 +129,7 @@ class Executor:
         given = check_inputs(self.inputs, arrays)
         values = self._values(given)
         variant: Any = self.dispatch.choose(values)
-        results = {tensor.name: self._output(tensor, values, out)
+        results = {tensor.name: np.empty(tensor.concrete_shape(values), tensor.numpy)
                    for tensor in self._wanted(want)}
         before = variant.seconds
         self._call(variant, values, given, results)
@@ -154,12 +153,6 @@ class Executor:
                 self._bound.clear()
             self._bound[shapes] = values
         return values
-
-    def _output(self, tensor: Tensor, values, out) -> np.ndarray:
-        shape = tensor.concrete_shape(values)
-        if out is not None and tensor.name in out:
-            return out[tensor.name]
-        return np.empty(shape, tensor.numpy)
 
     def _call(self, variant: Variant, values: Mapping[str, int], given: Sequence[np.ndarray],
               results: Mapping[str, np.ndarray]) -> None:
