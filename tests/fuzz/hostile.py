@@ -13,21 +13,18 @@ NAN = 0xFF  # NaN in every float type, -1 in integers
 
 def spoil_memory(executor: Executor, byte: int = NAN) -> None:
     """From now on every step begins with arena, scratch and outputs full of a byte."""
-    launch, make_output = executor._call, executor._output
+    launch = executor._call
 
-    def call(variant, values, *rest) -> None:
+    def call(variant, values, given, results) -> None:
         arena = evaluate(variant.arena, values)
         scratch = evaluate(variant.scratch, values) * executor.threads
         executor._arena = _filled(executor._arena, arena, byte)
         executor._scratch = _filled(executor._scratch, scratch, byte)
-        launch(variant, values, *rest)
+        for array in results.values():
+            array.reshape(-1).view(np.uint8)[...] = byte
+        launch(variant, values, given, results)
 
-    def output(*arguments) -> np.ndarray:
-        array = make_output(*arguments)
-        array.reshape(-1).view(np.uint8)[...] = byte
-        return array
-
-    executor._call, executor._output = call, output  # type: ignore[method-assign]
+    executor._call = call  # type: ignore[method-assign]
 
 
 def spoil_states(executor: Executor, byte: int = NAN) -> None:
