@@ -38,9 +38,11 @@ _module: ContextVar[str | None] = ContextVar("module path", default=None)
 
 @contextmanager
 def scope(module: str) -> Iterator[None]:
-    """Ops inside are marked as made by this module (`model.layers.0`); scopes nest."""
+    """Ops inside are marked as made by this module (`model.layers.0`). Scopes nest: the path is
+    relative to the outer scope's, unless it begins with that (`model.layers.0.mlp`)."""
     outer = _module.get()
-    token = _module.set(f"{outer}.{module}" if outer else module)
+    relative = outer is not None and not f"{module}.".startswith(f"{outer}.")
+    token = _module.set(f"{outer}.{module}" if relative else module)
     try:
         yield
     finally:

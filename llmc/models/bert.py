@@ -20,6 +20,7 @@ from llmc.models.common import (
     layer_norm,
     linear,
     merge_heads,
+    module,
     split_heads,
 )
 from llmc.models.config import ConfigFile
@@ -77,6 +78,7 @@ def bert(config: BertConfig, step: Step) -> dict[str, Tensor]:
     return features(config, step, weights, x)
 
 
+@module
 def features(config: BertConfig, step: Step, weights: Weights, x: Tensor) -> dict[str, Tensor]:
     """The outputs of an encoder without a head; x [tokens, hidden] is its last hidden state."""
     outputs = {"last_hidden_state": trace.cast(x, f32)}
@@ -110,7 +112,7 @@ def encode(config: BertConfig, step: Step, weights: Weights, positions: Tensor) 
     table of learned positions."""
     x = embed(config, step, weights, positions)
     for number in range(config.layers):
-        with trace.scope(f"layer.{number}"):
+        with trace.scope(f"{weights.scope}encoder.layer.{number}"):
             layer = weights.under(f"encoder.layer.{number}")
             attended = attention(config, step, layer.under("attention.self"), x)
             x = add_and_norm(config, layer.under("attention.output"), x, attended)
@@ -120,6 +122,7 @@ def encode(config: BertConfig, step: Step, weights: Weights, positions: Tensor) 
     return x
 
 
+@module
 def embed(config: BertConfig, step: Step, weights: Weights, positions: Tensor) -> Tensor:
     """Word, position and token type vectors added up and normed."""
     hidden, tables = config.hidden_size, weights.under("embeddings")
@@ -135,6 +138,7 @@ def word_embeddings(config: BertConfig, weights: Weights) -> Tensor:
     return weights("embeddings.word_embeddings.weight", config.vocab_size, config.hidden_size)
 
 
+@module
 def attention(config: BertConfig, step: Step, weights: Weights, x: Tensor) -> Tensor:
     """Each token of x [tokens, hidden] attends to all tokens of its sequence."""
     hidden, heads, size = config.hidden_size, config.heads, config.head_size
@@ -146,6 +150,7 @@ def attention(config: BertConfig, step: Step, weights: Weights, x: Tensor) -> Te
     return merge_heads(attended)
 
 
+@module
 def add_and_norm(config: BertConfig, weights: Weights, residual: Tensor, x: Tensor) -> Tensor:
     """LayerNorm(dense(x) + residual)"""
     projected = linear(x, weights.under("dense"), x.shape[-1], config.hidden_size, True)

@@ -6,9 +6,10 @@ A family is a function `(config, step) -> {output name: Tensor}`, traced once. H
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from llmc.errors import ModelError
 from llmc.frontend import trace
@@ -122,16 +123,34 @@ class Step:
             raise AttributeError(f"this step has no input {name!r}") from None
 
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def module(function: Function) -> Function:
+    """Marks the ops that a function makes as made by the module whose weights it is given."""
+
+    @functools.wraps(function)
+    def inside(*arguments: Any, **options: Any) -> Any:
+        weights = next(each for each in arguments if isinstance(each, Weights))
+        with trace.scope(weights.scope.removesuffix(".")):
+            return function(*arguments, **options)
+
+    return inside  # type: ignore[return-value]
+
+
+@module
 def linear(x: Tensor, weights: Weights, inner: Dim, outer: Dim, bias: bool = False) -> Tensor:
     """x [.., inner] times `weight` [outer, inner] transposed, plus `bias` [outer]."""
     result = trace.matmul(x, trace.transpose(weights("weight", outer, inner), (1, 0)))
     return result + weights("bias", outer) if bias else result
 
 
+@module
 def rms_norm(x: Tensor, weights: Weights, epsilon: float) -> Tensor:
     return trace.rms_norm(x, weights("weight", x.shape[-1]), epsilon=epsilon)
 
 
+@module
 def layer_norm(x: Tensor, weights: Weights, epsilon: float) -> Tensor:
     size = x.shape[-1]
     return trace.layer_norm(x, weights("weight", size), weights("bias", size), epsilon=epsilon)

@@ -17,6 +17,7 @@ from llmc.models.common import (
     Weights,
     linear,
     merge_heads,
+    module,
     split_heads,
 )
 from llmc.models.config import ConfigFile, head_size
@@ -65,6 +66,7 @@ def read_sizes(config: ConfigFile, rope: Rope | None = None) -> dict[str, Any]:
     }
 
 
+@module
 def project_heads(
     config: DecoderConfig, weights: Weights, x: Tensor, bias: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,6 +116,27 @@ def attend(
     return merge_heads(attended)
 
 
+@module
+def attention(
+    config: DecoderConfig,
+    step: Step,
+    layer: int,
+    weights: Weights,
+    x: Tensor,
+    rotation: Rotation,
+    *,
+    bias: bool = False,
+    window: int = 0,
+    output: str = "o_proj",
+) -> Tensor:
+    """Self-attention of x [tokens, hidden] over the layer's cache, which it extends; `bias` is
+    that of all four projections, `output` the last one's name."""
+    q, k, v = project_heads(config, weights, x, bias)
+    q, k = rotate(q, k, rotation)
+    attended = attend(step, layer, q, k, v, window=window)
+    return linear(attended, weights.under(output), attended.shape[-1], config.hidden_size, bias)
+
+
 def extend_cache(step: Step, name: str, values: Tensor) -> Tensor:
     """The paged cache `name` after `values` [tokens, kv_heads, size] are written into it."""
     shape = (POOL_PAGES, PAGE, *values.shape[1:])
@@ -123,6 +146,7 @@ def extend_cache(step: Step, name: str, values: Tensor) -> Tensor:
     return grown
 
 
+@module
 def gated_mlp(config: DecoderConfig, weights: Weights, x: Tensor, bias: bool = False) -> Tensor:
     """down(activation(gate(x)) * up(x)) of x [tokens, hidden]."""
     hidden, inner = config.hidden_size, config.intermediate_size

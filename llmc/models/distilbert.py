@@ -17,6 +17,7 @@ from llmc.models.common import (
     layer_norm,
     linear,
     merge_heads,
+    module,
     split_heads,
 )
 from llmc.models.config import ConfigFile
@@ -78,7 +79,7 @@ def encode(config: DistilBertConfig, step: Step) -> Tensor:
     x = layer_norm(x, tables.under("LayerNorm"), EPSILON)
 
     for number in range(config.layers):
-        with trace.scope(f"layer.{number}"):
+        with trace.scope(f"distilbert.transformer.layer.{number}"):
             weights = step.weights.under(f"distilbert.transformer.layer.{number}")
             attended = attention(config, step, weights.under("attention"), x)
             x = layer_norm(attended + x, weights.under("sa_layer_norm"), EPSILON)
@@ -93,6 +94,7 @@ def word_embeddings(config: DistilBertConfig, weights: Weights) -> Tensor:
     return weights(name, config.vocab_size, config.hidden_size)
 
 
+@module
 def attention(config: DistilBertConfig, step: Step, weights: Weights, x: Tensor) -> Tensor:
     """Each token of x [tokens, hidden] attends to all tokens of its sequence."""
     hidden, heads = config.hidden_size, config.heads

@@ -10,24 +10,15 @@ from dataclasses import dataclass
 from llmc.frontend import trace
 from llmc.frontend.trace import Tensor
 from llmc.ir.dtypes import f32
-from llmc.models.common import (
-    ACTIVATIONS,
-    Step,
-    Weights,
-    gelu_tanh,
-    linear,
-    rope_tables,
-)
+from llmc.models.common import ACTIVATIONS, Step, Weights, gelu_tanh, module, rope_tables
 from llmc.models.config import ConfigFile
 from llmc.models.decoder import (
     DecoderConfig,
-    attend,
+    attention,
     embedding_matrix,
     gated_mlp,
     head,
-    project_heads,
     read_sizes,
-    rotate,
     wanted_rows,
 )
 
@@ -61,16 +52,11 @@ def gemma(config: GemmaConfig, step: Step) -> dict[str, Tensor]:
     rotation = rope_tables(config.rope, step.positions, config.head_size)
 
     for layer in range(config.layers):
-        with trace.scope(f"layers.{layer}"):
+        with trace.scope(f"model.layers.{layer}"):
             weights = step.weights.under(f"model.layers.{layer}")
             normed = norm(x, weights.under("input_layernorm"), config.epsilon)
-            q, k, v = project_heads(
-                config, weights.under("self_attn"), normed, config.attention_bias
-            )
-            q, k = rotate(q, k, rotation)
-            attended = attend(step, layer, q, k, v)
-            output, width = weights.under("self_attn.o_proj"), attended.shape[-1]
-            x = x + linear(attended, output, width, config.hidden_size, config.attention_bias)
+            x = x + attention(config, step, layer, weights.under("self_attn"), normed, rotation,
+                              bias=config.attention_bias)
             normed = norm(x, weights.under("post_attention_layernorm"), config.epsilon)
             x = x + gated_mlp(config, weights.under("mlp"), normed)
 
@@ -84,6 +70,7 @@ def embed(config: DecoderConfig, step: Step) -> Tensor:
     return x * config.hidden_size**0.5
 
 
+@module
 def norm(x: Tensor, weights: Weights, epsilon: float) -> Tensor:
     """RMSNorm of the last axis with the scale 1 + weight, which is added in f32."""
     scale = trace.cast(weights("weight", x.shape[-1]), f32) + 1.0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from llmc.frontend import trace
 from llmc.frontend.trace import Tensor
-from llmc.models.common import ACTIVATIONS, Step, Weights, linear, rope_tables
+from llmc.models.common import ACTIVATIONS, Step, Weights, linear, module, rope_tables
 from llmc.models.config import ConfigFile, read_layer_windows, read_window
 from llmc.models.decoder import (
     DecoderConfig,
@@ -64,7 +64,7 @@ def gemma2(config: Gemma2Config, step: Step) -> dict[str, Tensor]:
     rotation = rope_tables(config.rope, step.positions, config.head_size)
 
     for layer in range(config.layers):
-        with trace.scope(f"layers.{layer}"):
+        with trace.scope(f"model.layers.{layer}"):
             weights = step.weights.under(f"model.layers.{layer}")
             normed = norm(x, weights.under("input_layernorm"), config.epsilon)
             y = attention(config, step, layer, weights.under("self_attn"), normed, rotation)
@@ -77,6 +77,7 @@ def gemma2(config: Gemma2Config, step: Step) -> dict[str, Tensor]:
     return {"logits": soft_cap(head(config, step, normed), config.final_cap)}
 
 
+@module
 def attention(
     config: Gemma2Config, step: Step, layer: int, weights: Weights, x: Tensor, rotation: Rotation
 ) -> Tensor:

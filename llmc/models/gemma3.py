@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from llmc.frontend import trace
 from llmc.frontend.trace import Tensor
-from llmc.models.common import ACTIVATIONS, Step, Weights, linear, rope_tables
+from llmc.models.common import ACTIVATIONS, Step, Weights, linear, module, rope_tables
 from llmc.models.config import ConfigFile, read_layer_windows, read_window
 from llmc.models.decoder import (
     DecoderConfig,
@@ -82,7 +82,7 @@ def gemma3(config: Gemma3Config, step: Step) -> dict[str, Tensor]:
     local = rope_tables(config.local_rope, step.positions, config.head_size)
 
     for layer in range(config.layers):
-        with trace.scope(f"layers.{layer}"):
+        with trace.scope(f"model.layers.{layer}"):
             weights = step.weights.under(f"model.layers.{layer}")
             rotation = local if config.windows[layer] else full
             normed = norm(x, weights.under("input_layernorm"), config.epsilon)
@@ -96,6 +96,7 @@ def gemma3(config: Gemma3Config, step: Step) -> dict[str, Tensor]:
     return {"logits": soft_cap(head(config, step, normed), config.final_cap)}
 
 
+@module
 def attention(
     config: Gemma3Config, step: Step, layer: int, weights: Weights, x: Tensor, rotation: Rotation
 ) -> Tensor:

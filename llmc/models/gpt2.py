@@ -9,7 +9,15 @@ from typing import Any
 from llmc.frontend import trace
 from llmc.frontend.trace import Tensor
 from llmc.ir.dtypes import f32
-from llmc.models.common import ACTIVATIONS, ModelConfig, Step, Weights, layer_norm, split_heads
+from llmc.models.common import (
+    ACTIVATIONS,
+    ModelConfig,
+    Step,
+    Weights,
+    layer_norm,
+    module,
+    split_heads,
+)
 from llmc.models.config import ConfigFile
 from llmc.models.decoder import attend, wanted_rows
 
@@ -60,7 +68,7 @@ def gpt2(config: GPT2Config, step: Step) -> dict[str, Tensor]:
     x = trace.gather(embedding, step.ids, axis=0) + trace.gather(positions, step.positions, axis=0)
 
     for layer in range(config.layers):
-        with trace.scope(f"h.{layer}"):
+        with trace.scope(f"transformer.h.{layer}"):
             block = weights.under(f"h.{layer}")
             normed = layer_norm(x, block.under("ln_1"), config.epsilon)
             x = x + attention(config, step, layer, block.under("attn"), normed)
@@ -75,6 +83,7 @@ def gpt2(config: GPT2Config, step: Step) -> dict[str, Tensor]:
     return {"logits": trace.matmul(normed, trace.transpose(matrix, (1, 0)), dtype=f32)}
 
 
+@module
 def attention(config: GPT2Config, step: Step, layer: int, weights: Weights, x: Tensor) -> Tensor:
     """Self-attention of x [tokens, hidden] over the layer's cache, which it extends."""
     hidden, heads = config.hidden_size, config.heads
@@ -87,6 +96,7 @@ def attention(config: GPT2Config, step: Step, layer: int, weights: Weights, x: T
     return conv1d(attended, weights.under("c_proj"), hidden)
 
 
+@module
 def conv1d(x: Tensor, weights: Weights, width: int) -> Tensor:
     """x [.., inner] times `weight` [inner, width], as it is stored, plus `bias`."""
     return x @ weights("weight", x.shape[-1], width) + weights("bias", width)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from llmc.frontend import trace
 from llmc.frontend.trace import Tensor
 from llmc.ir.dtypes import f32
-from llmc.models.common import ACTIVATIONS, Step, Weights, layer_norm, linear, rope_tables
+from llmc.models.common import ACTIVATIONS, Step, Weights, layer_norm, linear, module, rope_tables
 from llmc.models.config import ConfigFile
 from llmc.models.decoder import (
     DecoderConfig,
@@ -48,7 +48,7 @@ def gpt_neox(config: GPTNeoXConfig, step: Step) -> dict[str, Tensor]:
     rotation = rope_tables(config.rope, step.positions, config.head_size)
 
     for layer in range(config.layers):
-        with trace.scope(f"layers.{layer}"):
+        with trace.scope(f"gpt_neox.layers.{layer}"):
             block = weights.under(f"layers.{layer}")
             normed = layer_norm(x, block.under("input_layernorm"), config.epsilon)
             attended = attention(config, step, layer, block.under("attention"), normed, rotation)
@@ -63,6 +63,7 @@ def gpt_neox(config: GPTNeoXConfig, step: Step) -> dict[str, Tensor]:
     return {"logits": trace.matmul(normed, trace.transpose(matrix, (1, 0)), dtype=f32)}
 
 
+@module
 def attention(
     config: GPTNeoXConfig, step: Step, layer: int, weights: Weights, x: Tensor, rotation: Rotation
 ) -> Tensor:
@@ -77,6 +78,7 @@ def attention(
     return linear(attended, weights.under("dense"), hidden, hidden, bias)
 
 
+@module
 def mlp(config: GPTNeoXConfig, weights: Weights, x: Tensor) -> Tensor:
     """Two layers with biases and an activation between them."""
     hidden, inner = config.hidden_size, config.intermediate_size

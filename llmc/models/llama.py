@@ -10,18 +10,15 @@ from dataclasses import dataclass
 
 from llmc.frontend import trace
 from llmc.frontend.trace import Tensor
-from llmc.models.common import ACTIVATIONS, Step, Weights, linear, rms_norm, rope_tables
+from llmc.models.common import ACTIVATIONS, Step, rms_norm, rope_tables
 from llmc.models.config import ConfigFile
 from llmc.models.decoder import (
     DecoderConfig,
-    Rotation,
-    attend,
+    attention,
     embedding_matrix,
     gated_mlp,
     head,
-    project_heads,
     read_sizes,
-    rotate,
     wanted_rows,
 )
 
@@ -50,23 +47,13 @@ def llama(config: LlamaConfig, step: Step) -> dict[str, Tensor]:
     rotation = rope_tables(config.rope, step.positions, config.head_size)
 
     for layer in range(config.layers):
-        with trace.scope(f"layers.{layer}"):
+        with trace.scope(f"model.layers.{layer}"):
             weights = step.weights.under(f"model.layers.{layer}")
             normed = rms_norm(x, weights.under("input_layernorm"), config.epsilon)
-            x = x + attention(config, step, layer, weights.under("self_attn"), normed, rotation)
+            x = x + attention(config, step, layer, weights.under("self_attn"), normed, rotation,
+                              bias=config.attention_bias)
             normed = rms_norm(x, weights.under("post_attention_layernorm"), config.epsilon)
             x = x + gated_mlp(config, weights.under("mlp"), normed, config.mlp_bias)
 
     normed = rms_norm(wanted_rows(step, x), step.weights.under("model.norm"), config.epsilon)
     return {"logits": head(config, step, normed)}
-
-
-def attention(
-    config: LlamaConfig, step: Step, layer: int, weights: Weights, x: Tensor, rotation: Rotation
-) -> Tensor:
-    """Self-attention of x [tokens, hidden] over the layer's cache, which it extends."""
-    q, k, v = project_heads(config, weights, x, config.attention_bias)
-    q, k = rotate(q, k, rotation)
-    attended = attend(step, layer, q, k, v)
-    output = weights.under("o_proj")
-    return linear(attended, output, attended.shape[-1], config.hidden_size, config.attention_bias)

@@ -6,17 +6,15 @@ from dataclasses import dataclass
 
 from llmc.frontend import trace
 from llmc.frontend.trace import Tensor
-from llmc.models.common import ACTIVATIONS, Step, linear, rms_norm, rope_tables
+from llmc.models.common import ACTIVATIONS, Step, rms_norm, rope_tables
 from llmc.models.config import ConfigFile, read_window
 from llmc.models.decoder import (
     DecoderConfig,
-    attend,
+    attention,
     embedding_matrix,
     gated_mlp,
     head,
-    project_heads,
     read_sizes,
-    rotate,
     wanted_rows,
 )
 
@@ -43,14 +41,11 @@ def mistral(config: MistralConfig, step: Step) -> dict[str, Tensor]:
     rotation = rope_tables(config.rope, step.positions, config.head_size)
 
     for layer in range(config.layers):
-        with trace.scope(f"layers.{layer}"):
+        with trace.scope(f"model.layers.{layer}"):
             weights = step.weights.under(f"model.layers.{layer}")
             normed = rms_norm(x, weights.under("input_layernorm"), config.epsilon)
-            q, k, v = project_heads(config, weights.under("self_attn"), normed)
-            q, k = rotate(q, k, rotation)
-            attended = attend(step, layer, q, k, v, window=config.window)
-            output = weights.under("self_attn.o_proj")
-            x = x + linear(attended, output, attended.shape[-1], config.hidden_size)
+            x = x + attention(config, step, layer, weights.under("self_attn"), normed, rotation,
+                              window=config.window)
             normed = rms_norm(x, weights.under("post_attention_layernorm"), config.epsilon)
             x = x + gated_mlp(config, weights.under("mlp"), normed)
 

@@ -11,6 +11,7 @@ from llmc.models.common import (
     Step,
     Weights,
     linear,
+    module,
     rms_norm,
     rope_tables,
     split_heads,
@@ -51,7 +52,7 @@ def olmo2(config: Olmo2Config, step: Step) -> dict[str, Tensor]:
     rotation = rope_tables(config.rope, step.positions, config.head_size)
 
     for layer in range(config.layers):
-        with trace.scope(f"layers.{layer}"):
+        with trace.scope(f"model.layers.{layer}"):
             weights = step.weights.under(f"model.layers.{layer}")
             attended = attention(config, step, layer, weights.under("self_attn"), x, rotation)
             x = x + rms_norm(attended, weights.under("post_attention_layernorm"), config.epsilon)
@@ -62,6 +63,7 @@ def olmo2(config: Olmo2Config, step: Step) -> dict[str, Tensor]:
     return {"logits": head(config, step, normed)}
 
 
+@module
 def attention(
     config: Olmo2Config, step: Step, layer: int, weights: Weights, x: Tensor, rotation: Rotation
 ) -> Tensor:

@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from llmc.frontend import trace
 from llmc.frontend.trace import Tensor
 from llmc.ir.dtypes import f32
-from llmc.models.common import ACTIVATIONS, Step, Weights, layer_norm, linear, rope_tables
+from llmc.models.common import ACTIVATIONS, Step, Weights, layer_norm, linear, module, rope_tables
 from llmc.models.config import ConfigFile
 from llmc.models.decoder import (
     DecoderConfig,
-    attend,
+    attention,
     embedding_matrix,
     head,
-    project_heads,
     read_sizes,
-    rotate,
     wanted_rows,
 )
 from llmc.models.rope import read_rope
@@ -40,19 +38,15 @@ class PhiConfig(DecoderConfig):
 
 def phi(config: PhiConfig, step: Step) -> dict[str, Tensor]:
     """`logits` f32[rows, vocab_size] of the tokens that the step's `rows` name."""
-    hidden = config.hidden_size
     x = trace.gather(embedding_matrix(config, step.weights), step.ids, axis=0)  # [tokens, hidden]
     rotation = rope_tables(config.rope, step.positions, config.head_size)
 
     for layer in range(config.layers):
-        with trace.scope(f"layers.{layer}"):
+        with trace.scope(f"model.layers.{layer}"):
             weights = step.weights.under(f"model.layers.{layer}")
             normed = layer_norm(x, weights.under("input_layernorm"), config.epsilon)
-            q, k, v = project_heads(config, weights.under("self_attn"), normed, bias=True)
-            q, k = rotate(q, k, rotation)
-            attended = attend(step, layer, q, k, v)
-            dense = weights.under("self_attn.dense")
-            attended = linear(attended, dense, attended.shape[-1], hidden, bias=True)
+            attended = attention(config, step, layer, weights.under("self_attn"), normed, rotation,
+                                 bias=True, output="dense")
             x = attended + mlp(config, weights.under("mlp"), normed) + x
 
     last = step.weights.under("model.final_layernorm")
@@ -61,6 +55,7 @@ def phi(config: PhiConfig, step: Step) -> dict[str, Tensor]:
     return {"logits": head(config, step, normed) + trace.cast(bias, f32)}
 
 
+@module
 def mlp(config: PhiConfig, weights: Weights, x: Tensor) -> Tensor:
     """Two layers with an activation between them."""
     hidden, inner = config.hidden_size, config.intermediate_size

@@ -18,6 +18,7 @@ from llmc.models.common import (
     Step,
     Weights,
     linear,
+    module,
     rms_norm,
     rope_tables,
     split_heads,
@@ -103,7 +104,7 @@ def phi3(config: Phi3Config, step: Step) -> dict[str, Tensor]:
     rotation = rotation_tables(config, step)
 
     for layer in range(config.layers):
-        with trace.scope(f"layers.{layer}"):
+        with trace.scope(f"model.layers.{layer}"):
             weights = step.weights.under(f"model.layers.{layer}")
             normed = rms_norm(x, weights.under("input_layernorm"), config.epsilon)
             x = x + attention(config, step, layer, weights.under("self_attn"), normed, rotation)
@@ -127,6 +128,7 @@ def rotation_tables(config: Phi3Config, step: Step) -> Rotation:
     return cos, sin
 
 
+@module
 def attention(
     config: Phi3Config, step: Step, layer: int, weights: Weights, x: Tensor, rotation: Rotation
 ) -> Tensor:
@@ -142,6 +144,7 @@ def attention(
     return linear(attended, weights.under("o_proj"), q_width, hidden)
 
 
+@module
 def mlp(config: Phi3Config, weights: Weights, x: Tensor) -> Tensor:
     """down(activation(gate) * up), gate and up being halves of one product."""
     hidden, inner = config.hidden_size, config.intermediate_size

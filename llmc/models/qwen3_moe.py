@@ -68,7 +68,7 @@ def qwen3_moe(config: Qwen3MoeConfig, step: Step) -> dict[str, Tensor]:
     rotation = rope_tables(config.rope, step.positions, config.head_size)
 
     for layer in range(config.layers):
-        with trace.scope(f"layers.{layer}"):
+        with trace.scope(f"model.layers.{layer}"):
             weights = step.weights.under(f"model.layers.{layer}")
             normed = rms_norm(x, weights.under("input_layernorm"), config.epsilon)
             x = x + attention(config, step, layer, weights.under("self_attn"), normed, rotation)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from llmc.frontend import trace
 from llmc.frontend.trace import Tensor
-from llmc.models.common import ACTIVATIONS, Step, Weights, linear, rms_norm, rope_tables
+from llmc.models.common import ACTIVATIONS, Step, Weights, linear, module, rms_norm, rope_tables
 from llmc.models.config import ConfigFile, read_layer_windows, read_window
 from llmc.models.decoder import (
     DecoderConfig,
@@ -67,7 +67,7 @@ def smollm3(config: SmolLM3Config, step: Step) -> dict[str, Tensor]:
     rotation = rope_tables(config.rope, step.positions, config.head_size)
 
     for layer in range(config.layers):
-        with trace.scope(f"layers.{layer}"):
+        with trace.scope(f"model.layers.{layer}"):
             weights = step.weights.under(f"model.layers.{layer}")
             normed = rms_norm(x, weights.under("input_layernorm"), config.epsilon)
             x = x + attention(config, step, layer, weights.under("self_attn"), normed, rotation)
@@ -78,6 +78,7 @@ def smollm3(config: SmolLM3Config, step: Step) -> dict[str, Tensor]:
     return {"logits": head(config, step, normed)}
 
 
+@module
 def attention(
     config: SmolLM3Config, step: Step, layer: int, weights: Weights, x: Tensor, rotation: Rotation
 ) -> Tensor:

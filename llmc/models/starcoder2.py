@@ -6,16 +6,14 @@ from dataclasses import dataclass
 
 from llmc.frontend import trace
 from llmc.frontend.trace import Tensor
-from llmc.models.common import ACTIVATIONS, Step, Weights, layer_norm, linear, rope_tables
+from llmc.models.common import ACTIVATIONS, Step, Weights, layer_norm, linear, module, rope_tables
 from llmc.models.config import ConfigFile, read_window
 from llmc.models.decoder import (
     DecoderConfig,
-    attend,
+    attention,
     embedding_matrix,
     head,
-    project_heads,
     read_sizes,
-    rotate,
     wanted_rows,
 )
 
@@ -44,14 +42,11 @@ def starcoder2(config: Starcoder2Config, step: Step) -> dict[str, Tensor]:
     rotation = rope_tables(config.rope, step.positions, config.head_size)
 
     for layer in range(config.layers):
-        with trace.scope(f"layers.{layer}"):
+        with trace.scope(f"model.layers.{layer}"):
             weights = step.weights.under(f"model.layers.{layer}")
             normed = layer_norm(x, weights.under("input_layernorm"), config.epsilon)
-            q, k, v = project_heads(config, weights.under("self_attn"), normed, config.bias)
-            q, k = rotate(q, k, rotation)
-            attended = attend(step, layer, q, k, v, window=config.window)
-            output, width = weights.under("self_attn.o_proj"), attended.shape[-1]
-            x = x + linear(attended, output, width, config.hidden_size, config.bias)
+            x = x + attention(config, step, layer, weights.under("self_attn"), normed, rotation,
+                              bias=config.bias, window=config.window)
             normed = layer_norm(x, weights.under("post_attention_layernorm"), config.epsilon)
             x = x + mlp(config, weights.under("mlp"), normed)
 
@@ -59,6 +54,7 @@ def starcoder2(config: Starcoder2Config, step: Step) -> dict[str, Tensor]:
     return {"logits": head(config, step, normed)}
 
 
+@module
 def mlp(config: Starcoder2Config, weights: Weights, x: Tensor) -> Tensor:
     """Two layers with an activation between them."""
     hidden, inner = config.hidden_size, config.intermediate_size
