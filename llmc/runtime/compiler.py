@@ -177,6 +177,27 @@ class Worker:
         return kind(f"the compile process died: {reason}")
 
 
+@dataclass
+class Counts:
+    """What became of jobs so far. seconds: of compiling, in the processes."""
+
+    compiled: int = 0
+    cached: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+    running: str = ""  # name of the job that is worked on
+
+    def add(self, outcome: Outcome) -> None:
+        self.running = ""
+        if outcome.variant is None:
+            self.failed += 1
+        elif outcome.cached:
+            self.cached += 1
+        else:
+            self.compiled += 1
+            self.seconds += outcome.variant.compile_seconds
+
+
 class Compiler:
     """Turns jobs into outcomes, in the background. Outcomes wait in `finished`."""
 
@@ -185,6 +206,7 @@ class Compiler:
         self.source = source
         self.cache = cache
         self.finished: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self.counts = Counts()
         self._timeout = timeout
         self._worker = Worker(command)
         self._jobs: queue.Queue[Job | None] = queue.Queue(QUEUE)
@@ -205,10 +227,17 @@ class Compiler:
 
     def compile(self, job: Job) -> Outcome:
         """One job, here and now: from the cache, or by the worker."""
+        self.counts.running = job.name
         try:
-            return self._compile(job)
+            outcome = self._compile(job)
         except (LlmcError, OSError) as error:
-            return Outcome(job, None, str(error))
+            outcome = Outcome(job, None, str(error))
+        self.counts.add(outcome)
+        return outcome
+
+    def stats(self) -> dict[str, Any]:
+        """Jobs by what became of them, those that wait, the one that is worked on."""
+        return {**vars(self.counts), "waiting": self._jobs.qsize()}
 
     def cached(self, job: Job) -> StoredVariant | None:
         """The variant of a job if it was compiled before."""

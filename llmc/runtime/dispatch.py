@@ -167,22 +167,56 @@ class Dispatch:
 
 
 @dataclass(frozen=True)
-class DispatchTable:
-    """Which variant runs for which shapes: a line each, the most specific first."""
+class TableRow:
+    """A live variant. tier: generic, ranged or exact; key: the symbols that it is narrower in than
+    the generic one -> (low, high); calls, and seconds of all of them; gain: share of the time that
+    it was measured to save (None: not measured); trial: it runs every other call only, so far."""
 
-    dispatch: Dispatch
+    tier: str
+    name: str
+    key: Mapping[str, tuple[int, int]]
+    calls: int
+    seconds: float
+    gain: float | None = None
+    trial: bool = False
+
+    @property
+    def mean(self) -> float:
+        """Seconds of a call."""
+        return self.seconds / self.calls if self.calls else 0.0
 
     def __str__(self) -> str:
-        variants = self.dispatch.table.variants
-        widest = variants[-1].info.key
-        lines = []
-        for variant in variants:
-            key = ", ".join(_format_range(name, *ends) for name, ends in variant.info.key.items()
-                            if ends != widest[name] or variant is variants[-1])
-            mean = variant.seconds / variant.calls * 1e3 if variant.calls else 0.0
-            lines.append(f"{self.tier(variant):8} {variant.info.name:30} {key:50} "
-                         f"{variant.calls:8} calls {mean:9.3f} ms")
-        return "\n".join(lines)
+        key = ", ".join(_format_range(name, *ends) for name, ends in self.key.items())
+        gain = "on trial" if self.trial else "" if self.gain is None else f"gain {self.gain:.1%}"
+        return (f"{self.tier:8} {self.name:30} {key:50} {self.calls:8} calls "
+                f"{self.mean * 1e3:9.3f} ms  {gain}").rstrip()
+
+
+@dataclass(frozen=True)
+class DispatchTable:
+    """Which variant runs for which shapes. gains: of variants, by name."""
+
+    dispatch: Dispatch
+    gains: Mapping[str, float | None] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> tuple[TableRow, ...]:
+        """The live variants, the most specific first, then those on trial."""
+        table = self.dispatch.table
+        trials = [trial.new for trial in table.trials.values()]
+        return tuple([self._row(variant) for variant in table.variants]
+                     + [self._row(variant, trial=True) for variant in trials])
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.rows))
+
+    def _row(self, variant: Code, trial: bool = False) -> TableRow:
+        widest = self.dispatch.table.variants[-1]
+        key = {name: ends for name, ends in variant.info.key.items()
+               if ends != widest.info.key[name] or variant is widest}
+        name = variant.info.name
+        return TableRow(self.tier(variant), name, key, variant.calls, variant.seconds,
+                        self.gains.get(name), trial)
 
     def tier(self, variant: Code) -> str:
         """generic, ranged or exact."""

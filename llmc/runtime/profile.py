@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -90,6 +91,7 @@ class Profile:
         self.cells: dict[tuple[Shape, str], Cell] = {}
         self.verdicts: dict[Shape, Verdict] = {}
         self._folded_at = time.monotonic()
+        self._folding = threading.Lock()
 
     def observe(self, shape: Shape, variant: str, seconds: float) -> None:
         """Count one call. One thread at a time; costs well under a microsecond."""
@@ -107,12 +109,13 @@ class Profile:
         return self.cells.setdefault((shape, variant), Cell())
 
     def fold(self, now: float | None = None) -> None:
-        """Take new calls into the weights, and let the old ones fade."""
-        now = time.monotonic() if now is None else now
-        factor = 0.5 ** (max(0.0, now - self._folded_at) / HALF_LIFE)
-        self._folded_at = now
-        for cell in list(self.cells.values()):
-            cell.fold(factor)
+        """Take new calls into the weights, and let the old ones fade. From any thread."""
+        with self._folding:
+            now = time.monotonic() if now is None else now
+            factor = 0.5 ** (max(0.0, now - self._folded_at) / HALF_LIFE)
+            self._folded_at = now
+            for cell in list(self.cells.values()):
+                cell.fold(factor)
 
     def hottest(self) -> list[Heat]:
         """Every shape, the one that most time goes to first."""

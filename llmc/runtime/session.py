@@ -18,6 +18,7 @@ from llmc.runtime.artifact import Artifact, is_artifact
 from llmc.runtime.cpu import check_cpu
 from llmc.runtime.dispatch import DispatchTable
 from llmc.runtime.encoder import Encoder, Sentence, pool
+from llmc.runtime.events import Event
 from llmc.runtime.executor import Executor
 from llmc.runtime.jit import cached_artifact, cached_graph
 from llmc.runtime.onnx_language_model import OnnxLanguageModel
@@ -26,7 +27,7 @@ from llmc.runtime.pages import PAGE
 from llmc.runtime.pages import Sequence as CachedSequence
 from llmc.runtime.progress import Progress, silent
 from llmc.runtime.sampling import Sampling, sample
-from llmc.runtime.specialize import MODES, Policy, Specializer, specialize
+from llmc.runtime.specialize import MODES, Policy, SeenShape, Specializer, specialize
 from llmc.runtime.step import GREEDY, Chunk, LanguageModel
 from llmc.runtime.targets import check_target, resolve_target
 
@@ -368,11 +369,21 @@ class Runtime:
 
     @property
     def dispatch_table(self) -> DispatchTable:
-        """The live variants; its str() has one line for each."""
-        return DispatchTable(self.executor.dispatch)
+        """The live variants: its `rows` have a TableRow for each, its str() a line."""
+        gains = self._specializer.gains() if self._specializer else {}
+        return DispatchTable(self.executor.dispatch, gains)
+
+    def events(self, after: int = 0) -> list[Event]:
+        """What specialisation did, oldest first: events numbered above `after`."""
+        return self._specializer.feed.since(after) if self._specializer else []
+
+    def shapes(self) -> list[SeenShape]:
+        """The histogram of shapes that arrive; empty with specialize="none", which counts none."""
+        return self._specializer.shapes() if self._specializer else []
 
     def stats(self) -> dict[str, Any]:
-        """Counters: calls and seconds by variant, pages of the KV cache; what is specialised."""
+        """Counters: calls and seconds by variant, pages of the KV cache; what is specialised, and
+        compiles (compiled, cached, failed, waiting, running, seconds)."""
         result: dict[str, Any] = {"variants": {
             v.info.name: {"calls": v.calls, "seconds": v.seconds, "stages": v.info.stages}
             for v in self.executor.variants}}
@@ -380,6 +391,7 @@ class Runtime:
             result["pages"] = {"free": self._model.pool.free, "size": self._model.pool.size}
         if self._specializer is not None:
             result["specialize"] = self._specializer.stats()
+            result["compiles"] = self._specializer.compiler.stats()
         return result
 
     def close(self) -> None:

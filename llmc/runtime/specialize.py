@@ -9,7 +9,6 @@ never waits for any of this. Whatever fails here costs speed only.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -19,12 +18,12 @@ from pathlib import Path
 from queue import Empty
 from typing import Any
 
-from llmc import knobs
 from llmc.errors import LlmcError
 from llmc.runtime.artifact import Artifact
 from llmc.runtime.cache import StoredVariant, VariantCache
 from llmc.runtime.compiler import Compiler, Job, Outcome, Source
 from llmc.runtime.dispatch import Code, Dispatch, Trial
+from llmc.runtime.events import EventFeed
 from llmc.runtime.executor import Executor, Variant
 from llmc.runtime.profile import Heat, Profile, Shape, Verdict
 
@@ -84,6 +83,20 @@ class Policy:
     shapes: Sequence[Mapping[str, int]] = ()
 
 
+@dataclass(frozen=True)
+class SeenShape:
+    """A shape of the profile. calls, seconds: decayed; variant: what runs it now; verdict: what
+    became of its own code (kept, dropped, failed, or "": not tried), gain: share of the time that
+    this saves."""
+
+    shape: Mapping[str, int]
+    calls: float
+    seconds: float
+    variant: str
+    verdict: str = ""
+    gain: float | None = None
+
+
 @dataclass
 class Promoted:
     """Live code of one shape."""
@@ -126,6 +139,7 @@ class Specializer:
         self.promoted: dict[Shape, Promoted] = {}
         self.attempt: Attempt | None = None
         self.error = ""  # why the thread gave up, if it did
+        self.feed = EventFeed()
         self._hot: dict[Shape, Heat] = {}  # hottest first, as of the last look
         self._calls: dict[Shape, int] = {}  # of this process, as of the last look
         self._paused: dict[Shape, int] = {}  # shapes that stopped coming in a trial: calls then
@@ -159,7 +173,7 @@ class Specializer:
                 with suppress(LlmcError):
                     self._promote(shape, self._load(stored), schedule, stored,
                                   verdict.gain if kept and verdict else None)
-                    log(f"{job.name}: ready before the first request")
+                    self.feed.add("ready", job.name, "ready before the first request")
 
     def start(self, interval: float = INTERVAL) -> None:
         self._thread = threading.Thread(
@@ -224,16 +238,20 @@ class Specializer:
                 error = str(failure)
         if code is None or stored is None:
             self._conclude(attempt, Verdict("failed", reason=error))
-            log(f"{name}: not compiled: {error}; it stays on generic code "
-                "(specialize='none' does not compile)")
+            self.feed.add("failed", name, f"not compiled: {error}; it stays on generic code "
+                          "(specialize='none' does not compile)", reason=error)
             return
         if not outcome.cached:
             self._compile_seconds = 0.5 * (self._compile_seconds + stored.compile_seconds)
         attempt.compile_seconds += stored.compile_seconds
+        self.feed.add("compiled", name, "taken from the cache" if outcome.cached else
+                      f"compiled in {stored.compile_seconds:.1f} s", cached=outcome.cached,
+                      compile_seconds=stored.compile_seconds, bytes=len(stored.object),
+                      schedule=dict(attempt.schedules[0]))
         if self.policy.promote_after is not None:
             self._promote(attempt.shape, code, attempt.schedules[0], stored, None)
-            log(f"{name}: used after {self.policy.promote_after} calls, compiled in "
-                f"{stored.compile_seconds:.1f} s (promote_after)")
+            self.feed.add("kept", name, f"used after {self.policy.promote_after} calls "
+                          "(promote_after)", gain=None, bytes=len(stored.object))
             self._conclude(attempt, Verdict("kept", 0.0, stored.compile_seconds,
                                             schedule=dict(attempt.schedules[0])))
             return
@@ -256,9 +274,10 @@ class Specializer:
         stored, schedule = attempt.stored, attempt.schedules.pop(0)
         assert stored is not None
         gain, noise, faster = trial.gain(), trial.noise(), trial.is_faster()
-        log(f"{stored.info.name} {dict(schedule) or 'as generic'}: compiled in "
-            f"{stored.compile_seconds:.1f} s, measured gain {gain:.1%} +- {noise:.1%}: "
-            f"{'kept' if faster else 'dropped'}")
+        state = "kept" if faster else "dropped"
+        self.feed.add(state, stored.info.name, f"{dict(schedule) or 'as generic'}: measured gain "
+                      f"{gain:.1%} +- {noise:.1%}: {state}", gain=gain, noise=noise,
+                      bytes=len(stored.object), schedule=dict(schedule))
         if faster:
             attempt.share *= 1.0 - gain
             self._promote(attempt.shape, trial.new, schedule, stored, 1.0 - attempt.share)
@@ -293,8 +312,10 @@ class Specializer:
             schedules = self._schedules(heat.shape)
             if concluded and verdict:  # evicted, and hot again
                 schedules = [verdict.schedule]
-            log(f"{self._name(heat.shape)}: {heat.calls:.0f} calls of {heat.mean * 1e3:.2f} ms, "
-                f"expected saving {self._saving(heat):.1f} s: compiling")
+            saving = self._saving(heat)
+            self.feed.add("compiling", self._name(heat.shape), f"{heat.calls:.0f} calls of "
+                          f"{heat.mean * 1e3:.2f} ms, expected saving {saving:.1f} s: compiling",
+                          calls=heat.calls, mean_seconds=heat.mean, saving_seconds=saving)
             return Attempt(heat.shape, schedules)
         return None
 
@@ -338,7 +359,8 @@ class Specializer:
         """Take a shape's code out of the table; it is freed behind the last step that uses it."""
         gone = self.promoted.pop(shape)
         self.dispatch.replace(remove=[gone.code])
-        log(f"{gone.code.info.name}: evicted as the coldest (max_variants, code_budget_mb)")
+        self.feed.add("evicted", gone.code.info.name,
+                      "evicted as the coldest (max_variants, code_budget_mb)", bytes=gone.bytes)
 
     # ---- shapes -------------------------------------------------------------------------------
 
@@ -393,6 +415,22 @@ class Specializer:
                  for name, value in zip(self.dispatch.names, shape, strict=True)}
         return Job(self._name(shape), {**self._generic, **exact}, schedule)  # type: ignore[dict-item]
 
+    def gains(self) -> dict[str, float | None]:
+        """Measured gain of every live variant of a hot shape, by the variant's name."""
+        return {own.code.info.name: own.gain for own in list(self.promoted.values())}
+
+    def shapes(self) -> list[SeenShape]:
+        """The shapes that arrive, the one that most time goes to first."""
+        self.profile.fold()
+        return [self._seen(heat) for heat in self.profile.hottest()]
+
+    def _seen(self, heat: Heat) -> SeenShape:
+        verdict = self.profile.verdicts.get(heat.shape)
+        values = dict(zip(self.dispatch.names, heat.shape, strict=True))
+        code = self.dispatch.table.choose(heat.shape, self._values(heat.shape))
+        return SeenShape(values, heat.calls, heat.seconds, code.info.name,
+                         verdict.state if verdict else "", verdict.gain if verdict else None)
+
     def stats(self) -> dict[str, Any]:
         """Live code and the verdicts, for people and programs."""
         return {
@@ -437,7 +475,8 @@ def _run(reference: weakref.ref[Specializer], wake: threading.Event, interval: f
             specializer.tick(interval)
         except Exception as error:  # a fault of ours: serving goes on with what there is
             specializer.error = f"{type(error).__name__}: {error}"
-            log(f"stopped: {specializer.error}")
+            specializer.feed.add("stopped", "", f"stopped: {specializer.error}",
+                                 reason=specializer.error)
             return
         del specializer
 
@@ -446,8 +485,3 @@ def _stop(wake: threading.Event, compiler: Compiler) -> None:
     wake.set()
     compiler.close()
 
-
-def log(line: str) -> None:
-    """One decision, for LLMC_LOG=specialize."""
-    if "specialize" in knobs.log_topics():
-        print(f"llmc specialize: {line}", file=sys.stderr, flush=True)

@@ -79,6 +79,14 @@ def test_a_threshold_promotes_and_results_stay(embedded_artifact: Path, cache: P
         stats = runtime.stats()
         assert stats["variants"][EIGHT]["calls"] >= 1
         assert stats["specialize"]["verdicts"] == {EIGHT: "kept"}
+        assert stats["compiles"]["compiled"] == 1 and stats["compiles"]["failed"] == 0
+        assert [event.kind for event in runtime.events()] == ["compiling", "compiled", "kept"]
+        (row,) = (row for row in runtime.dispatch_table.rows if row.tier == "exact")
+        assert row.name == EIGHT and row.calls >= 1 and row.mean > 0
+        assert row.key == {"tokens": (8, 8), "sequences": (1, 1), "rows": (8, 8)}
+        (shape,) = runtime.shapes()
+        assert shape.shape == TWO | {"tokens": 8, "rows": 8} and shape.calls > 5
+        assert shape.variant == EIGHT and shape.verdict == "kept"
 
 
 @pytest.mark.parametrize(("speed", "state"), [(0.5, "kept"), (1.5, "dropped")])
