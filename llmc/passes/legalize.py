@@ -74,4 +74,11 @@ def select_on_last_axis(node: Node) -> Node | None:
     return make("reshape", found, shape=node.shape)
 
 
-LAYOUT_RULES = [softmax_on_last_axis, reduce_on_last_axis, select_on_last_axis]
+@rule("attention")
+def wide_attention(node: Node) -> Node | None:
+    """attention in f64 -> its decomposition: kernels sum in f32"""
+    decompose = OPS["attention"].decompose
+    return decompose(node) if node.dtype.bits == 64 and decompose is not None else None
+
+
+LAYOUT_RULES = [softmax_on_last_axis, reduce_on_last_axis, select_on_last_axis, wide_attention]

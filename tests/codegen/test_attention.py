@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from attention_harness import Harness, evaluate_exactly, leaf, oracle, paged_case, random
 
-from llmc.codegen.host.attention_views import View
 from llmc.errors import CompileError
 from llmc.ir.dims import symbol
 from llmc.ir.dtypes import dtype
 from llmc.ir.ops import make
+from llmc.ir.views import View
 
 MIX = [(1, 0), (7, 30), (33, 0), (1, 200), (1, 31), (129, 5), (2, 64)]
 TOLERANCE = 3e-6  # of the largest value: f32 arithmetic throughout

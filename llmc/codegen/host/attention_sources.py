@@ -22,7 +22,7 @@ from llmc.codegen.host.attention_blocks import (
     multiply,
     transpose,
 )
-from llmc.codegen.host.attention_views import View, operand_view
+from llmc.codegen.host.attention_views import operand_view
 from llmc.codegen.host.kernel import Frame, operand_buffers
 from llmc.codegen.llvm import F32, I32, I64, Emitter, i64
 from llmc.ir.dims import Dim
@@ -31,6 +31,7 @@ from llmc.ir.graph import Node
 from llmc.ir.layouts import KeyPages, Rows, ValuePages
 from llmc.ir.ops import PAGE
 from llmc.ir.program import Buffer, Program, Stage, unsupported
+from llmc.ir.views import View
 
 
 def dim_value(frame: Frame, dim: Dim):

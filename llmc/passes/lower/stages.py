@@ -13,6 +13,7 @@ from llmc.ir.layouts import RowBlocks, Rows
 from llmc.ir.ops import make
 from llmc.ir.program import Buffer, Capabilities, Loop, Stage, Step, Weight
 from llmc.ir.quantized import stored_operands
+from llmc.ir.views import source_of, view_of
 from llmc.passes.lower.bodies import (
     VIEWS,
     absorb,
@@ -34,6 +35,7 @@ from llmc.passes.lower.weights import (
     updated_state,
     weight_uses,
 )
+from llmc.passes.match import ATTENTION
 
 STAGE_KINDS = {"map", "reduce", "matmul", "dense_matmul", "attention", "cumsum", "argmax", "argmin",
                "top_k", "scatter"}
@@ -175,6 +177,8 @@ class Lowering:
         results = self._results(node, body, names)
         if anchor == "matmul":
             return self._matmul(node["name"], body, names, results)
+        if anchor == "attention":
+            return self._attention(node["name"], body, names, results)
         return [self._stage(anchor, body, names, results, node["name"])]
 
     def _operands(self, body: Graph, operands: list[Node]) -> tuple[Graph, list[str]]:
@@ -227,6 +231,27 @@ class Lowering:
         kind = "reduce" if is_row_wise(prologue) else "map"
         return [self._stage(kind, prologue, operands, [rows], f"{name}_rows"),
                 self._stage("matmul", rest, [*operands, rows], results, name)]
+
+    def _attention(self, name: str, body: Graph, operands: list[str],
+                   results: list[str]) -> list[Step]:
+        """Attention reads buffers through strides: an operand that is computed, or moved in a way
+        that no strides can say, is made by a stage of its own."""
+        core = next(node for node in body.nodes() if node.op in ATTENTION)
+        steps: list[Step] = []
+        made: dict[Node, Node] = {}
+        for operand in core.inputs:
+            source = source_of(operand)
+            value = operand if source.op == "input" else source
+            if value in made or (source.op == "input" and view_of(operand) is not None):
+                continue
+            prologue = Graph("operand", body.inputs, (("x", value),))
+            home = self._new_buffer(f"{name}_operand", value.tensor_type, "arena")
+            steps.append(self._stage("map", prologue, operands, [home]))
+            made[value] = body_input(home, value.tensor_type)
+            operands = [*operands, home]
+        if made:
+            body = retarget(body, made, [*body.inputs, *made.values()])
+        return [*steps, self._stage("attention", body, operands, results, name)]
 
     def _stage(self, kind: str, body: Graph, operands: Sequence[str], results: Sequence[str],
                name: str | None = None) -> Stage:
