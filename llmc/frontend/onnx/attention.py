@@ -1,14 +1,16 @@
-"""Attention and RotaryEmbedding of ai.onnx (opset 23 on)."""
+"""Attention, FlexAttention and RotaryEmbedding of ai.onnx (opset 23 on)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from llmc.frontend.onnx.call import Call
-from llmc.frontend.onnx.registry import Result, converter
+from llmc.frontend.onnx.protobuf import element_dtype
+from llmc.frontend.onnx.registry import PREVIEW, Result, converter
 from llmc.ir import dims
 from llmc.ir.dims import Dim
-from llmc.ir.dtypes import bool_, i64
+from llmc.ir.dtypes import bool_, f32, f64, i64
 from llmc.ir.graph import Node
 
 
@@ -90,9 +92,6 @@ def rotary_part(call: Call, table: Node) -> Node:
 
 @converter("Attention", inputs=(3, 7))
 def attention(call: Call) -> Result:
-    call.refuse("softmax_precision", 1)
-    if len(call.node.output) > 3 and call.node.output[3]:
-        raise call.error("the output qk_matmul_output is not supported")
     flat = call.input(0).rank == 3
     q, k, v = (split_operand(call, index) for index in range(3))
     past_key, past_value = call.optional(4), call.optional(5)
@@ -103,9 +102,137 @@ def attention(call: Call) -> Result:
     elif past_key is not None or past_value is not None:
         raise call.error("past_key and past_value go together")
     mask, causal, window = combined_mask(call, q.shape[2], k.shape[2], offset)
-    options = {"scale": call.attribute("scale"), "softcap": call.attribute("softcap", 0.0)}
-    result = attend(call, q, k, v, mask, causal=causal, window=window, **options)
-    return call.merge_heads(result) if flat else result, k, v
+    softcap = float(call.attribute("softcap", 0.0))
+    wide_q, wide_k, wide_v = (in_precision(call, each) for each in (q, k, v))
+    result = attend(
+        call,
+        wide_q,
+        wide_k,
+        wide_v,
+        mask,
+        scale=call.attribute("scale"),
+        causal=causal,
+        window=window,
+        softcap=softcap,
+    )
+    result = call.cast(result, q.dtype)
+    scores = None
+    if len(call.node.output) > 3 and call.node.output[3]:
+        scores = score_output(call, (wide_q, wide_k), (mask, causal, window), softcap)
+        scores = call.cast(scores, q.dtype)
+    return call.merge_heads(result) if flat else result, k, v, scores
+
+
+def in_precision(call: Call, x: Node) -> Node:
+    """x in f64 where softmax_precision asks for that; else as it is, since all narrower types are
+    computed in f32."""
+    code = call.attribute("softmax_precision")
+    dtype = f32 if code is None else element_dtype(code, call.location)
+    if not dtype.is_float or dtype.bits < 16:
+        raise call.error(f"softmax_precision {dtype} is not supported")
+    return call.cast(x, f64) if dtype is f64 else x
+
+
+def score_output(
+    call: Call,
+    operands: Sequence[Node],
+    visibility: tuple[Node | None, bool, int],
+    softcap: float,
+) -> Node:
+    """qk_matmul_output [b, h, s, t]: the scaled products (mode 0), capped (1), with the mask (2),
+    or their softmax, in which rows that see nothing are zero (3)."""
+    mode = int(call.attribute("qk_matmul_output_mode", 0))
+    q, k = (call.cast(each, f64 if each.dtype is f64 else f32) for each in operands)
+    size = constant_dim(call, q.shape[3], "head size")
+    scores = raw_scores(call, q, k, call.attribute("scale") or 1 / math.sqrt(size))
+    if mode >= 1 and softcap:
+        scores = call.scaled(call.unary("tanh", call.scaled(scores, 1 / softcap)), softcap)
+    if mode < 2:
+        return scores
+    scores = masked_scores(call, scores, *visibility)
+    return softmax_or_zero(call, scores) if mode == 3 else scores
+
+
+def raw_scores(call: Call, q: Node, k: Node, scale: float) -> Node:
+    """scale * q[b, h, s, d] @ k[b, g, t, d]^T as [b, h, s, t]; each head of k serves h / g of q."""
+    keys = repeated_heads(call, k, constant_dim(call, q.shape[1], "heads"))
+    return call.scaled(call.matmul(q, call.swap_last(keys)), scale)
+
+
+def repeated_heads(call: Call, x: Node, heads: int) -> Node:
+    """[b, g, t, d] -> [b, heads, t, d]."""
+    batch, groups, length, size = x.shape
+    if groups == heads:
+        return x
+    repeats = heads // constant_dim(call, groups, "key and value heads")
+    wide = call.broadcast(call.unsqueeze(x, [2]), (batch, groups, repeats, length, size))
+    return call.reshape(wide, (batch, heads, length, size))
+
+
+def masked_scores(
+    call: Call, scores: Node, mask: Node | None, causal: bool, window: int
+) -> Node:
+    """Scores with what `combined_mask` found applied: -inf where nothing is seen."""
+    queries, keys = scores.shape[2:]
+    hidden = call.scalar(-math.inf, scores.dtype)
+    if mask is not None and mask.dtype is bool_:
+        scores = call.where(mask, scores, hidden)
+    elif mask is not None:
+        scores = call.binary("add", scores, call.cast(mask, scores.dtype))
+    if causal:
+        windows = [window - 1, -1]
+        seen = visible_places(call, (queries, keys, keys - queries), None, windows)
+        scores = call.where(seen, scores, hidden)
+    return scores
+
+
+def softmax_or_zero(call: Call, scores: Node) -> Node:
+    """softmax over the last axis; rows of -inf only become zeros."""
+    lowest = call.scalar(-math.inf, scores.dtype)
+    zero = call.scalar(0, scores.dtype)
+    seen = call.binary("greater", call.reduce("reduce_max", scores, [scores.rank - 1]), lowest)
+    return call.where(seen, call.make("softmax", scores, axis=scores.rank - 1), zero)
+
+
+# ---- FlexAttention -----------------------------------------------------------------------------
+
+
+@converter("FlexAttention", inputs=3, domain=PREVIEW)
+def flex_attention(call: Call) -> Result:
+    """Attention whose scores and probabilities pass through graphs given as attributes.
+
+    The scores are written out, so that the modifiers see them; modifiers that scale, cap and mask
+    are recognised like any other decomposed attention.
+    """
+    q, k, v = (call.input(index) for index in range(3))
+    if any(each.rank != 4 for each in (q, k, v)):
+        raise call.error("queries, keys and values must have rank 4")
+    code = call.attribute("softmax_precision")
+    dtype = f64 if q.dtype is f64 else f32
+    dtype = dtype if code is None else element_dtype(code, call.location)
+    size = constant_dim(call, q.shape[3], "head size")
+    scale = call.attribute("scale") or 1 / math.sqrt(size)
+    wide = [call.cast(each, dtype) for each in (q, k, v)]
+    scores = raw_scores(call, wide[0], wide[1], scale)
+    scores = modified(call, "score_mod", scores)
+    probabilities = modified(call, "prob_mod", call.make("softmax", scores, axis=3))
+    values = repeated_heads(call, wide[2], constant_dim(call, q.shape[1], "heads"))
+    return call.cast(call.matmul(probabilities, values), q.dtype)
+
+
+def modified(call: Call, name: str, x: Node) -> Node:
+    """x through the graph of an attribute, if it is given."""
+    graph = call.attribute(name)
+    if graph is None:
+        return x
+    [result] = call.inline(graph, [x])
+    y = call.tensor(result)
+    if y.type != x.type:
+        raise call.error(f"{name} makes {y.type} of {x.type}")
+    return y
+
+
+# ---- operands and masks ------------------------------------------------------------------------
 
 
 def split_operand(call: Call, index: int) -> Node:

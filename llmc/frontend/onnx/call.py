@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from onnx import NodeProto
 
+from llmc.errors import ModelError
 from llmc.frontend.onnx.builder import Builder
 from llmc.frontend.onnx.registry import Value
 from llmc.frontend.onnx.shape_array import ShapeArray
@@ -15,12 +16,20 @@ from llmc.frontend.onnx.symbols import SymbolTable
 from llmc.ir.dims import Dim, Expression
 from llmc.ir.graph import Node, Origin
 
+Inline = Callable[[Any, Sequence[Value]], list[Value]]
+
+
+def no_graphs(graph: Any, arguments: Sequence[Value]) -> list[Value]:
+    """For calls outside an import: nothing there has graphs as attributes."""
+    raise ModelError("a graph as attribute needs the importer")
+
 
 class Call(Builder):
     """What a converter gets. `version` is the opset of the node's domain.
 
     `inputs` has None for an input that is left out; `attributes` plain Python values (bytes as
-    str, tensors as TensorProto).
+    str, tensors as TensorProto, graphs as GraphProto); `inline(graph, arguments)` gives the
+    outputs of a graph that is an attribute.
     """
 
     def __init__(
@@ -38,6 +47,7 @@ class Call(Builder):
         self.version = version
         self.inputs = list(inputs)
         self.attributes = attributes
+        self.inline: Inline = no_graphs
 
     @property
     def op_type(self) -> str:

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -299,7 +300,9 @@ class Conversion:
         origin = Origin(file=str(self.path), node=name, module=module_path(node))
         attributes = self._attributes(node, scope)
         version = scope.opsets.get(domain, 1)
-        return Call(self.symbols, location, origin, node, version, inputs, attributes)
+        call = Call(self.symbols, location, origin, node, version, inputs, attributes)
+        call.inline = partial(self._subgraph, call, scope)
+        return call
 
     def _find(self, name: str, scope: Scope, location: str) -> Value:
         value = scope.find(name)
@@ -373,16 +376,23 @@ class Conversion:
         if known is None:
             raise call.error("its condition depends on data; such an If is not supported")
         branch = call.required("then_branch" if known.all() else "else_branch")
-        if not isinstance(branch, GraphProto):
-            raise call.error("its branch is no graph")
-        missing = unsupported_operators(branch.node, self.functions)
+        return call.inline(branch, [])
+
+    def _subgraph(
+        self, call: Call, scope: Scope, graph: Any, arguments: Sequence[Value]
+    ) -> list[Value]:
+        """The outputs of a graph that is an attribute of the node, given its inputs."""
+        if not isinstance(graph, GraphProto) or len(graph.input) != len(arguments):
+            raise call.error(f"its body is no graph with {len(arguments)} inputs")
+        missing = unsupported_operators(graph.node, self.functions)
         if missing:
             raise call.error(f"unsupported operators: {', '.join(missing)}")
-        prefix = f"{scope.prefix}{node_name(node)}/"
+        prefix = f"{scope.prefix}{node_name(call.node)}/"
         inner = Scope(scope.opsets, scope, prefix, scope.attributes, depth=scope.depth + 1)
-        self._initializers(branch.initializer, inner)
-        self._nodes(branch.node, inner)
-        return [inner.find(output.name) for output in branch.output]
+        inner.values.update(zip((v.name for v in graph.input), arguments, strict=True))
+        self._initializers(graph.initializer, inner)
+        self._nodes(graph.node, inner)
+        return [self._find(output.name, inner, call.location) for output in graph.output]
 
 
 def _is_cache(name: str) -> bool:

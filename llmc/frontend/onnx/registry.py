@@ -19,6 +19,7 @@ Function = TypeVar("Function", bound="Callable[[Call], Result]")
 
 AI_ONNX = ""
 MICROSOFT = "com.microsoft"
+PREVIEW = "ai.onnx.preview"
 
 
 @dataclass(frozen=True)
