@@ -232,12 +232,19 @@ class Runtime:
         rows = [self._all_logits(row.astype(np.int32)) for row in batch.rows("ids")]
         return {"logits": pad(rows, batch.mask)}
 
-    def step(self, batch: Sequence[Chunk]) -> np.ndarray:
-        """The engine's entry: run chunks of sequences; logits [wanted rows, vocab] f32."""
+    @property
+    def language_model(self) -> LanguageModel:
+        """What `step` steps: its pool of pages, its limits; ShapeError if there is none."""
         if not isinstance(self._model, LanguageModel):
             raise ShapeError("only a language model with a KV cache can be stepped")
+        return self._model
+
+    def step(self, batch: Sequence[Chunk], output: str = "logits") -> np.ndarray:
+        """The engine's entry: run chunks of sequences; logits [wanted rows, vocab] f32 (with
+        output GREEDY, where the model chooses, the likeliest tokens [wanted rows])."""
+        model = self.language_model
         with self._lock:
-            return self._model.step(batch)
+            return model.step(batch, output)
 
     def release(self, sequence: CachedSequence) -> None:
         """Give back the pages of a sequence that was stepped."""
@@ -348,17 +355,26 @@ class Runtime:
     def embed(self, texts: Sequence[str], pooling: str | None = None) -> np.ndarray:
         """Sentence embeddings [len(texts), dim] f32; pooling: mean, cls or max (default: the
         checkpoint's, which also says whether they are normalised)."""
+        return self.embed_ids([self.embedding_ids(text) for text in texts], pooling)
+
+    def embedding_ids(self, text: str) -> list[int]:
+        """Token ids of a text that is to be embedded: what is too long for the model is cut."""
+        if not isinstance(self._model, Encoder):
+            raise ShapeError(f"{self.manifest.name} is no encoder: it cannot embed")
+        limit = self.config.get("max_embed_tokens") or self._model.max_context
+        return _cut(self.encode(text), min(limit, self._model.max_context))
+
+    def embed_ids(self, rows: Sequence[Sequence[int]], pooling: str | None = None) -> np.ndarray:
+        """The same as `embed` for token ids, of which ShapeError if they are too many."""
         if not isinstance(self._model, Encoder):
             raise ShapeError(f"{self.manifest.name} is no encoder: it cannot embed")
         settings = self.config.get("pooling") or {"mode": "mean", "normalize": False}
         mode = pooling or settings["mode"]
         if mode not in ("mean", "cls", "max"):
             raise ShapeError(f"unknown pooling {mode!r}; mean, cls or max")
-        limit = min(self.config.get("max_embed_tokens") or self._model.max_context,
-                    self._model.max_context)
-        rows = [self._check_ids(_cut(self.encode(text), limit)) for text in texts]
+        sentences = [Sentence.of(self._check_ids(row)) for row in rows]
         with self._lock:
-            results = self._model.run([Sentence.of(row) for row in rows])
+            results = self._model.run(sentences)
         name = self.executor.outputs[0].name
         vectors = [pool(r[name], mode, settings["normalize"]) for r in results]
         if not vectors:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Sequences
-from dataclasses import dataclass
-from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,8 +15,7 @@ from llmc.runtime.pages import PAGE, PagePool, Sequence
 GREEDY = "greedy"  # the output with the likeliest token of every row of logits
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Consecutive new tokens of one sequence; `wanted` of its last rows' logits are computed."""
 
     sequence: Sequence
@@ -27,29 +25,38 @@ class Chunk:
 
 def pack_batch(chunks: Sequences[Chunk]) -> dict[str, np.ndarray]:
     """The step's inputs, all i32. Every chunk's pages must be reserved."""
-    counts = [len(chunk.tokens) for chunk in chunks]
-    ends = list(accumulate(counts))
-    lengths = [chunk.sequence.length for chunk in chunks]
-    width = max(1, *(len(chunk.sequence.pages) for chunk in chunks))
-    table = np.zeros((len(chunks), width), np.int32)
-    for row, chunk in zip(table, chunks, strict=True):
-        row[:len(chunk.sequence.pages)] = chunk.sequence.pages
+    number = len(chunks)
+    counts = np.fromiter([len(chunk.tokens) for chunk in chunks], np.int32, number)
+    starts = np.fromiter([chunk.sequence.length for chunk in chunks], np.int32, number)
+    wanted = np.fromiter([chunk.wanted for chunk in chunks], np.int32, number)
+    offsets = np.zeros(number + 1, np.int32)
+    np.cumsum(counts, out=offsets[1:])
+    sequence = np.repeat(_count(number), counts)
     return {
-        "ids": _joined([np.asarray(chunk.tokens, np.int32) for chunk in chunks]),
-        "positions": _joined([np.arange(length, length + count, dtype=np.int32)
-                              for length, count in zip(lengths, counts, strict=True)]),
-        "sequence": _joined([np.full(count, number, np.int32)
-                             for number, count in enumerate(counts)]),
-        "offsets": np.array([0, *ends], np.int32),
-        "page_table": table,
-        "rows": _joined([np.arange(end - chunk.wanted, end, dtype=np.int32)
-                         for chunk, end in zip(chunks, ends, strict=True)]),
+        "ids": np.concatenate([chunk.tokens for chunk in chunks], dtype=np.int32),
+        "positions": (starts - offsets[:-1])[sequence] + _count(offsets[-1]),
+        "sequence": sequence,
+        "offsets": offsets,
+        "page_table": _page_table([chunk.sequence.page_row() for chunk in chunks]),
+        # the wanted rows of a chunk are its last: they end where the chunk does
+        "rows": np.repeat(offsets[1:] - np.cumsum(wanted, dtype=np.int32), wanted)
+        + _count(int(wanted.sum())),
     }
 
 
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    """The parts one after the other; a step of one sequence has nothing to join."""
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+def _page_table(rows: Sequences[np.ndarray]) -> np.ndarray:
+    table = np.zeros((len(rows), max(1, max(map(len, rows)))), np.int32)
+    for row, pages in zip(table, rows, strict=True):
+        row[:len(pages)] = pages
+    return table
+
+
+_NUMBERS = np.arange(1 << 14, dtype=np.int32)
+
+
+def _count(end: int) -> np.ndarray:
+    """0, 1, ... end - 1."""
+    return _NUMBERS[:end] if end <= len(_NUMBERS) else np.arange(end, dtype=np.int32)
 
 
 def _check(chunks: Sequences[Chunk]) -> None:
@@ -94,14 +101,14 @@ class LanguageModel:
         A step that fails leaves every sequence as it was.
         """
         _check(chunks)
-        before = [(chunk.sequence, chunk.sequence.length) for chunk in chunks]
+        before = [(chunk.sequence, len(chunk.sequence.pages)) for chunk in chunks]
         try:
             for chunk in chunks:
                 self._reserve(chunk)
             result = self.executor.run(pack_batch(chunks), want=(output,))[output]
         except BaseException:
-            for sequence, length in before:
-                self.pool.truncate(sequence, length)
+            for sequence, pages in before:
+                self.pool.keep(sequence, pages)
             raise
         for chunk in chunks:
             chunk.sequence.length += len(chunk.tokens)
@@ -109,6 +116,9 @@ class LanguageModel:
 
     def _reserve(self, chunk: Chunk) -> None:
         length = chunk.sequence.length + len(chunk.tokens)
+        if length <= min(len(chunk.sequence.pages) * PAGE, self.max_context) \
+                and not self.growth_limit:
+            return
         if length > self.max_context:
             raise ShapeError(f"{length} tokens exceed the context of {self.max_context} "
                              "(max_context)")
