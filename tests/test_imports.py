@@ -33,6 +33,7 @@ EDGES = {
     "driver": {"frontend", "passes", "codegen", "ir", "runtime.artifact", "runtime.progress"},
     "api": {"runtime", "frontend", "ir"},
     "ceilings": {"codegen", "runtime"},
+    "examine": {"driver", "codegen.target", "frontend", "ir", "runtime"},
     "emit": {"driver", "codegen", "ir", "runtime"},
     "bench": {"ceilings", "codegen", "ir", "runtime"},
     "cli": ANYTHING,

@@ -11,8 +11,8 @@ from typing import Any
 from llmc import knobs
 from llmc.errors import LlmcError
 
-COMMANDS = ("generate", "compile", "run", "bench", "inspect", "devices", "cache",
-            "profile")
+COMMANDS = ("generate", "compile", "run", "bench", "inspect", "capture", "compare",
+            "devices", "cache", "profile")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,6 +69,16 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
                        help="longest sequence in tokens (default: the model's limit)")
     group.add_argument("--cache-dir", default=None,
                        help="where compiled models are kept (default: LLMC_CACHE_DIR)")
+    group.add_argument("--specialize", default=None, choices=("lazy", "eager", "none"),
+                       help="code of their own for shapes that keep coming: compiled in the "
+                            "background (lazy, the default), also before ready what earlier runs "
+                            "found (eager), or not")
+    group.add_argument("--promote-after", type=int, default=None, metavar="N",
+                       help="calls after which a shape gets its own code (default: when it pays)")
+    group.add_argument("--code-budget-mb", type=int, default=None, metavar="MB",
+                       help="most memory for such code (default 64)")
+    group.add_argument("--max-variants", type=int, default=None, metavar="N",
+                       help="most such variants (default 32)")
 
 
 def open_runtime(model: str, arguments: argparse.Namespace, **options: Any):
@@ -79,4 +89,7 @@ def open_runtime(model: str, arguments: argparse.Namespace, **options: Any):
     with progress_bar() as progress:
         return Runtime(model, target=arguments.target, dtype=arguments.dtype,
                        threads=arguments.threads, max_context=arguments.max_context,
-                       cache_dir=arguments.cache_dir, progress=progress, **options)
+                       cache_dir=arguments.cache_dir, progress=progress,
+                       specialize=arguments.specialize, promote_after=arguments.promote_after,
+                       code_budget_mb=arguments.code_budget_mb,
+                       max_variants=arguments.max_variants, **options)

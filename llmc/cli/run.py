@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmc.cli import add_command, add_runtime_options, open_runtime
-from llmc.errors import LlmcError
 
 
 def add(subparsers) -> None:
@@ -24,15 +23,9 @@ def add(subparsers) -> None:
 def run(arguments) -> int:
     import numpy as np
 
-    arrays = {}
-    for item in arguments.input:
-        name, equals, file = item.partition("=")
-        if not equals:
-            raise LlmcError(f"--input: {item!r} is not NAME=FILE.npy")
-        try:
-            arrays[name] = np.load(file, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise LlmcError(f"{file} is no .npy file: {error}") from None
+    from llmc.cli.examine_options import read_arrays
+
+    arrays = read_arrays(arguments.input)
     with open_runtime(arguments.model, arguments) as runtime:
         results = runtime.run(arrays)
     directory = Path(arguments.output)

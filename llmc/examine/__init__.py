@@ -1,0 +1,1 @@
+"""Looking inside a model that runs: values of any of its nodes, captured or compared."""
