@@ -92,7 +92,9 @@ class Columns:
 class RowBlocks:
     """Activations [rows..., k] in blocks of `rows` rows: [block][k / interleave][rows][interleave].
 
-    Rows of the last block beyond the end are padding that kernels may read and must ignore.
+    As few blocks as will do, with the rows dealt out evenly (8 rows in blocks of 6 are 4 and 4): a
+    block costs as much as its largest body. Rows beyond those dealt out are padding that kernels
+    may read and must ignore.
     """
 
     rows: int
@@ -106,8 +108,18 @@ class RowBlocks:
         row = Rows().address(shape[:-1], index[:-1])
         k = index[-1]
         depth = (shape[-1] + self.interleave - 1) // self.interleave
-        line = (row // self.rows) * depth + k // self.interleave
-        return (line * self.rows + row % self.rows) * self.interleave + k % self.interleave
+        own = self.rows_of_block(shape)
+        line = (row // own) * depth + k // self.interleave
+        return (line * self.rows + row % own) * self.interleave + k % self.interleave
+
+    def rows_of_block(self, shape: Sequence[Any]) -> Any:
+        """Rows in every block but the last, which may have fewer; at least 1."""
+        rows = shape[0] if len(shape) > 1 else 1
+        for size in shape[1:-1]:
+            rows = rows * size
+        rows = rows + 1 // (rows + 1)  # at least 1: these numbers have no maximum
+        blocks = (rows + self.rows - 1) // self.rows
+        return (rows + blocks - 1) // blocks
 
 
 @dataclass(frozen=True)

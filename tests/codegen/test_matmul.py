@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from llmc.codegen.host import microkernel
+from llmc.codegen.host.matmul import body_sizes
 from llmc.codegen.llvm import splat_constant
 from llmc.codegen.target import Target
 from llmc.errors import CompileError
+from llmc.ir.dims import symbol
 from llmc.ir.dtypes import dtype
 from llmc.ir.ops import make
 from tests.codegen.matmul_harness import Runner, assembly, leaf, make_stage, rows_symbol
@@ -244,3 +246,10 @@ def test_no_library_calls_on_the_oldest_cpu():
     y = make("matmul", a, w, dtype=dtype("f32"))
     stage, program = make_stage([a, w], {"y": y}, blocked=True, target=target)
     assert "call" not in assembly(stage, program, target)
+
+
+@pytest.mark.parametrize(("most", "rows", "sizes"), [
+    (6, 8, [4]), (6, 7, [3, 4]), (6, 13, [3, 5]), (12, 13, [6, 8]), (6, 1, [3]), (4, 9, [3]),
+    (6, symbol("rows", 0), [3, 4, 5, 6]), (12, symbol("rows", 0), [6, 8, 10, 12])])
+def test_tiles_have_the_sizes_that_blocks_need(most, rows, sizes):
+    assert body_sizes(most, rows) == sizes

@@ -94,3 +94,12 @@ def test_the_codes_of_a_column_lie_in_one_lane_from_its_low_bits_on():
     array = np.arange(8, dtype=np.uint8).astype(ml_dtypes.uint4)[:, None]
     lanes = pack(np.repeat(array, 4, 1), Panels(4, 8)).view(np.uint32)
     assert lanes.tolist() == [0x76543210] * 4
+
+
+@pytest.mark.parametrize(("rows", "each"), [
+    (0, 1), (1, 1), (6, 6), (7, 4), (8, 4), (9, 5), (12, 6), (13, 5), (31, 6), (128, 6)])
+def test_rows_are_dealt_out_evenly_to_as_few_blocks_as_will_do(rows, each):
+    layout = RowBlocks(6)
+    assert layout.rows_of_block((rows, 9)) == each
+    assert -(-rows // each) == -(-rows // 6)
+    assert layout.rows_of_block((1, rows, 9)) == each

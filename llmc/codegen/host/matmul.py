@@ -145,6 +145,19 @@ def choose_body(e: Emitter, count: ir.Value, sizes: Sequence[int]) -> Iterator[i
     e.b.position_at_end(done)
 
 
+def body_sizes(most: int, rows: Dim) -> list[int]:
+    """Rows of the tiles that code is made for, ascending: from half a block of `most` rows to a
+    whole one; where the number of rows is known, those that its blocks need."""
+    sizes = [*range(most // 2, most, max(1, most // 6)), most]
+    sizes = [size for size in sizes if size]
+    if not isinstance(rows, int) or rows < 1:
+        return sizes
+    own = -(-rows // -(-rows // most))
+    needed = {next(size for size in sizes if size >= count)
+              for count in (own, (rows - 1) % own + 1)}
+    return sorted(needed)
+
+
 class BlockedMatmul:
     """Many rows: a tile of accumulators per (row block, panel); the left operand is packed."""
 
@@ -196,9 +209,11 @@ class BlockedMatmul:
         rows, product = self.layout.rows, self.product
         start = e.offset(frame.pointer(self.blocks), e.b.mul(block, i64(self.block_bytes)))
         columns = product.weight.panel(e, frame, panel)
-        first_row = e.b.mul(block, i64(rows))
-        count = e.minimum(i64(rows), e.b.sub(frame.dim(product.rows), first_row))
-        for size in choose_body(e, count, [rows // 2, rows]):
+        all_rows = frame.dim(product.rows)
+        own = e.ceildiv(all_rows, e.maximum(i64(1), self._blocks(e, frame)))
+        first_row = e.b.mul(block, own)
+        count = e.minimum(own, e.b.sub(all_rows, first_row))
+        for size in choose_body(e, count, body_sizes(rows, product.rows)):
             tile = product.weight.product(e, self._left(e, start, size), columns)
             self.epilogue.keep(e, sums, tile)
         self.epilogue.emit(e, frame, sums, first_row, count, panel)
