@@ -35,6 +35,7 @@ EDGES = {
     "ceilings": {"codegen", "runtime"},
     "examine": {"driver", "codegen.target", "frontend", "ir", "runtime"},
     "emit": {"driver", "codegen", "ir", "runtime"},
+    "server": {"runtime", "frontend.tokenizer"},
     "bench": {"ceilings", "codegen", "ir", "runtime"},
     "cli": ANYTHING,
     "__init__": ANYTHING,

@@ -201,7 +201,7 @@ class Runtime:
             if self._model is None:
                 raise ShapeError("this graph has no token input; pass {'name': array}")
             rows = tokens if _is_batch(tokens) else [tokens]
-            results = self._run_rows([self._check_ids(row) for row in rows])
+            results = self._run_rows([self.check_ids(row) for row in rows])
             return results if _is_batch(tokens) else results[0]
 
     def _run_rows(self, rows: list[np.ndarray]) -> list[np.ndarray]:
@@ -225,7 +225,7 @@ class Runtime:
         if self.manifest.kind in ("onnx", "graph"):
             return self.executor.run(arrays)
         batch = read_dense(arrays)
-        self._check_ids(batch.ids.reshape(-1))
+        self.check_ids(batch.ids.reshape(-1))
         if isinstance(self._model, Encoder):
             return self._model.run_dense(batch)
         batch.require_counted_positions()
@@ -271,7 +271,7 @@ class Runtime:
         if max_new_tokens is not None and max_new_tokens < 0:
             raise ShapeError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
         sampling = Sampling(temperature, top_k, top_p, seed)
-        ids = self._check_ids(tokens)
+        ids = self.check_ids(tokens)
         if not isinstance(self._model, LanguageModel | OnnxLanguageModel):
             raise ShapeError(f"{self.manifest.name} is no language model: it cannot generate")
         self._model.check_prompt(len(ids))
@@ -311,7 +311,7 @@ class Runtime:
             (logits,) = model.feed(sequence, pending)
         return sample(logits[-1], sampling, number, sequence.length)
 
-    def _check_ids(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+    def check_ids(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """Token ids as an array; ShapeError if empty, no integers, or outside the vocabulary."""
         try:
             ids = np.asarray(tokens)
@@ -372,7 +372,7 @@ class Runtime:
         mode = pooling or settings["mode"]
         if mode not in ("mean", "cls", "max"):
             raise ShapeError(f"unknown pooling {mode!r}; mean, cls or max")
-        sentences = [Sentence.of(self._check_ids(row)) for row in rows]
+        sentences = [Sentence.of(self.check_ids(row)) for row in rows]
         with self._lock:
             results = self._model.run(sentences)
         name = self.executor.outputs[0].name

@@ -90,9 +90,24 @@ class LanguageModel:
         executor.allocate_states({"pool_pages": pages})
 
     @property
+    def most_tokens(self) -> int:
+        """Tokens that one step can take."""
+        return self.executor.largest("tokens")
+
+    @property
+    def most_sequences(self) -> int:
+        """Sequences that one step can take."""
+        return self.executor.largest("sequences")
+
+    @property
     def chooses(self) -> bool:
         """Whether a step can give the likeliest tokens themselves, as its output `greedy`."""
         return any(tensor.name == GREEDY for tensor in self.executor.outputs)
+
+    @property
+    def reuses_prefixes(self) -> bool:
+        """Whether a sequence may begin with another's pages, or go back to fewer tokens."""
+        return True
 
     def step(self, chunks: Sequences[Chunk], output: str = "logits") -> np.ndarray:
         """Run the chunks' tokens; logits [sum of wanted, vocab] f32, in the order of the chunks

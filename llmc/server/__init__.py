@@ -1,0 +1,1 @@
+"""The server: an engine that batches requests onto a Runtime, and what speaks HTTP in front."""
