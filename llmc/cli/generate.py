@@ -32,7 +32,8 @@ def add(subparsers) -> None:
     parser.add_argument("--seed", type=int, default=0, help="random seed of sampling")
     parser.add_argument("--ignore-eos", action="store_true", help="go on past the end of text")
     parser.add_argument("--json", action="store_true",
-                        help="print prompt_ids, token_ids, text and timings as JSON instead")
+                        help="print prompt_ids, token_ids, text, finish_reason"
+                             " and timings as JSON instead")
     add_runtime_options(parser)
 
 
@@ -64,13 +65,25 @@ def run(arguments) -> int:
         if show:
             print(show.finish())
         timings = _timings(started, loaded, times)
+        reason = _finish_reason(len(prompt_ids) + len(token_ids), runtime.max_context,
+                                len(token_ids) >= arguments.max_tokens)
         if arguments.json:
             print(json.dumps({"prompt_ids": prompt_ids, "token_ids": token_ids,
                               "text": runtime.decode([*prompt_ids, *token_ids]),
-                              "timings": timings}))
+                              "finish_reason": reason, "timings": timings}))
         else:
             _print_summary(len(prompt_ids), len(token_ids), timings)
+            if reason == "context":
+                print(f"[stopped: the context of {runtime.max_context} tokens is full]",
+                      file=sys.stderr)
     return 0
+
+
+def _finish_reason(length: int, context: int, all_made: bool) -> str:
+    """length: as many tokens as were asked for; context: no room for more; stop: end of text."""
+    if all_made:
+        return "length"
+    return "context" if context and length >= context else "stop"
 
 
 def _timings(started: float, loaded: float, times: list[float]) -> dict[str, float]:

@@ -48,6 +48,16 @@ def test_generate_streams_the_text_of_the_golden(llmc_command, embedded_goldens)
     assert "tokens/s]" in result.err
 
 
+@pytest.mark.parametrize(("options", "reason"), [
+    (("--max-tokens", 3), "length"), (("--max-tokens", 600), "stop"),
+    (("--max-tokens", 600, "--max-context", 50), "context")])
+def test_generate_says_why_it_stopped(llmc_command, options, reason):
+    made = llmc_command("generate", *options, "--json")
+    assert json.loads(made.out)["finish_reason"] == reason
+    said = "context of 50 tokens is full" in llmc_command("generate", *options).err
+    assert said == (reason == "context")
+
+
 def test_generate_from_a_fresh_process(embedded_artifact, embedded_goldens):
     environment = os.environ | {"PYTHONPATH": str(Path(llmc.__file__).parent.parent)}
     done = subprocess.run(
