@@ -17,7 +17,9 @@ import llvmlite.binding as llvm
 import llvmlite.ir as ir
 
 from llmc.codegen.llvm import I64, POINTER, VOID
+from llmc.codegen.nvptx import choose
 from llmc.codegen.nvptx.assemble import Assembled, assemble
+from llmc.codegen.nvptx.attention_instructions import shared_memory
 from llmc.codegen.nvptx.kernel import GLOBAL, DeviceEmitter, DeviceFrame, Kernel
 from llmc.codegen.nvptx.overlap import await_earlier, may_overlap, release_next
 from llmc.codegen.target import Target
@@ -86,10 +88,18 @@ class DeviceCode:
             if assembled.cubin is not None:
                 files[f"{name}.cubin"] = assembled.cubin
             files[f"{name}.json"] = json.dumps({
-                "overlaps": may_overlap(name),
+                "overlaps": may_overlap(name), "choosers": self._choosers(name),
                 "steps": [asdict(step) for step in self.steps[name]],
                 "report": [asdict(kernel) for kernel in assembled.report]}, indent=1).encode()
         return files
+
+    def _choosers(self, architecture: str) -> dict[str, dict] | None:
+        """Launches of the kernels of choose.py, where the code has them."""
+        if choose.ADVANCE not in self.assembled[architecture].ptx:
+            return None
+        return {"advance": asdict(Launch(choose.ADVANCE, "1", choose.ADVANCE_THREADS, 0)),
+                "sample": asdict(Launch(choose.SAMPLE, "sequences", choose.SAMPLE_THREADS,
+                                        choose.SAMPLE_SHARED_BYTES))}
 
     def asm(self) -> str:
         """PTX for the last architecture, with its report as comments."""
@@ -133,6 +143,8 @@ def emit_module(program: Program, target: Target) -> tuple[ir.Module, tuple[Repe
         Repeat(step.count, tuple(launch for stage in step.stages for launch in launches[id(stage)]))
         if isinstance(step, Loop) else Repeat(1, tuple(launches[id(step)]))
         for step in program.steps)
+    if {"logits", "greedy"} <= {buffer.name for buffer in program.with_role("output")}:
+        define_choosers(module)
     return module, steps
 
 
@@ -152,18 +164,9 @@ def define_kernel(module: ir.Module, name: str, program: Program, kernel: Kernel
     releases: the next kernel may start early. Not beside attention: it waits for memory, and loads
     of weights would stand before its own (measured: 5 us a layer of a 1B model).
     """
-    function = ir.Function(module, ir.FunctionType(VOID, [GLOBAL, I64]), name)
-    function.calling_convention = "ptx_kernel"
-    # llvmlite knows no string attributes, and prints what it is given.
     attributes = {"nvvm.reqntid": kernel.threads, **getattr(kernel, "attributes", {})}
-    for key, value in attributes.items():
-        set.add(function.attributes, f'"{key}"="{value}"')
-    entry = DeviceEmitter(ir.IRBuilder(function.append_basic_block("entry")))
-    arguments = entry.b.addrspacecast(function.args[0], POINTER)
-    body = function.append_basic_block("body")
-    entry.b.branch(body)
-    e = DeviceEmitter(ir.IRBuilder(body))
-    frame = DeviceFrame(program, e, arguments, function.args[1])
+    e, arguments, layer = _begin_kernel(module, name, attributes)
+    frame = DeviceFrame(program, e, arguments, layer)
     if may_overlap(target.cpu):
         if releases:
             release_next(e)
@@ -171,6 +174,32 @@ def define_kernel(module: ir.Module, name: str, program: Program, kernel: Kernel
             await_earlier(e)
     kernel.emit(e, frame)
     e.b.ret_void()
+
+
+def define_choosers(module: ir.Module) -> None:
+    """The kernels behind a decode step's last stage: see choose.py."""
+    e, arguments, _ = _begin_kernel(module, choose.ADVANCE,
+                                    {"nvvm.reqntid": choose.ADVANCE_THREADS})
+    choose.emit_advance(e, arguments)
+    e.b.ret_void()
+    e, arguments, _ = _begin_kernel(module, choose.SAMPLE, {"nvvm.reqntid": choose.SAMPLE_THREADS})
+    choose.emit_sample(e, arguments, e.b.addrspacecast(shared_memory(e), POINTER))
+    e.b.ret_void()
+
+
+def _begin_kernel(module: ir.Module, name: str, attributes: dict[str, int]
+                  ) -> tuple[DeviceEmitter, ir.Value, ir.Value]:
+    """A kernel function, at the block where its code begins: (emitter, arguments, layer)."""
+    function = ir.Function(module, ir.FunctionType(VOID, [GLOBAL, I64]), name)
+    function.calling_convention = "ptx_kernel"
+    for key, value in attributes.items():
+        # llvmlite knows no string attributes, and prints what it is given.
+        set.add(function.attributes, f'"{key}"="{value}"')
+    entry = DeviceEmitter(ir.IRBuilder(function.append_basic_block("entry")))
+    arguments = entry.b.addrspacecast(function.args[0], POINTER)
+    body = function.append_basic_block("body")
+    entry.b.branch(body)
+    return DeviceEmitter(ir.IRBuilder(body)), arguments, function.args[1]
 
 
 @cache
