@@ -222,6 +222,8 @@ class Expression:
         dtypes = [source.dtype for source in node.inputs]
         if node.op == "cast":
             return elements.convert(self.e, values[0], dtypes[0], node.dtype)
+        if node.op == "bitcast":
+            return elements.reinterpret(self.e, values[0], dtypes[0], node.dtype)
         if node.op == "where":
             return self.e.b.select(*values)
         if node.op == "gelu":
@@ -254,14 +256,14 @@ class Expression:
             place = self.address(buffer, index)
             base = self.frame.pointer(buffer)
             return elements.load(self.e, base, self.scopes.emit(place), dtype, lanes, mask,
-                                 self._alignment(place, dtype))
+                                 self._alignment(place, dtype), buffer.packed)
         values = [self.load(buffer, (*index[:-1], index[-1] + lane), 1, None)
                   for lane in range(lanes)]
         return elements.collect(self.e, values)
 
     def _alignment(self, place: Index, dtype: DType) -> int | None:
         """Bytes that an element's address is known to be a multiple of, at most 16."""
-        size = dtype.bits // 8
+        size = max(1, dtype.bits // 8)
         known = gcd(multiple_of(place) * size, self.frame.alignment, MOST_ALIGNMENT)
         return known if known > size else None
 
@@ -300,7 +302,7 @@ class Expression:
 
 def is_elementwise(node: Node) -> bool:
     """Whether a node's element depends on the same element of its (broadcast) inputs only."""
-    return node.op in ELEMENTWISE or node.op in ("cast", "where", "gelu")
+    return node.op in ELEMENTWISE or node.op in ("cast", "bitcast", "where", "gelu")
 
 
 def is_contiguous(buffer: Buffer) -> bool:

@@ -24,9 +24,6 @@ def _constant(x: Expression, node: Node, index: tuple[Index, ...], lanes: int,
         return literal(node, values.flat[0], lanes)
     data = _global_bytes(x, node["data"])
     place = Rows().address([x.dim(size) for size in node.shape], list(index))
-    if elements.is_packed(node.dtype):  # NumPy keeps one element a byte, so the constant does
-        value = x.e.load(x.e.offset(data, x.emit_index(place)), vector(I8, lanes))
-        return elements.decode(x.e, value, node.dtype)
     return elements.load(x.e, data, x.emit_index(place), node.dtype, lanes)
 
 

@@ -139,6 +139,18 @@ def _cast(node: Node, arrays: Sequence[Array], context: Context) -> Array:
         return round_to(wide, target, context.exact)
 
 
+def _infer_bitcast(inputs: Inputs, attributes: Attributes, bodies: Bodies) -> Type:
+    if inputs[0].dtype.bits != attributes["dtype"].bits:
+        reject("bitcast", f"{inputs[0].dtype} and {attributes['dtype']} differ in width", inputs)
+    return TensorType(attributes["dtype"], inputs[0].shape)
+
+
+def _bitcast(node: Node, arrays: Sequence[Array], context: Context) -> Array:
+    """The bits of one dtype read as those of another of the same width."""
+    array = np.ascontiguousarray(arrays[0]).reshape(np.shape(arrays[0]))
+    return array.astype(node.inputs[0].dtype.numpy).view(node.dtype.numpy)
+
+
 def _gelu(node: Node, arrays: Sequence[Array], context: Context) -> Array:
     with np.errstate(all="ignore"):
         [x] = widened(node, arrays, context)
@@ -244,7 +256,7 @@ _COMPARISON: dict[str, _Row] = {
 
 UNARY = (*_UNARY, *_COMPOSITE, "gelu", "is_nan")
 BINARY = (*_BINARY, *_COMPARISON)
-ELEMENTWISE = frozenset((*UNARY, *BINARY, "where", "clamp", "cast"))
+ELEMENTWISE = frozenset((*UNARY, *BINARY, "where", "clamp", "cast", "bitcast"))
 
 TABLE = [
     *(Op(name, _infer(name, kind), _reference(function), arity=(1, 1))
@@ -262,4 +274,6 @@ TABLE = [
     Op("clamp", _infer("clamp", "number"), arity=(3, 3),
        reference=_reference(lambda x, low, high: np.minimum(np.maximum(x, low), high))),
     Op("cast", _infer_cast, _cast, arity=(1, 1), attributes={"dtype": Attribute(element_type)}),
+    Op("bitcast", _infer_bitcast, _bitcast, arity=(1, 1),
+       attributes={"dtype": Attribute(element_type)}),
 ]

@@ -74,10 +74,17 @@ class Buffer:
     def elements(self) -> Dim:
         return self.layout.elements(self.type.shape)
 
+    @property
+    def packed(self) -> bool:
+        """Whether elements of 2 and 4 bits share bytes: only what nobody writes does that, which is
+        weights, and all that lies in a layout of weights."""
+        weight = self.role == "weight" or self.layout != Rows()
+        return weight and self.type.dtype.bits < 8
+
     def bytes(self) -> Dim:
         """Size in bytes of one copy."""
-        bits = self.elements() * self.type.dtype.bits
-        return (bits + 7) // 8
+        bits = self.type.dtype.bits if self.packed else max(8, self.type.dtype.bits)
+        return (self.elements() * bits + 7) // 8
 
 
 @dataclass(frozen=True)

@@ -106,8 +106,10 @@ class Runner:
         if buffer.name in arrays:
             array = np.asarray(arrays[buffer.name])
             assert array.shape == shape and array.dtype == buffer.type.dtype.numpy, buffer.name
-            flat[:] = pack(array, buffer.layout).view(np.uint8).reshape(-1)[:flat.size] \
-                if array.size else flat
+            alone = buffer.type.dtype.bits < 8 and not buffer.packed
+            laid = np.ascontiguousarray(array) if alone else pack(array, buffer.layout)
+            if array.size:
+                flat[:] = laid.view(np.uint8).reshape(-1)[:flat.size]
         else:
             flat[:] = 0xFF
         return flat

@@ -1,4 +1,4 @@
-"""Elementwise operators: arithmetic, comparisons, logic, activations, casts."""
+"""Elementwise operators: arithmetic, comparisons, logic, activations."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import ml_dtypes
-
 from llmc.frontend.onnx import shape_array
 from llmc.frontend.onnx.call import Call
-from llmc.frontend.onnx.protobuf import element_dtype
-from llmc.frontend.onnx.registry import Result, Value, converter
+from llmc.frontend.onnx.registry import Result, converter
 from llmc.frontend.onnx.shape_array import ShapeArray
 from llmc.ir import dims
-from llmc.ir.dtypes import DType, bool_, f32
+from llmc.ir.dtypes import bool_
 from llmc.ir.graph import Node
 
 UNARY = {
@@ -170,42 +167,6 @@ def dropout(call: Call) -> Result:
     if len(call.node.output) < 2:
         return x
     return x, call.full(1, call.tensor(x).shape, bool_)
-
-
-@converter("Cast", inputs=1)
-def cast(call: Call) -> Result:
-    return cast_value(call, call.value(0), element_dtype(call.required("to"), call.location))
-
-
-@converter("CastLike", inputs=2)
-def cast_like(call: Call) -> Result:
-    like = call.value(1)
-    return cast_value(call, call.value(0), like.dtype)
-
-
-def cast_value(call: Call, value: Value, to: DType) -> Value:
-    """Casts; shape arithmetic stays shape arithmetic where the dtype allows it."""
-    if isinstance(value, Node):
-        return call.cast(saturated(call, value, to), to)
-    if to.is_integer and value.dtype is not bool_ and shape_array.is_shape_dtype(to):
-        return ShapeArray(value.items, to)
-    known = value.known()
-    if known is None:
-        return call.cast(call.tensor(value), to)
-    if shape_array.is_shape_dtype(to):
-        return shape_array.from_numpy(known.astype(to.numpy), to)
-    return call.constant(known.astype(to.numpy), to)
-
-
-def saturated(call: Call, x: Node, to: DType) -> Node:
-    """x within the finite range of an 8-bit float, which casts of ONNX saturate to."""
-    if to.name == "f8e8m0":
-        raise call.error("casts to f8e8m0 are not supported")
-    if not to.name.startswith("f8e") or not call.attribute("saturate", 1):
-        return x
-    wide = x if x.dtype.is_float else call.cast(x, f32)
-    limit = float(ml_dtypes.finfo(to.numpy).max)
-    return clamped(call, wide, -limit, limit)
 
 
 @converter("Clip", inputs=(1, 3))

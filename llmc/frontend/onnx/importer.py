@@ -18,6 +18,7 @@ from llmc.errors import GraphError, ModelError, ShapeError
 from llmc.frontend.model import ImportedModel, StoredTensor
 from llmc.frontend.onnx import (  # noqa: F401 - importing a group registers its converters
     attention,
+    casts,
     contrib,
     elementwise,
     matmul,
@@ -41,6 +42,7 @@ from llmc.frontend.onnx.protobuf import (
     element_dtype,
     external_files,
     is_external,
+    parse_model,
     read_model,
     stored_tensor,
 )
@@ -62,6 +64,18 @@ def import_onnx(path: str | Path) -> ImportedModel:
     """
     path = Path(path)
     model = read_model(path)
+    return _import(model, path, _fingerprint(path, external_files(model, path)))
+
+
+def import_onnx_bytes(content: bytes, path: str | Path = "model.onnx") -> ImportedModel:
+    """As `import_onnx` for a file's content; `path` names it in errors, and is where its external
+    data would be."""
+    path = Path(path)
+    model = parse_model(content, path)
+    return _import(model, path, hashlib.sha256(content).hexdigest())
+
+
+def _import(model: ModelProto, path: Path, fingerprint: str) -> ImportedModel:
     check_model(model, path)
     solutions: dict[str, Dim] = {}
     stored: dict[str, StoredTensor] = {}
@@ -71,12 +85,16 @@ def import_onnx(path: str | Path) -> ImportedModel:
         except SymbolSolved as solved:
             solutions[solved.name] = solved.value
         else:
-            return _imported(model, path, graph, stored)
+            return _imported(model, path, graph, stored, fingerprint)
     raise ModelError(f"{path}: its symbolic axes cannot be unified: {solutions}")
 
 
 def _imported(
-    model: ModelProto, path: Path, graph: Graph, stored: Mapping[str, StoredTensor]
+    model: ModelProto,
+    path: Path,
+    graph: Graph,
+    stored: Mapping[str, StoredTensor],
+    fingerprint: str,
 ) -> ImportedModel:
     parameters = {node["name"]: stored[node["name"]] for node in graph.parameters()}
     return ImportedModel(
@@ -85,7 +103,7 @@ def _imported(
         kind="onnx",
         config=model_info(model, path, graph),
         path=path,
-        fingerprint=_fingerprint(path, external_files(model, path)),
+        fingerprint=fingerprint,
         companion_files=companion_files(path),
         token_interface=token_interface(graph),
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from llmc.frontend.onnx.call import Call
+from llmc.frontend.onnx.casts import cast_node
 from llmc.frontend.onnx.protobuf import element_dtype
 from llmc.frontend.onnx.reduction import constant_scalar
 from llmc.frontend.onnx.registry import MICROSOFT, Result, converter
 from llmc.ir import dims
 from llmc.ir.dims import Dim
-from llmc.ir.dtypes import DType, f32, i2, i4, i8, i32, u2, u4, u8
+from llmc.ir.dtypes import DType, bool_, f32, i2, i4, i8, i32, u2, u4, u8
 from llmc.ir.graph import Node
 
 SIGNED = {2: i2, 4: i4, 8: i8}
@@ -64,9 +65,11 @@ def dequantize_linear(call: Call) -> Result:
     axis, block = axis_and_block(call, x)
     scale = per_axis(call, scale, x, axis, block)
     zero = None if zero is None else per_axis(call, zero, x, axis, block)
+    code = call.attribute("output_dtype", 0)
+    dtype = element_dtype(code, call.location) if code else scale.dtype
     exact = x.dtype.bits > 16  # 32-bit codes are subtracted as integers, the others fit f32
     values = centred(call, x, zero, i32 if exact else f32)
-    return call.binary("mul", call.cast(values, scale.dtype), scale)
+    return call.binary("mul", call.cast(values, dtype), call.cast(scale, dtype))
 
 
 @converter("QuantizeLinear", inputs=(2, 3))
@@ -77,18 +80,24 @@ def quantize_linear(call: Call) -> Result:
     code = call.attribute("output_dtype", 0)
     dtype = element_dtype(code, call.location) if code else u8
     dtype = dtype if zero is None else zero.dtype
-    if not dtype.is_integer:
-        raise call.error(f"quantising to {dtype} is not supported")
+    if dtype is bool_:
+        raise call.error("quantising to bool is not supported")
+    precision = call.attribute("precision", 0)
+    wide = element_dtype(precision, call.location) if precision else scale.dtype
     scale = per_axis(call, scale, x, axis, block)
     zero = None if zero is None else per_axis(call, zero, x, axis, block)
-    return quantized(call, call.cast(x, scale.dtype), scale, zero, dtype)
+    return quantized(call, call.cast(x, wide), call.cast(scale, wide), zero, dtype)
 
 
 def quantized(call: Call, x: Node, scale: Node, zero: Node | None, dtype: DType) -> Node:
-    """round(x / scale) + zero, saturated to an integer dtype."""
-    codes = call.unary("round", call.binary("div", x, scale))
+    """round(x / scale) + zero, saturated to the dtype; small floats round as they are stored."""
+    codes = call.binary("div", x, scale)
+    if dtype.is_integer:
+        codes = call.unary("round", codes)
     if zero is not None and constant_scalar(zero) != 0:
         codes = call.binary("add", codes, call.cast(zero, codes.dtype))
+    if dtype.is_float:
+        return cast_node(call, codes, dtype)
     low, high = (call.scalar(limit, codes.dtype) for limit in integer_range(dtype))
     return call.cast(call.clamp(codes, low, high), dtype)
 
