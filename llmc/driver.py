@@ -18,7 +18,6 @@ import numpy as np
 from llmc import knobs
 from llmc.codegen import generate
 from llmc.codegen.host import Code
-from llmc.codegen.host import generate as generate_host
 from llmc.codegen.target import Target
 from llmc.errors import CompileError, LlmcError
 from llmc.frontend.model import ImportedModel, load_model
@@ -130,6 +129,13 @@ def compile_model(path: str | Path, target: Target, dtype: str | None = None,
     return compile_imported(model, target, progress, limits, timings)
 
 
+def compile_onnx(content: bytes, target: Target) -> Compiled:
+    """As compile_model for an ONNX file's content."""
+    from llmc.frontend.onnx import import_onnx_bytes
+
+    return compile_imported(import_onnx_bytes(content), target)
+
+
 def graph_for(model: ImportedModel, capabilities: Capabilities) -> Graph:
     """The model's graph as a target takes it: a GPU chooses a language model's likeliest token."""
     if model.kind == "causal_lm" and capabilities.weight_layout == "columns":
@@ -179,8 +185,8 @@ def variant_keys(graph: Graph, capabilities: Capabilities, limits: dict) -> dict
 
 
 def compile_variant(graph: Graph, reference: Program, target: Target, key: ShapeKey,
-                    schedule: Mapping[str, Any]) -> tuple[Program, Code]:
-    """Code of an artifact's graph for one more shape key.
+                    schedule: Mapping[str, Any]) -> tuple[Program, Any]:
+    """Code (`generate`'s) of an artifact's graph for one more shape key.
 
     reference: the artifact's generic program, with which it shares weights, states and the ABI.
     schedule: capabilities to lower with instead of the target's own, such as matmul_rows.
@@ -190,7 +196,7 @@ def compile_variant(graph: Graph, reference: Program, target: Target, key: Shape
     if _shared(program) != _shared(reference):
         raise CompileError(f"{graph.name} was compiled by another version of llmc, whose weights "
                            "or states lie differently: compile the model again")
-    return program, generate_host(program, target)
+    return program, generate(program, target)
 
 
 def _shared(program: Program) -> list[tuple]:

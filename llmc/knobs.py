@@ -37,6 +37,26 @@ def positive(name: str) -> int | None:
     return int(text)
 
 
+def specialize() -> str:
+    """LLMC_SPECIALIZE: lazy (default), eager or none; see `llmc.runtime.session.Options`."""
+    return os.environ.get("LLMC_SPECIALIZE") or "lazy"
+
+
+def promote_after() -> int | None:
+    """LLMC_PROMOTE_AFTER: calls after which a shape gets its own code (None: when it pays)."""
+    return positive("LLMC_PROMOTE_AFTER")
+
+
+def code_budget_mb() -> int:
+    """LLMC_CODE_BUDGET_MB: most memory for the code of hot shapes."""
+    return positive("LLMC_CODE_BUDGET_MB") or 64
+
+
+def max_variants() -> int:
+    """LLMC_MAX_VARIANTS: most variants for hot shapes."""
+    return positive("LLMC_MAX_VARIANTS") or 32
+
+
 def no_interpret() -> bool:
     """LLMC_NO_INTERPRET=1: any use of the NumPy evaluation at run time is an error."""
     return os.environ.get("LLMC_NO_INTERPRET", "") not in ("", "0")

@@ -155,12 +155,18 @@ def _source_files(path: Path) -> list[Path]:
 @cache
 def _own_sources() -> str:
     """Changes when a file of this package does; what this process has loaded does not."""
-    root = Path(__file__).parent.parent
     stamps = []
-    for path in sorted(root.rglob("*.py")):
-        status = path.stat()
-        stamps.append(f"{path.relative_to(root)} {status.st_size} {status.st_mtime_ns}")
-    return os.linesep.join(stamps)
+    root = str(Path(__file__).parent.parent)
+    folders = [root]
+    for folder in folders:
+        with os.scandir(folder) as entries:  # every start pays for this: several times Path.rglob
+            for entry in entries:
+                if entry.name.endswith(".py"):
+                    status = entry.stat()
+                    stamps.append(f"{entry.path[len(root):]} {status.st_size} {status.st_mtime_ns}")
+                elif entry.is_dir() and entry.name != "__pycache__":
+                    folders.append(entry.path)
+    return os.linesep.join(sorted(stamps))
 
 
 # ---- variants of hot shapes -----------------------------------------------------------------
@@ -168,11 +174,13 @@ def _own_sources() -> str:
 
 @dataclass(frozen=True)
 class StoredVariant:
-    """A variant that was compiled for a shape: what the runtime must know, and object code."""
+    """A variant that was compiled for a shape: what the runtime must know, and object code (for a
+    GPU a cubin or PTX). launches: how a GPU runs it, as JSON ("" for a host)."""
 
     info: VariantInfo
     object: bytes
     compile_seconds: float
+    launches: str = ""
 
 
 class VariantCache:
@@ -261,7 +269,8 @@ class VariantCache:
 
 
 def _format_variant(variant: StoredVariant) -> bytes:
-    facts = {"info": asdict(variant.info), "compile_seconds": variant.compile_seconds}
+    facts = {"info": asdict(variant.info), "compile_seconds": variant.compile_seconds,
+             "launches": variant.launches}
     contents = json.dumps(facts).encode() + b"\n" + variant.object
     return hashlib.sha256(contents).hexdigest().encode() + b"\n" + contents
 
@@ -273,7 +282,8 @@ def _parse_variant(data: bytes) -> StoredVariant:
         raise ValueError("damaged")
     facts, _, code = contents.partition(b"\n")
     parsed = json.loads(facts)
-    return StoredVariant(variant_info(parsed["info"]), code, float(parsed["compile_seconds"]))
+    return StoredVariant(variant_info(parsed["info"]), code, float(parsed["compile_seconds"]),
+                         str(parsed["launches"]))
 
 
 def variant_info(data: Mapping) -> VariantInfo:

@@ -39,16 +39,17 @@ COMMAND = (sys.executable, "-m", "llmc.runtime.jit")
 @dataclass(frozen=True)
 class Source:
     """What variants of one artifact are made from: texts of its optimised graph and generic
-    program, and its target."""
+    program, what it is compiled for, and the versions of what compiles and loads it."""
 
     graph: str
     program: str
     target: str
+    versions: str = ""
 
     @cached_property
     def identity(self) -> str:
         """Changes when any of them does, or this llmc."""
-        return text_key(json.dumps([self.graph, self.program, self.target]))
+        return text_key(json.dumps([self.graph, self.program, self.target, self.versions]))
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ class Worker:
             raise self._post_mortem() from None
         if "error" in reply:
             raise CompileError(reply["error"])
-        return StoredVariant(variant_info(reply["info"]), code, reply["seconds"])
+        return StoredVariant(variant_info(reply["info"]), code, reply["seconds"],
+                             reply["launches"])
 
     def stop(self) -> None:
         """End the process, whatever it is doing."""

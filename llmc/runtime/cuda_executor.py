@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,17 +37,20 @@ from llmc.runtime.executor import Described, Executor
 ALIGNMENT = 256  # bytes, of every tensor in device memory
 FIELDS = 9  # of the step's arguments
 MOST_GRAPHS = 64
+# Where attention's code differs by the pages of the longest sequence: beyond so many, the blocks of
+# a cluster do not join through each other's shared memory (codegen/nvptx/attention_decode.py).
+CONTEXT_RANGES = (128,)
 
 
 class DeviceVariant(Described):
     """One loaded program: its kernels in order."""
 
-    def __init__(self, info: VariantInfo, symbols: Mapping[str, Dim], artifact: Artifact,
-                 architecture: str, form: str):
+    def __init__(self, info: VariantInfo, symbols: Mapping[str, Dim], code: bytes,
+                 launches: str | bytes):
+        """launches: JSON as in an artifact's variants/NAME.ARCH.json."""
         super().__init__(info, symbols)
-        code = artifact.variant_file(info, f"{architecture}.{form}")
         self.module = Module(code, info.name)
-        described = json.loads(artifact.variant_file(info, f"{architecture}.json"))
+        described = json.loads(launches)
         steps, self.overlaps = described["steps"], described["overlaps"]
         functions: dict[str, Any] = {}
         self.launches: list[tuple[Any, Dim, int, int, int]] = []
@@ -113,10 +116,13 @@ class CudaExecutor(Executor):
     def __init__(self, artifact: Artifact, ordinal: int = 0):
         self.device = Device(ordinal)
         self._describe(artifact)
-        architecture, form = choose_architecture(self.device, _available(artifact))
-        self.dispatch = self._dispatch(
-            DeviceVariant(info, self.symbols, artifact, architecture, form)
-            for info in artifact.manifest.variants)
+        self.architecture, form = choose_architecture(self.device, _available(artifact))
+        self._retired: deque[DeviceVariant] = deque()
+        self.dispatch = self._dispatch((
+            DeviceVariant(info, self.symbols,
+                          artifact.variant_file(info, f"{self.architecture}.{form}"),
+                          artifact.variant_file(info, f"{self.architecture}.json"))
+            for info in artifact.manifest.variants), {"table_width": CONTEXT_RANGES})
         self.threads = 0
         packed = artifact.packed_weights()
         self._weights = Memory(self.device, packed.size, "weights")
@@ -138,6 +144,45 @@ class CudaExecutor(Executor):
         if addresses:
             upload(self.device, np.array(addresses, np.uint64).view(np.uint8), table.address)
         return table
+
+    # ---- code that comes and goes ---------------------------------------------------------------
+
+    @property
+    def code_target(self) -> str:
+        """What further variants must be compiled for."""
+        return f"nvptx:{self.architecture}"
+
+    @property
+    def code_versions(self) -> str:
+        """Whatever else such code depends on."""
+        return f"{super().code_versions}, driver {self.device.cuda}"
+
+    def load(self, info: VariantInfo, code: bytes, launches: str) -> DeviceVariant:
+        """One more variant. Any thread may load: nothing of it is on the stream."""
+        self.device.use()
+        return DeviceVariant(info, self.symbols, code, launches)
+
+    def retire(self, variant: Any) -> None:
+        """Unload a variant that no step will choose any more, before the next step."""
+        self._retired.append(variant)
+
+    def _unload_retired(self, chosen: DeviceVariant | None = None) -> None:
+        """Between steps; the device has done what it was given. What was just chosen for a step
+        goes before the next. A later variant may get the same id, so nothing may be left that is
+        found by it."""
+        for _ in range(len(self._retired)):
+            variant = self._retired.popleft()
+            if variant is chosen:
+                self._retired.append(variant)
+                continue
+            for key in [key for key in self._graphs if key[0] == id(variant)]:
+                graph = self._graphs.pop(key)
+                if graph is not None:
+                    graph.close()
+            for key in [key for key in self._plans if key[0] == id(variant)]:
+                if self._plans.pop(key) is self._written:
+                    self._written = None
+            variant.module.close()
 
     def state_memory(self) -> int:
         """Bytes that states may take: what is free, less some for activations."""
@@ -172,6 +217,8 @@ class CudaExecutor(Executor):
     def _call(self, variant: Any, values: Mapping[str, int], given: Sequence[np.ndarray],
               results: Mapping[str, np.ndarray]) -> None:
         self.device.use()
+        if self._retired:
+            self._unload_retired(variant)
         started = time.perf_counter()
         plan = self._plan(variant, values, given)
         arena = self._at_least("arena", plan.arena_bytes)
@@ -277,6 +324,7 @@ class CudaExecutor(Executor):
         self._closed = True
         self.device.use()
         self._drop_graphs()
+        self._unload_retired()
         for memory in (*self._grown.values(), self._weights, self._weight_table,
                        self._state_table, self._state_memory):
             if memory is not None:

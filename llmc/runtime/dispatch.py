@@ -6,6 +6,7 @@ and assigns it. A step that runs holds its variant, so evicted code is freed beh
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -111,18 +112,41 @@ class Table:
 
 
 class Dispatch:
-    """The table of one executor. names: the symbols whose values make a shape.
+    """The table of one executor. exact: the symbols whose values make a shape; ranges: symbols of
+    which only the range counts -> last values of these ranges, but for the last one's. A shape has
+    the value of each of the former, and the last value of the latter's range.
 
     `choose` and `observe` belong to the thread that steps; the other methods to the policy.
     """
 
-    def __init__(self, variants: Iterable[Code], names: Sequence[str] = ()):
-        self.names = tuple(names)
+    def __init__(self, variants: Iterable[Code], exact: Sequence[str] = (),
+                 ranges: Mapping[str, Sequence[int]] | None = None):
         self.table = Table(tuple(sorted(variants, key=lambda variant: variant.width())))
+        self.exact = tuple(exact)
+        self.limits = self.table.variants[-1].info.key
+        self.ranges = {name: _ends(ends, *self.limits[name])
+                       for name, ends in (ranges or {}).items()}
+        self.names = (*self.exact, *self.ranges)
         self.profile: Profile | None = None
 
     def shape(self, values: Mapping[str, int]) -> Shape:
-        return tuple([values[name] for name in self.names])
+        shape = [values[name] for name in self.exact]
+        for name, ends in self.ranges.items():
+            shape.append(ends[bisect_left(ends, values[name])])
+        return tuple(shape)
+
+    def key(self, shape: Shape) -> dict[str, tuple[int, int]]:
+        """The shape key of code for a shape: its values, its ranges, and whatever the generic code
+        covers of the other symbols."""
+        key = {**self.limits}
+        for name, value in zip(self.names, shape, strict=True):
+            ends = self.ranges.get(name)
+            if ends is None:
+                key[name] = (value, value)
+            else:
+                below = ends.index(value)
+                key[name] = (ends[below - 1] + 1 if below else self.limits[name][0], value)
+        return key
 
     def choose(self, values: Mapping[str, int]) -> Code:
         """The variant that runs these values, or the one whose turn it is in a trial."""
@@ -223,8 +247,13 @@ class DispatchTable:
         if variant is self.dispatch.table.variants[-1]:
             return "generic"
         keys = variant.info.key
-        exact = all(keys[name][0] == keys[name][1] for name in self.dispatch.names)
+        exact = all(keys[name][0] == keys[name][1] for name in self.dispatch.exact)
         return "exact" if exact else "ranged"
+
+
+def _ends(ends: Sequence[int], low: int, high: int) -> tuple[int, ...]:
+    """Last values of the ranges that low..high falls into."""
+    return (*(end for end in ends if low <= end < high), high)
 
 
 def _format_range(name: str, low: int, high: int) -> str:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import llvmlite
 import numpy as np
 
 from llmc.errors import LlmcError, ShapeError
@@ -110,8 +111,30 @@ class Executor:
         """The live variants, of this executor's own kind (a Described), the narrowest first."""
         return list(self.dispatch.table.variants)
 
-    def _dispatch(self, variants: Iterable[Described]) -> Dispatch:
-        return Dispatch(variants, exact_symbols(self.artifact.manifest))
+    def _dispatch(self, variants: Iterable[Described],
+                  ranges: Mapping[str, Sequence[int]] | None = None) -> Dispatch:
+        """ranges: see Dispatch; those of symbols that this artifact has."""
+        own = {name: ends for name, ends in (ranges or {}).items() if name in self.symbols}
+        return Dispatch(variants, exact_symbols(self.artifact.manifest), own)
+
+    # ---- code that comes and goes ---------------------------------------------------------------
+
+    @property
+    def code_target(self) -> str:
+        """What further variants must be compiled for."""
+        return self.artifact.manifest.target
+
+    @property
+    def code_versions(self) -> str:
+        """Whatever else such code depends on."""
+        return f"llvmlite {llvmlite.__version__}"
+
+    def load(self, info: VariantInfo, code: bytes, launches: str) -> Any:
+        """One more variant; LlmcError if it cannot be. launches: how a GPU runs it, as JSON."""
+        return Variant(info, self.symbols, code)
+
+    def retire(self, variant: Any) -> None:
+        """No step will choose this variant any more: here it is freed with its last reference."""
 
     def choose(self, values: Mapping[str, int]) -> Any:
         """The most specific live variant that covers a shape."""

@@ -59,6 +59,14 @@ def cached_graph(graph: Graph, parameters: Mapping[str, np.ndarray], target: str
     return Cache(cache_dir or knobs.cache_directory()).artifact(key, build)
 
 
+def temporary_artifact(content: bytes, target: str, directory: Path) -> Path:
+    """Compile an ONNX file's content into the directory; the artifact's path."""
+    from llmc.codegen.target import Target
+    from llmc.driver import compile_onnx
+
+    return compile_onnx(content, Target.parse(target)).write(directory / "model.llmc")
+
+
 def _cpu() -> str:
     import llvmlite.binding as llvm
 
@@ -70,7 +78,8 @@ def _cpu() -> str:
 
 def serve(requests: BinaryIO, replies: BinaryIO) -> None:
     """Compile variants until the requests end. A message is 8 bytes of length, then JSON; the
-    object code of a good reply ({"info", "seconds", "bytes"}) follows it. A bad one is {"error"}.
+    object code of a good reply ({"info", "seconds", "launches", "bytes"}) follows it. A bad one is
+    {"error"}.
     """
     while (message := read_message(requests)) is not None:
         try:
@@ -91,11 +100,13 @@ def _compile(request: Mapping) -> tuple[dict, bytes]:
 
     started = time.perf_counter()
     key = {name: (low, high) for name, (low, high) in request["key"].items()}
+    target = Target.parse(request["target"])
     program, code = compile_variant(
-        parse_graph(request["graph"]), parse_program(request["program"]),
-        Target.parse(request["target"]), key, request["schedule"])
+        parse_graph(request["graph"]), parse_program(request["program"]), target, key,
+        request["schedule"])
     info = variant_info(request["name"], program, code)
-    return {"info": asdict(info), "bytes": len(code.object),
+    launches = "" if target.kind == "host" else code.files()[f"{target.cpu}.json"].decode()
+    return {"info": asdict(info), "bytes": len(code.object), "launches": launches,
             "seconds": time.perf_counter() - started}, code.object
 
 

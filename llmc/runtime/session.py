@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from llmc import knobs
-from llmc.errors import DeviceError, LlmcError, ModelError, ShapeError
+from llmc.errors import LlmcError, ModelError, ShapeError
 from llmc.ir.graph import Graph
 from llmc.runtime.artifact import Artifact, is_artifact
 from llmc.runtime.cpu import check_cpu
@@ -50,11 +50,12 @@ class Options:
     device       number of the GPU (default 0)
     cache_dir    where compiled models are kept (default: LLMC_CACHE_DIR)
     progress     called with (phase, share done) while compiling
-    specialize   "lazy": shapes that keep coming get code of their own, compiled in the background
-                 and kept if it is measurably faster; "eager": also, before ready, the `shapes`
-                 listed or recorded earlier; "none" (default). Host only, so far
+    specialize   "lazy" (default): shapes that keep coming get code of their own, compiled in the
+                 background and kept if it is measurably faster; "eager": also, before ready, the
+                 `shapes` listed or recorded earlier; "none": what the artifact brings
     promote_after   calls of a shape after which its own code is used, whether or not it pays
-    code_budget_mb  most such code in memory, max_variants: most such variants; the coldest go
+    code_budget_mb  most such code in memory (default 64)
+    max_variants    most such variants (default 32); beyond either budget the coldest go
     shapes       for "eager": [{"tokens": 8, "sequences": 8, "rows": 8}, ...]; 1 where left out
     """
 
@@ -67,15 +68,18 @@ class Options:
     parameters: Mapping[str, np.ndarray] | None = None
     cache_dir: str | os.PathLike[str] | None = None
     progress: Progress = silent
-    specialize: str = "none"
+    specialize: str | None = None
     promote_after: int | None = None
-    code_budget_mb: int = 64
-    max_variants: int = 32
+    code_budget_mb: int | None = None
+    max_variants: int | None = None
     shapes: Sequence[Mapping[str, int]] = ()
 
     def policy(self) -> Policy:
-        return Policy(self.specialize, self.promote_after, self.code_budget_mb << 20,
-                      self.max_variants, self.shapes)
+        """What the options say; where they do not, the LLMC_* variables."""
+        return Policy(
+            self.specialize or knobs.specialize(), self.promote_after or knobs.promote_after(),
+            (self.code_budget_mb or knobs.code_budget_mb()) << 20,
+            self.max_variants or knobs.max_variants(), self.shapes)
 
 
 def _options(given: Mapping[str, Any]) -> Options:
@@ -84,9 +88,9 @@ def _options(given: Mapping[str, Any]) -> Options:
         raise LlmcError(f"unknown option {', '.join(sorted(unknown))}; Runtime takes "
                         f"{', '.join(sorted(known))}")
     options = Options(**given)
-    if options.specialize not in MODES:
-        raise LlmcError(f"specialize must be one of {', '.join(MODES)}, got "
-                        f"{options.specialize!r}")
+    mode = options.specialize or knobs.specialize()
+    if mode not in MODES:
+        raise LlmcError(f"specialize must be one of {', '.join(MODES)}, got {mode!r}")
     for name in ("threads", "max_context", "max_batch", "kv_memory", "promote_after",
                  "code_budget_mb", "max_variants"):
         value = getattr(options, name)
@@ -152,10 +156,6 @@ class Runtime:
         return CudaExecutor(self.artifact, self.options.device)
 
     def _specialize(self) -> Specializer | None:
-        if self.options.specialize == "none":
-            return None
-        if self.manifest.target.startswith("nvptx"):
-            raise DeviceError("GPUs have no specialised variants yet: use specialize='none'")
         cache = Path(self.options.cache_dir or knobs.cache_directory())
         return specialize(self.executor, self.options.policy(), cache)
 

@@ -11,20 +11,20 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty
-from typing import Any
+from typing import Any, Protocol
 
 from llmc.errors import LlmcError
-from llmc.runtime.artifact import Artifact
+from llmc.runtime.artifact import Artifact, VariantInfo
 from llmc.runtime.cache import StoredVariant, VariantCache
 from llmc.runtime.compiler import Compiler, Job, Outcome, Source
 from llmc.runtime.dispatch import Code, Dispatch, Trial
 from llmc.runtime.events import EventFeed
-from llmc.runtime.executor import Executor, Variant
+from llmc.runtime.executor import Executor
 from llmc.runtime.profile import Heat, Profile, Shape, Verdict
 
 INTERVAL = 0.5  # seconds between two looks at the profile
@@ -122,18 +122,27 @@ class Attempt:
     waited: float = 0.0
 
 
+class Specialised(Protocol):
+    """What is asked of an executor. retire: no step will choose this variant any more."""
+
+    dispatch: Dispatch
+
+    def load(self, info: VariantInfo, code: bytes, launches: str) -> Code: ...
+
+    def retire(self, variant: Code) -> None: ...
+
+
 class Specializer:
-    """Specialises one executor's dispatch. load: makes a variant of stored code.
+    """Specialises an executor of any target; only its code comes and goes.
 
     `tick` does everything; `start` lets a thread call it.
     """
 
-    def __init__(self, artifact: Artifact, dispatch: Dispatch, policy: Policy, cache_dir: Path,
-                 load: Callable[[StoredVariant], Code], compiler: Compiler | None = None):
-        source = _source(artifact)
-        self.dispatch = dispatch
+    def __init__(self, executor: Specialised, source: Source, policy: Policy, cache_dir: Path):
+        self.executor = executor
+        self.dispatch = dispatch = executor.dispatch
         self.policy = policy
-        self.compiler = compiler or Compiler(source, VariantCache(cache_dir))
+        self.compiler = Compiler(source, VariantCache(cache_dir))
         self.path = cache_dir / "profiles" / f"{self.compiler.source.identity}.json"
         self.profile = Profile(dispatch.names)
         self.promoted: dict[Shape, Promoted] = {}
@@ -143,9 +152,6 @@ class Specializer:
         self._hot: dict[Shape, Heat] = {}  # hottest first, as of the last look
         self._calls: dict[Shape, int] = {}  # of this process, as of the last look
         self._paused: dict[Shape, int] = {}  # shapes that stopped coming in a trial: calls then
-        self._generic = {name: tuple(ends) for name, ends in
-                         max(dispatch.table.variants, key=lambda v: v.width()).info.key.items()}
-        self._load = load
         self._compile_seconds = COMPILE_SECONDS
         self._wake = threading.Event()
         self._finalizer = weakref.finalize(self, _stop, self._wake, self.compiler)
@@ -188,7 +194,12 @@ class Specializer:
         self._finalizer()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=10)
+        if self.attempt is not None and self.attempt.trial is not None:
+            self._end_trial(self.attempt, self.attempt.trial)
         self._save()
+
+    def _load(self, stored: StoredVariant) -> Code:
+        return self.executor.load(stored.info, stored.object, stored.launches)
 
     # ---- one look -----------------------------------------------------------------------------
 
@@ -264,8 +275,14 @@ class Specializer:
         attempt.seen = trial.calls
         if attempt.waited > PATIENCE:
             self._paused[attempt.shape] = self._calls.get(attempt.shape, 0)
-            self.dispatch.end_trial(attempt.shape)
+            self._end_trial(attempt, trial)
             self.attempt = None
+
+    def _end_trial(self, attempt: Attempt, trial: Trial) -> None:
+        """The old code again; the new code goes, unless it was promoted."""
+        self.dispatch.end_trial(attempt.shape)
+        if trial.new not in self.dispatch.table.variants:
+            self.executor.retire(trial.new)
 
     def _judge(self, attempt: Attempt, trial: Trial) -> None:
         """A trial that is done decides."""
@@ -281,7 +298,7 @@ class Specializer:
         if faster:
             attempt.share *= 1.0 - gain
             self._promote(attempt.shape, trial.new, schedule, stored, 1.0 - attempt.share)
-        self.dispatch.end_trial(attempt.shape)
+        self._end_trial(attempt, trial)
         attempt.job = attempt.stored = attempt.trial = None
         if not attempt.schedules:
             kept = self.promoted.get(attempt.shape)
@@ -350,6 +367,8 @@ class Specializer:
         old = self.promoted.pop(shape, None)
         self.promoted[shape] = Promoted(code, schedule, len(stored.object), gain)
         self.dispatch.replace(add=[code], remove=[old.code] if old else [])
+        if old:
+            self.executor.retire(old.code)
         while len(self.promoted) > 1 and (len(self.promoted) > self.policy.max_variants
                                           or self._bytes() > self.policy.code_bytes):
             self.evict(min((own for own in self.promoted if own != shape),
@@ -359,6 +378,7 @@ class Specializer:
         """Take a shape's code out of the table; it is freed behind the last step that uses it."""
         gone = self.promoted.pop(shape)
         self.dispatch.replace(remove=[gone.code])
+        self.executor.retire(gone.code)
         self.feed.add("evicted", gone.code.info.name,
                       "evicted as the coldest (max_variants, code_budget_mb)", bytes=gone.bytes)
 
@@ -380,18 +400,19 @@ class Specializer:
         return found
 
     def _asked(self, given: Mapping[str, int]) -> Shape:
-        """The shape of what the user wrote; symbols that were left out are as few as can be."""
+        """The shape of what the user wrote; of symbols that were left out there are as few as can
+        be."""
         if unknown := set(given) - set(self.dispatch.names):
             raise LlmcError(f"unknown symbol {', '.join(sorted(unknown))} in shapes; this model "
                             f"has {', '.join(self.dispatch.names)}")
-        shape = []
+        values = {}
         for name in self.dispatch.names:
-            low, high = self._generic[name]
+            low, high = self.dispatch.limits[name]
             value = given.get(name, max(low, 1))
             if not isinstance(value, int) or not low <= value <= high:
                 raise LlmcError(f"{name} in shapes must be in {low}..{high}, got {value!r}")
-            shape.append(value)
-        return tuple(shape)
+            values[name] = value
+        return self.dispatch.shape(values)
 
     def _is_current(self, verdict: Verdict) -> bool:
         return verdict.sources == self.compiler.source.identity
@@ -404,16 +425,13 @@ class Specializer:
 
     def _values(self, shape: Shape) -> dict[str, int]:
         """Values of all symbols that are such a shape."""
-        lows = {name: low for name, (low, _) in self._generic.items()}
-        return lows | dict(zip(self.dispatch.names, shape, strict=True))
+        return {name: low for name, (low, _) in self.dispatch.key(shape).items()}
 
     def _name(self, shape: Shape) -> str:
         return ",".join(f"{n}={v}" for n, v in zip(self.dispatch.names, shape, strict=True))
 
     def _job(self, shape: Shape, schedule: Mapping[str, int]) -> Job:
-        exact = {name: (value, value)
-                 for name, value in zip(self.dispatch.names, shape, strict=True)}
-        return Job(self._name(shape), {**self._generic, **exact}, schedule)  # type: ignore[dict-item]
+        return Job(self._name(shape), self.dispatch.key(shape), schedule)
 
     def gains(self) -> dict[str, float | None]:
         """Measured gain of every live variant of a hot shape, by the variant's name."""
@@ -443,26 +461,30 @@ class Specializer:
                          for shape, verdict in list(self.profile.verdicts.items())}}
 
 
-def specialize(executor: Executor, policy: Policy, cache_dir: Path) -> Specializer:
-    """Begin to specialise an executor on the host: what is ready before the first request is."""
-
-    def load(stored: StoredVariant) -> Code:
-        return Variant(stored.info, symbols, stored.object)
-
-    symbols = executor.symbols
-    specializer = Specializer(executor.artifact, executor.dispatch, policy, cache_dir, load)
+def specialize(executor: Executor, policy: Policy, cache_dir: Path) -> Specializer | None:
+    """Begin to specialise an executor: what is ready before the first request is. None where there
+    is nothing to specialise: all sizes are fixed, or (if lazy) the artifact lacks its graph."""
+    if policy.mode == "none" or not executor.dispatch.names:
+        return None
+    source = make_source(executor.artifact, executor.code_target, executor.code_versions)
+    if source is None:
+        if policy.mode == "lazy":
+            return None
+        raise LlmcError(f"{executor.artifact.directory} was written by an older llmc: compile the "
+                        "model again to specialise it")
+    specializer = Specializer(executor, source, policy, cache_dir)
     specializer.prepare()
     specializer.start()
     return specializer
 
 
-def _source(artifact: Artifact) -> Source:
+def make_source(artifact: Artifact, target: str, versions: str = "") -> Source | None:
+    """What an artifact's further variants are made from; None if it lacks its graph."""
     generic = next(info for info in artifact.manifest.variants if info.name == "generic")
     graph = artifact.graph_text()
     if graph is None:
-        raise LlmcError(f"{artifact.directory} was written by an older llmc: compile the model "
-                        "again to specialise it, or use specialize='none'")
-    return Source(graph, artifact.program_text(generic), artifact.manifest.target)
+        return None
+    return Source(graph, artifact.program_text(generic), target, versions)
 
 
 def _run(reference: weakref.ref[Specializer], wake: threading.Event, interval: float) -> None:

@@ -16,10 +16,16 @@ from llmc.runtime import compiler as compiler_module
 from llmc.runtime.artifact import Artifact, VariantInfo
 from llmc.runtime.cache import StoredVariant, VariantCache
 from llmc.runtime.compiler import Compiler, Job, Outcome, Source, Worker
-from llmc.runtime.specialize import _source
+from llmc.runtime.specialize import make_source
 
 JOB = Job("tokens=2", {"tokens": (2, 2)}, {})
 SOURCE = Source("graph", "program", "host")
+
+
+def source_of(artifact: Artifact) -> Source:
+    source = make_source(artifact, artifact.manifest.target)
+    assert source is not None
+    return source
 
 
 def script(code: str) -> tuple[str, ...]:
@@ -58,7 +64,7 @@ def stored(size: int = 100) -> StoredVariant:
 
 
 def test_a_variant_is_compiled_once_and_then_cached(artifact: Artifact, tmp_path: Path):
-    compiler = Compiler(_source(artifact), VariantCache(tmp_path))
+    compiler = Compiler(source_of(artifact), VariantCache(tmp_path))
     first = finish(compiler, exact_job(artifact))
     assert first.variant is not None and not first.cached, first.error
     assert first.variant.info.key["tokens"] == (2, 2)
@@ -70,7 +76,7 @@ def test_a_variant_is_compiled_once_and_then_cached(artifact: Artifact, tmp_path
 
 def test_a_key_that_the_graph_does_not_have_fails_and_the_next_compiles(artifact: Artifact,
                                                                          tmp_path: Path):
-    compiler = Compiler(_source(artifact), VariantCache(tmp_path))
+    compiler = Compiler(source_of(artifact), VariantCache(tmp_path))
     bad = compiler.compile(Job("bad", {"nonsense": (1, 1)}, {}))
     assert bad.variant is None and "no symbol nonsense" in bad.error
     assert compiler.compile(exact_job(artifact, 3)).variant is not None
@@ -80,7 +86,7 @@ def test_a_key_that_the_graph_does_not_have_fails_and_the_next_compiles(artifact
 def test_code_that_would_read_other_weights_is_refused(artifact: Artifact, tmp_path: Path):
     """A schedule that changes how weights lie, as another version of llmc might."""
     job = exact_job(artifact)
-    compiler = Compiler(_source(artifact), VariantCache(tmp_path))
+    compiler = Compiler(source_of(artifact), VariantCache(tmp_path))
     outcome = compiler.compile(Job(job.name, job.key, {"panel_columns": 4}))
     assert outcome.variant is None and "lie differently" in outcome.error
     compiler.close()
@@ -119,7 +125,7 @@ def test_nonsense_from_a_process_is_an_error(code: str):
 
 
 def test_a_killed_process_is_replaced(artifact: Artifact, tmp_path: Path):
-    compiler = Compiler(_source(artifact), VariantCache(tmp_path))
+    compiler = Compiler(source_of(artifact), VariantCache(tmp_path))
     assert compiler.compile(exact_job(artifact)).variant is not None
     assert compiler._worker._process is not None
     os.kill(compiler._worker._process.pid, signal.SIGKILL)
@@ -168,7 +174,7 @@ def test_a_damaged_variant_is_not_there(tmp_path: Path, damage: str):
 
 
 def test_a_damaged_variant_is_compiled_again(artifact: Artifact, tmp_path: Path):
-    compiler = Compiler(_source(artifact), VariantCache(tmp_path))
+    compiler = Compiler(source_of(artifact), VariantCache(tmp_path))
     job = exact_job(artifact)
     first = compiler.compile(job).variant
     path = compiler.cache.path(job.cache_key(compiler.source))
@@ -195,7 +201,7 @@ def test_what_was_not_used_for_longest_goes_first(tmp_path: Path):
 @pytest.mark.parametrize("place", ["/proc/llmc", "/dev/null/llmc"])
 def test_without_a_place_to_write_variants_are_compiled_all_the_same(artifact: Artifact,
                                                                      place: str):
-    compiler = Compiler(_source(artifact), VariantCache(Path(place)))
+    compiler = Compiler(source_of(artifact), VariantCache(Path(place)))
     outcome = compiler.compile(exact_job(artifact))
     assert outcome.variant is not None, outcome.error
     compiler.close()
@@ -207,7 +213,7 @@ def test_a_full_disk_keeps_the_code(artifact: Artifact, tmp_path: Path,
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    compiler = Compiler(_source(artifact), VariantCache(tmp_path))
+    compiler = Compiler(source_of(artifact), VariantCache(tmp_path))
     assert compiler.compile(exact_job(artifact)).variant is not None
     compiler.close()
     assert [path.suffix for path in (tmp_path / "variants").iterdir()] in ([".lock"], [])

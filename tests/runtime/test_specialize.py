@@ -22,7 +22,7 @@ from llmc.runtime.artifact import Artifact
 from llmc.runtime.cache import VariantCache
 from llmc.runtime.compiler import Compiler
 from llmc.runtime.profile import Verdict
-from llmc.runtime.specialize import PATIENCE, TIERS, Specializer, _source, find_tier
+from llmc.runtime.specialize import PATIENCE, TIERS, Policy, Specializer, find_tier, make_source
 from tests.conftest import EMBEDDED
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8]
@@ -217,7 +217,39 @@ def test_an_artifact_without_its_graph_says_what_to_do(embedded_artifact: Path, 
                                                        monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Artifact, "graph_text", lambda _: None)
     with pytest.raises(LlmcError, match="compile the model again"):
-        llmc.Runtime(embedded_artifact, specialize="lazy", cache_dir=cache)
+        llmc.Runtime(embedded_artifact, specialize="eager", cache_dir=cache)
+    with llmc.Runtime(embedded_artifact, specialize="lazy", cache_dir=cache) as runtime:
+        assert runtime.run(PROMPT).shape == (8, 512)
+        assert runtime.events() == [] and runtime.shapes() == []
+
+
+def test_lazy_is_what_everybody_gets_and_the_environment_says_otherwise(
+        embedded_artifact: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    for name, value in (("PROMOTE_AFTER", "7"), ("CODE_BUDGET_MB", "3"), ("MAX_VARIANTS", "2")):
+        monkeypatch.setenv(f"LLMC_{name}", value)
+    with llmc.Runtime(embedded_artifact, cache_dir=cache) as runtime:
+        assert runtime._specializer is not None
+        assert runtime._specializer.policy == Policy("lazy", 7, 3 << 20, 2)
+    with llmc.Runtime(embedded_artifact, cache_dir=cache, max_variants=5,
+                      promote_after=9) as runtime:
+        assert runtime._specializer is not None
+        assert runtime._specializer.policy == Policy("lazy", 9, 3 << 20, 5)
+    monkeypatch.setenv("LLMC_SPECIALIZE", "none")
+    with llmc.Runtime(embedded_artifact, cache_dir=cache) as runtime:
+        assert runtime._specializer is None
+    monkeypatch.setenv("LLMC_SPECIALIZE", "sometimes")
+    with pytest.raises(LlmcError, match="sometimes"):
+        llmc.Runtime(embedded_artifact, cache_dir=cache)
+
+
+def test_a_short_run_starts_no_process(embedded_artifact: Path, cache: Path,
+                                       monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("started a process"))
+    with llmc.Runtime(embedded_artifact, threads=1, cache_dir=cache) as runtime:
+        specializer = still(runtime)
+        list(runtime.generate(PROMPT, 32))
+        specializer.tick()
+        assert specializer.attempt is None
 
 
 def test_threads_get_the_same_results_while_variants_come_and_go(embedded_artifact: Path,
@@ -334,5 +366,7 @@ def test_tiers_cover_every_number_of_tokens_once():
 
 
 def test_the_source_is_what_the_artifact_was_made_from(embedded_artifact: Path):
-    source = _source(Artifact(embedded_artifact))
+    artifact = Artifact(embedded_artifact)
+    source = make_source(artifact, artifact.manifest.target)
+    assert source is not None
     assert source.graph.startswith("graph ") and source.program.startswith("program ")
