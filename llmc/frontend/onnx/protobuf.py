@@ -62,10 +62,24 @@ def read_model(path: Path) -> ModelProto:
         raise ModelError(f"{path}: cannot read it: {error.strerror}") from error
     except (DecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path}: no ONNX model, or damaged: {error}") from error
-    if not model.HasField("graph") or not model.graph.output:
-        raise ModelError(f"{path}: no ONNX model, or damaged: it has no graph with outputs")
     for index, (offset, length) in places.items():
         _refer(model.graph.initializer[index], path.name, offset, length)
+    return _checked(model, path)
+
+
+def parse_model(content: bytes, path: Path) -> ModelProto:
+    """A model that is in memory; `path` names it in errors, and its external data are beside it."""
+    model = ModelProto()
+    try:
+        model.ParseFromString(content)
+    except (DecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: no ONNX model, or damaged: {error}") from error
+    return _checked(model, path)
+
+
+def _checked(model: ModelProto, path: Path) -> ModelProto:
+    if not model.HasField("graph") or not model.graph.output:
+        raise ModelError(f"{path}: no ONNX model, or damaged: it has no graph with outputs")
     _check_text(model, path)
     return model
 
