@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -64,7 +64,7 @@ def import_onnx(path: str | Path) -> ImportedModel:
     """
     path = Path(path)
     model = read_model(path)
-    return _import(model, path, _fingerprint(path, external_files(model, path)))
+    return _import(model, path, lambda: _fingerprint(path, external_files(model, path)))
 
 
 def import_onnx_bytes(content: bytes, path: str | Path = "model.onnx") -> ImportedModel:
@@ -72,10 +72,10 @@ def import_onnx_bytes(content: bytes, path: str | Path = "model.onnx") -> Import
     data would be."""
     path = Path(path)
     model = parse_model(content, path)
-    return _import(model, path, hashlib.sha256(content).hexdigest())
+    return _import(model, path, lambda: hashlib.sha256(content).hexdigest())
 
 
-def _import(model: ModelProto, path: Path, fingerprint: str) -> ImportedModel:
+def _import(model: ModelProto, path: Path, fingerprint: Callable[[], str]) -> ImportedModel:
     check_model(model, path)
     solutions: dict[str, Dim] = {}
     stored: dict[str, StoredTensor] = {}
@@ -85,7 +85,7 @@ def _import(model: ModelProto, path: Path, fingerprint: str) -> ImportedModel:
         except SymbolSolved as solved:
             solutions[solved.name] = solved.value
         else:
-            return _imported(model, path, graph, stored, fingerprint)
+            return _imported(model, path, graph, stored, fingerprint())
     raise ModelError(f"{path}: its symbolic axes cannot be unified: {solutions}")
 
 
