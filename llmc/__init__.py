@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from llmc.api import Compiled, compile, load, load_graph
     from llmc.frontend.trace import Spec, trace
     from llmc.ir.graph import Graph
+    from llmc.runtime.inference_session import InferenceSession
     from llmc.runtime.session import Runtime
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ __all__ = [
     "DeviceError",
     "Graph",
     "GraphError",
+    "InferenceSession",
     "LlmcError",
     "ModelError",
     "Runtime",
@@ -53,6 +55,7 @@ __all__ = [
 _HOMES = {
     "Compiled": "llmc.api",
     "Graph": "llmc.ir.graph",
+    "InferenceSession": "llmc.runtime.inference_session",
     "Runtime": "llmc.runtime.session",
     "Spec": "llmc.frontend.trace",
     "compile": "llmc.api",

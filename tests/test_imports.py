@@ -37,6 +37,7 @@ EDGES = {
     "emit": {"driver", "codegen", "ir", "runtime"},
     "server": {"runtime", "frontend.tokenizer"},
     "bench": {"ceilings", "codegen", "ir", "runtime"},
+    "onnx_backend": {"runtime"},
     "cli": ANYTHING,
     "__init__": ANYTHING,
     "__main__": ANYTHING,

@@ -10,9 +10,9 @@ import pytest
 import llmc
 
 DOCUMENTED = [
-    "CacheError", "CompileError", "Compiled", "DeviceError", "Graph", "GraphError", "LlmcError",
-    "ModelError", "Runtime", "ShapeError", "Spec", "TraceError", "compile", "load", "load_graph",
-    "trace",
+    "CacheError", "CompileError", "Compiled", "DeviceError", "Graph", "GraphError",
+    "InferenceSession", "LlmcError", "ModelError", "Runtime", "ShapeError", "Spec", "TraceError",
+    "compile", "load", "load_graph", "trace",
 ]
 
 

@@ -1,0 +1,166 @@
+"""InferenceSession: what code written for onnxruntime calls, over a compiled model."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmc.errors import LlmcError, ShapeError
+from llmc.ir.dims import Dim, Symbol
+from llmc.runtime.binding import Tensor
+from llmc.runtime.jit import temporary_artifact
+from llmc.runtime.session import Runtime
+from llmc.runtime.targets import resolve_target
+
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+TARGETS = {CPU: "host", CUDA: "nvptx"}
+# Names that ONNX gives to dtypes whose NumPy names differ.
+TYPE_NAMES = {
+    "bool_": "bool", "float64": "double", "float32": "float", "float8_e8m0fnu": "float8e8m0",
+    "float4_e2m1fn": "float4e2m1",
+}
+
+
+@dataclass(frozen=True)
+class NodeArg:
+    """An input or output: shape has an int, a symbol's name or None for each axis; type is such as
+    "tensor(float)"."""
+
+    name: str
+    shape: list[int | str | None]
+    type: str
+
+
+@dataclass(frozen=True)
+class ModelMetadata:
+    """What a model says of itself."""
+
+    producer_name: str = "llmc"
+    graph_name: str = ""
+    domain: str = ""
+    description: str = ""
+    graph_description: str = ""
+    version: int = 0
+    custom_metadata_map: dict[str, str] = field(default_factory=dict)
+
+
+class InferenceSession:
+    """An ONNX model, compiled and ready to run; takes the place of onnxruntime's class.
+
+    path_or_bytes: an .onnx file (compiled into the cache), an artifact, or an .onnx file's content.
+    sess_options: an object whose `intra_op_num_threads` counts; what else it says is for another
+    runtime. providers: names, or pairs of name and options; the first that llmc has decides between
+    the CPU (default) and a GPU ("CUDAExecutionProvider"; DeviceError if there is none).
+    ModelError: the model is bad or has operators that llmc lacks.
+    """
+
+    def __init__(
+        self,
+        path_or_bytes: str | os.PathLike[str] | bytes,
+        sess_options: Any = None,
+        providers: Sequence[str | tuple[str, Mapping[str, Any]]] | None = None,
+        provider_options: Sequence[Mapping[str, Any]] | None = None,
+        **options: Any,
+    ) -> None:
+        self._provider = _chosen(providers)
+        threads = getattr(sess_options, "intra_op_num_threads", 0)
+        if isinstance(threads, int) and threads > 0:
+            options.setdefault("threads", threads)
+        self._runtime = _open(path_or_bytes, TARGETS[self._provider], options)
+        executor = self._runtime.executor
+        self._inputs: list[Tensor] = executor.inputs
+        self._outputs: list[Tensor] = executor.outputs
+
+    def run(
+        self,
+        output_names: Sequence[str] | None,
+        input_feed: Mapping[str, Any],
+        run_options: Any = None,
+    ) -> list[np.ndarray]:
+        """The outputs of these names (None or empty: all), in that order.
+
+        input_feed: an array for every input by its name. ShapeError names the input that is
+        missing, unknown, or whose type or shape does not fit. `run_options` has nothing to say.
+        """
+        known = {tensor.name for tensor in self._outputs}
+        if unknown := set(output_names or ()) - known:
+            raise ShapeError(f"no output {', '.join(sorted(unknown))}; the model has "
+                             f"{', '.join(sorted(known))}")
+        results = self._runtime.run({name: _array(name, value)
+                                     for name, value in input_feed.items()})
+        return [results[name] for name in output_names or [t.name for t in self._outputs]]
+
+    def get_inputs(self) -> list[NodeArg]:
+        """The inputs that a call has to give."""
+        return [_node_arg(tensor) for tensor in self._inputs]
+
+    def get_outputs(self) -> list[NodeArg]:
+        """The outputs, in the order in which `run` gives them."""
+        return [_node_arg(tensor) for tensor in self._outputs]
+
+    def get_modelmeta(self) -> ModelMetadata:
+        """The graph's name."""
+        return ModelMetadata(graph_name=self._runtime.manifest.name)
+
+    def get_providers(self) -> list[str]:
+        """The one that runs this model."""
+        return [self._provider]
+
+    def get_provider_options(self) -> dict[str, dict[str, str]]:
+        """None were taken."""
+        return {self._provider: {}}
+
+    def close(self) -> None:
+        """Stop the threads; running afterwards is an LlmcError."""
+        self._runtime.close()
+
+
+def _chosen(providers: Sequence[str | tuple[str, Mapping[str, Any]]] | None) -> str:
+    names = [each if isinstance(each, str) else each[0] for each in providers or [CPU]]
+    known = [name for name in names if name in TARGETS]
+    if not known:
+        raise LlmcError(f"no provider of {', '.join(names)} is known; llmc has "
+                        f"{', '.join(TARGETS)}")
+    return known[0]
+
+
+def _open(source: str | os.PathLike[str] | bytes, target: str,
+          options: Mapping[str, Any]) -> Runtime:
+    if not isinstance(source, bytes):
+        return Runtime(source, target, **options)
+    with tempfile.TemporaryDirectory() as directory:  # an open artifact needs its files no more
+        target = resolve_target(target, options.get("device", 0))
+        path = temporary_artifact(source, target, Path(directory))
+        return Runtime(path, "auto" if target != "host" else target, **options)
+
+
+def _array(name: str, value: Any) -> np.ndarray:
+    if value is None:
+        raise ShapeError(f"input {name} is None; it needs an array")
+    array = np.asarray(value)
+    if array.dtype.kind in "OUSM":
+        raise ShapeError(f"input {name} cannot take values of type {array.dtype}")
+    return array
+
+
+def _node_arg(tensor: Tensor) -> NodeArg:
+    shape = [_extent(tensor, axis, dim) for axis, dim in enumerate(tensor.shape)]
+    name = tensor.dtype.numpy_name
+    return NodeArg(tensor.name, shape,
+                   f"tensor({TYPE_NAMES.get(name, name.replace('float8_', 'float8'))})")
+
+
+def _extent(tensor: Tensor, axis: int, dim: Dim) -> int | str | None:
+    """An axis as onnxruntime shows it: None for one without a name of its own."""
+    if isinstance(dim, int):
+        return dim
+    if isinstance(dim, Symbol) and dim.name == f"{tensor.name}.{axis}":
+        return None
+    return str(dim)

@@ -1,0 +1,110 @@
+"""InferenceSession: onnxruntime's calls and what they answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+import llmc
+
+
+def linear() -> bytes:
+    """y = x @ w + b for x[batch, 3], and the rows' sums."""
+    weight = helper.make_tensor("w", TensorProto.FLOAT, [3, 2], [1.0, 2, 3, 4, 5, 6])
+    bias = helper.make_tensor("b", TensorProto.FLOAT, [2], [10.0, 20])
+    axes = helper.make_tensor("axes", TensorProto.INT64, [1], [1])
+    graph = helper.make_graph(
+        [helper.make_node("Gemm", ["x", "w", "b"], ["y"]),
+         helper.make_node("ReduceSum", ["y", "axes"], ["total"], keepdims=0)],
+        "linear",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 2]),
+         helper.make_tensor_value_info("total", TensorProto.FLOAT, ["batch"])],
+        [weight, bias, axes])
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 17)]).SerializeToString()
+
+
+X = np.arange(12, dtype=np.float32).reshape(4, 3)
+Y = X @ np.array([[1, 2], [3, 4], [5, 6]], np.float32) + np.array([10, 20], np.float32)
+
+
+@pytest.fixture(scope="module")
+def session() -> llmc.InferenceSession:
+    return llmc.InferenceSession(linear(), providers=["CPUExecutionProvider"])
+
+
+def test_all_outputs_in_order(session: llmc.InferenceSession):
+    y, total = session.run(None, {"x": X})
+    np.testing.assert_allclose(y, Y, rtol=1e-6)
+    np.testing.assert_allclose(total, Y.sum(1), rtol=1e-6)
+
+
+def test_outputs_by_name_in_the_order_asked_for(session: llmc.InferenceSession):
+    total, y = session.run(["total", "y"], {"x": X[:1]})
+    assert total.shape == (1,)
+    assert y.shape == (1, 2)
+    (again,) = session.run(["y"], {"x": X[:1]}, None)
+    np.testing.assert_array_equal(again, y)
+
+
+def test_what_inputs_and_outputs_are(session: llmc.InferenceSession):
+    (x,) = session.get_inputs()
+    assert (x.name, x.shape, x.type) == ("x", ["batch", 3], "tensor(float)")
+    assert [(o.name, o.shape) for o in session.get_outputs()] == [
+        ("y", ["batch", 2]), ("total", ["batch"])]
+    assert session.get_providers() == ["CPUExecutionProvider"]
+    assert session.get_modelmeta().graph_name == "linear"
+
+
+@pytest.mark.parametrize(("feeds", "words"), [
+    ({}, "missing input x"),
+    ({"x": X, "z": X}, "unknown input z"),
+    ({"x": X[0]}, "input x: .* has 2 axes"),
+    ({"x": X[:, :2]}, "input x"),
+    ({"x": np.array([["a", "b", "c"]])}, "input x cannot take"),
+    ({"x": None}, "input x is None"),
+    ({"x": X.astype(np.complex64)}, "input x.* cannot take"),
+])
+def test_bad_feeds_are_named(session: llmc.InferenceSession, feeds: dict, words: str):
+    with pytest.raises(llmc.ShapeError, match=words):
+        session.run(None, feeds)
+
+
+def test_an_output_that_is_not_there_is_named(session: llmc.InferenceSession):
+    with pytest.raises(llmc.ShapeError, match="no output nothing; the model has total, y"):
+        session.run(["nothing"], {"x": X})
+
+
+def test_a_file_with_options(tmp_path: Path):
+    path = tmp_path / "linear.onnx"
+    path.write_bytes(linear())
+    options = SimpleNamespace(intra_op_num_threads=2)
+    session = llmc.InferenceSession(str(path), options, [("CPUExecutionProvider", {})],
+                                    cache_dir=tmp_path / "cache")
+    np.testing.assert_allclose(session.run(["y"], {"x": X})[0], Y, rtol=1e-6)
+    session.close()
+    with pytest.raises(llmc.LlmcError, match="closed"):
+        session.run(None, {"x": X})
+
+
+def test_axes_without_a_name_are_none():
+    graph = helper.make_graph(
+        [helper.make_node("Neg", ["x"], ["y"])], "negation",
+        [helper.make_tensor_value_info("x", TensorProto.BFLOAT16, [None, 2])],
+        [helper.make_tensor_value_info("y", TensorProto.BFLOAT16, [None, 2])])
+    session = llmc.InferenceSession(helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 17)]).SerializeToString())
+    (x,) = session.get_inputs()
+    assert (x.shape, x.type) == ([None, 2], "tensor(bfloat16)")
+
+
+def test_unknown_providers_and_damaged_bytes_are_refused():
+    with pytest.raises(llmc.LlmcError, match="no provider of Nonsense"):
+        llmc.InferenceSession(linear(), providers=["Nonsense"])
+    with pytest.raises(llmc.ModelError, match="damaged"):
+        llmc.InferenceSession(linear()[:50])
