@@ -64,6 +64,13 @@ class Sampling:
         if not all(np.isfinite(bias) for bias in self.logit_bias.values()):
             raise ShapeError("logit_bias must be finite")
 
+    def check(self, vocabulary: int) -> None:
+        """ShapeError if logit_bias names tokens that a model does not have."""
+        for token in self.logit_bias:
+            if not 0 <= token < vocabulary:
+                raise ShapeError(f"logit_bias: token id {token} is outside the vocabulary of "
+                                 f"{vocabulary}")
+
     @property
     def counts_tokens(self) -> bool:
         """Whether the choice depends on the tokens before it."""
@@ -132,7 +139,7 @@ class Sampler:
     def assign(self, slot: int, sampling: Sampling, choice: int, prompt: np.ndarray,
                made: np.ndarray) -> None:
         """Put a sequence into a slot. choice: its number among those with the same seed; prompt,
-        made: its token ids so far. ShapeError if logit_bias has ids outside the vocabulary."""
+        made: its token ids so far. The sampling has been checked."""
         self._temperature[slot] = sampling.temperature
         self._top_k[slot] = sampling.top_k
         self._top_p[slot] = sampling.top_p
@@ -142,7 +149,8 @@ class Sampler:
         self._bias.pop(slot, None)
         self._counts.pop(slot, None)
         if sampling.logit_bias:
-            self._bias[slot] = _bias_arrays(sampling.logit_bias, self.vocabulary)
+            self._bias[slot] = (np.array(list(sampling.logit_bias), np.int64),
+                                np.array(list(sampling.logit_bias.values()), np.float32))
         if sampling.counts_tokens:
             self._counts[slot] = _Counts(sampling, self.vocabulary, prompt, made)
         self.greedy[slot] = (sampling.temperature == 0 and not sampling.logit_bias
@@ -261,13 +269,6 @@ def sample(logits: np.ndarray, sampling: Sampling, sequence: int, position: int)
     sampler.assign(0, sampling, sequence, none, none)
     row = np.array(logits[None])
     return int(sampler.sample(row, np.zeros(1, np.int64), np.array([position]))[0])
-
-
-def _bias_arrays(bias: Mapping[int, float], vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
-    ids = np.fromiter(bias.keys(), np.int64, len(bias))
-    if ids.min() < 0 or ids.max() >= vocabulary:
-        raise ShapeError(f"logit_bias names a token outside the vocabulary of {vocabulary}")
-    return ids, np.fromiter(bias.values(), np.float32, len(bias))
 
 
 def _largest(weights: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -137,6 +137,7 @@ class Engine:
         if len(ids) > self.capacity:
             raise ShapeError(f"the prompt has {len(ids)} tokens, the context holds "
                              f"{self.capacity}")
+        request.sampling.check(self.sampler.vocabulary)
         stream = Stream(request, wake, self._request_end)
         matchers = [request.grammar() if request.grammar else None for _ in range(request.n)]
         with self._news:
@@ -160,6 +161,7 @@ class Engine:
         ends = request.stop_ids
         if not request.ignore_eos:
             ends |= frozenset(self.runtime.config.get("eos_token_ids") or ())
+        ends = frozenset(token for token in ends if 0 <= token < self.sampler.vocabulary)
         choices = [Choice(request, stream, ids, index, (self._numbers, index), limit, ends,
                           matcher, short) for index, matcher in enumerate(matchers)]
         choices[0].siblings = choices[1:]
@@ -352,7 +354,7 @@ class Engine:
         for row, choice in enumerate(rows):
             if choice.mask is not None and not choice.ended:
                 try:
-                    masks[row] = choice.mask.result()
+                    masks[row] = np.asarray(choice.mask.result(), np.uint32)
                 except Exception as error:
                     self._end_request(choice.stream, "error", error)
         return masks
@@ -402,7 +404,6 @@ class Engine:
         if error is not None and not isinstance(error, LlmcError):
             error = EngineError(f"{type(error).__name__}: {error}")
         for choice in list(self._live.get(stream, ())):
-            choice.siblings = []
             if not choice.ended:
                 self._end(choice, Event(choice.index, finish=finish, error=error))
 

@@ -197,7 +197,6 @@ class Scheduler:
         self._give_back(choice.sequence)
         self._slots.append(choice.slot)
         choice.slot = -1
-        choice.published = 0
 
     def computed(self, choice: Choice) -> None:
         """A step has run that a choice was part of: others may share its full pages."""
