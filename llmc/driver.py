@@ -19,7 +19,7 @@ from llmc import knobs
 from llmc.codegen import generate
 from llmc.codegen.host import Code
 from llmc.codegen.target import Target
-from llmc.errors import CompileError, LlmcError
+from llmc.errors import CompileError, LlmcError, ValueNeeded
 from llmc.frontend.model import ImportedModel, load_model
 from llmc.ir import interpret
 from llmc.ir.dims import Dim, format_dim
@@ -129,11 +129,22 @@ def compile_model(path: str | Path, target: Target, dtype: str | None = None,
     return compile_imported(model, target, progress, limits, timings)
 
 
-def compile_onnx(content: bytes, target: Target) -> Compiled:
-    """As compile_model for an ONNX file's content."""
-    from llmc.frontend.onnx import import_onnx_bytes
+def compile_onnx(source: Path | bytes, target: Target, values: Mapping[str, np.ndarray]
+                 ) -> tuple[Compiled | None, str | None]:
+    """Compile an .onnx file, or such a file's content, for these values of tensors.
 
-    return compile_imported(import_onnx_bytes(content), target)
+    (the model, None); or, where it needs one more value: what computes it as its output "value",
+    and its key in `values`. The first is None if the key is the name of the input that has it.
+    """
+    from llmc.frontend.onnx import import_onnx, import_onnx_bytes
+
+    try:
+        model = (import_onnx_bytes(source, values=values) if isinstance(source, bytes)
+                 else import_onnx(source, values))
+        return compile_imported(model, target), None
+    except ValueNeeded as needed:
+        given = needed.node.op == "input"
+        return None if given else compile_imported(needed.model, target), needed.key
 
 
 def graph_for(model: ImportedModel, capabilities: Capabilities) -> Graph:

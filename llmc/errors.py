@@ -2,6 +2,7 @@
 
     LlmcError
     ├── ModelError      a model, artifact or tokenizer file is bad or unsupported
+    │   └── ValueNeeded a model's shapes depend on the value of a tensor
     ├── ShapeError      values or shapes that do not fit the model
     ├── GraphError      a graph that breaks the rules of the IR, or text that does not parse
     ├── TraceError      Python code that cannot be traced
@@ -9,6 +10,10 @@
     ├── DeviceError     the machine lacks what the code needs
     └── CacheError      the cache directory cannot be used
 """
+
+from __future__ import annotations
+
+from typing import Any
 
 
 class LlmcError(Exception):
@@ -23,6 +28,19 @@ class ModelError(LlmcError):
 
     def __init__(self, text: str = "") -> None:
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+
+
+class ValueNeeded(ModelError):
+    """Shapes depend on the value of a tensor, so that a model can only be compiled for a value.
+
+    key: what that value is called where it is given to another import; node: what computes it (a
+    graph node); model: the imported model with that value as its only output, once there is one.
+    """
+
+    def __init__(self, text: str, key: str, node: Any) -> None:
+        super().__init__(text)
+        self.key, self.node = key, node
+        self.model: Any = None
 
 
 class ShapeError(LlmcError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,15 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from llmc.errors import LlmcError, ShapeError
+from llmc.errors import LlmcError, ShapeError, ValueNeeded
 from llmc.ir.dims import Dim, Symbol
 from llmc.runtime.binding import Tensor
-from llmc.runtime.jit import temporary_artifact
+from llmc.runtime.jit import onnx_interface
 from llmc.runtime.session import Runtime
+from llmc.runtime.staged import StagedModel
 from llmc.runtime.targets import resolve_target
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
+Source = str | os.PathLike[str] | bytes
 TARGETS = {CPU: "host", CUDA: "nvptx"}
 # Names that ONNX gives to dtypes whose NumPy names differ.
 TYPE_NAMES = {
@@ -55,6 +57,7 @@ class InferenceSession:
     """An ONNX model, compiled and ready to run; takes the place of onnxruntime's class.
 
     path_or_bytes: an .onnx file (compiled into the cache), an artifact, or an .onnx file's content.
+    A model whose shapes depend on the values of tensors is compiled for them when they are met.
     sess_options: an object whose `intra_op_num_threads` counts; what else it says is for another
     runtime. providers: names, or pairs of name and options; the first that llmc has decides between
     the CPU (default) and a GPU ("CUDAExecutionProvider"; DeviceError if there is none).
@@ -63,7 +66,7 @@ class InferenceSession:
 
     def __init__(
         self,
-        path_or_bytes: str | os.PathLike[str] | bytes,
+        path_or_bytes: Source,
         sess_options: Any = None,
         providers: Sequence[str | tuple[str, Mapping[str, Any]]] | None = None,
         provider_options: Sequence[Mapping[str, Any]] | None = None,
@@ -73,10 +76,10 @@ class InferenceSession:
         threads = getattr(sess_options, "intra_op_num_threads", 0)
         if isinstance(threads, int) and threads > 0:
             options.setdefault("threads", threads)
-        self._runtime = _open(path_or_bytes, TARGETS[self._provider], options)
-        executor = self._runtime.executor
-        self._inputs: list[Tensor] = executor.inputs
-        self._outputs: list[Tensor] = executor.outputs
+        target = resolve_target(TARGETS[self._provider], options.get("device", 0))
+        self._model = _open(path_or_bytes, target, options)
+        self._lock = threading.Lock()
+        self._inputs, self._outputs = _interface(path_or_bytes, self._model)
 
     def run(
         self,
@@ -89,25 +92,27 @@ class InferenceSession:
         input_feed: an array for every input by its name. ShapeError names the input that is
         missing, unknown, or whose type or shape does not fit. `run_options` has nothing to say.
         """
-        known = {tensor.name for tensor in self._outputs}
+        known = {each.name for each in self._outputs}
         if unknown := set(output_names or ()) - known:
             raise ShapeError(f"no output {', '.join(sorted(unknown))}; the model has "
                              f"{', '.join(sorted(known))}")
-        results = self._runtime.run({name: _array(name, value)
-                                     for name, value in input_feed.items()})
-        return [results[name] for name in output_names or [t.name for t in self._outputs]]
+        arrays = {name: _array(name, value) for name, value in input_feed.items()}
+        with self._lock:
+            results = self._model.run(arrays)
+        return [results[name] for name in output_names or [each.name for each in self._outputs]]
 
     def get_inputs(self) -> list[NodeArg]:
         """The inputs that a call has to give."""
-        return [_node_arg(tensor) for tensor in self._inputs]
+        return list(self._inputs)
 
     def get_outputs(self) -> list[NodeArg]:
         """The outputs, in the order in which `run` gives them."""
-        return [_node_arg(tensor) for tensor in self._outputs]
+        return list(self._outputs)
 
     def get_modelmeta(self) -> ModelMetadata:
         """The graph's name."""
-        return ModelMetadata(graph_name=self._runtime.manifest.name)
+        runtime = self._model if isinstance(self._model, Runtime) else self._model.runtime
+        return ModelMetadata(graph_name=runtime.manifest.name if runtime else "")
 
     def get_providers(self) -> list[str]:
         """The one that runs this model."""
@@ -119,7 +124,7 @@ class InferenceSession:
 
     def close(self) -> None:
         """Stop the threads; running afterwards is an LlmcError."""
-        self._runtime.close()
+        self._model.close()
 
 
 def _chosen(providers: Sequence[str | tuple[str, Mapping[str, Any]]] | None) -> str:
@@ -131,14 +136,24 @@ def _chosen(providers: Sequence[str | tuple[str, Mapping[str, Any]]] | None) -> 
     return known[0]
 
 
-def _open(source: str | os.PathLike[str] | bytes, target: str,
-          options: Mapping[str, Any]) -> Runtime:
-    if not isinstance(source, bytes):
-        return Runtime(source, target, **options)
-    with tempfile.TemporaryDirectory() as directory:  # an open artifact needs its files no more
-        target = resolve_target(target, options.get("device", 0))
-        path = temporary_artifact(source, target, Path(directory))
-        return Runtime(path, "auto" if target != "host" else target, **options)
+def _open(source: Source, target: str, options: Mapping[str, Any]) -> Runtime | StagedModel:
+    if isinstance(source, bytes):
+        return StagedModel(source, target, options)
+    try:
+        return Runtime(source, target.partition(":")[0], **options)
+    except ValueNeeded:
+        return StagedModel(Path(source), target, options)
+
+
+def _interface(source: Source, model: Runtime | StagedModel
+               ) -> tuple[list[NodeArg], list[NodeArg]]:
+    runtime = model if isinstance(model, Runtime) else model.runtime
+    if runtime is not None:
+        return ([_node_arg(each) for each in runtime.executor.inputs],
+                [_node_arg(each) for each in runtime.executor.outputs])
+    inputs, outputs = onnx_interface(source if isinstance(source, bytes) else Path(source))
+    return ([NodeArg(name, shape, kind) for name, kind, shape in inputs],
+            [NodeArg(name, shape, kind) for name, kind, shape in outputs])
 
 
 def _array(name: str, value: Any) -> np.ndarray:

@@ -59,12 +59,21 @@ def cached_graph(graph: Graph, parameters: Mapping[str, np.ndarray], target: str
     return Cache(cache_dir or knobs.cache_directory()).artifact(key, build)
 
 
-def temporary_artifact(content: bytes, target: str, directory: Path) -> Path:
-    """Compile an ONNX file's content into the directory; the artifact's path."""
+def onnx_artifact(source: Path | bytes, values: Mapping[str, np.ndarray], target: str,
+                  directory: Path) -> tuple[Path | None, str | None]:
+    """Compile an ONNX model into an artifact in the directory; see `driver.compile_onnx`."""
     from llmc.codegen.target import Target
     from llmc.driver import compile_onnx
 
-    return compile_onnx(content, Target.parse(target)).write(directory / "model.llmc")
+    compiled, key = compile_onnx(source, Target.parse(target), values)
+    return compiled.write(directory / "model.llmc") if compiled else None, key
+
+
+def onnx_interface(source: Path | bytes) -> tuple[list[tuple], list[tuple]]:
+    """(name, type, shape) of an ONNX model's inputs and outputs, as it declares them."""
+    from llmc.frontend.onnx import declared_interface
+
+    return declared_interface(source)
 
 
 def _cpu() -> str:

@@ -108,3 +108,55 @@ def test_unknown_providers_and_damaged_bytes_are_refused():
         llmc.InferenceSession(linear(), providers=["Nonsense"])
     with pytest.raises(llmc.ModelError, match="damaged"):
         llmc.InferenceSession(linear()[:50])
+
+
+# ---- shapes that depend on values ----------------------------------------------------------------
+
+
+def sliced() -> bytes:
+    """y = relu(x)[:n] for x[batch, 3], where n = round(sum(x)) is computed."""
+    ints = {"zero": [0], "shape": [1]}
+    graph = helper.make_graph(
+        [helper.make_node("ReduceSum", ["x"], ["total"], keepdims=0),
+         helper.make_node("Cast", ["total"], ["whole"], to=TensorProto.INT64),
+         helper.make_node("Reshape", ["whole", "shape"], ["n"]),
+         helper.make_node("Relu", ["x"], ["r"]),
+         helper.make_node("Slice", ["r", "zero", "n"], ["y"])],
+        "sliced", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, 3])],
+        [helper.make_tensor(name, TensorProto.INT64, [1], values)
+         for name, values in ints.items()])
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 17)]).SerializeToString()
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_a_shape_that_a_computed_value_decides(tmp_path: Path, from_file: bool):
+    (tmp_path / "sliced.onnx").write_bytes(sliced())
+    session = llmc.InferenceSession(tmp_path / "sliced.onnx" if from_file else sliced(),
+                                    cache_dir=tmp_path / "cache")
+    assert [(o.name, o.shape, o.type) for o in session.get_outputs()] == [
+        ("y", [None, 3], "tensor(float)")]
+    for total, rows in ((1.0, 4), (3.0, 7), (1.0, 5)):
+        x = np.full((rows, 3), total / 3 / rows, np.float32) + np.float32(0.01)
+        np.testing.assert_array_equal(session.run(None, {"x": x})[0], x[:int(x.sum())])
+    session.close()
+
+
+def test_a_shape_that_is_an_input():
+    graph = helper.make_graph(
+        [helper.make_node("Expand", ["x", "shape"], ["y"])], "expansion",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [3, 1]),
+         helper.make_tensor_value_info("shape", TensorProto.INT64, [2])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [3, None])])
+    session = llmc.InferenceSession(helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 17)]).SerializeToString())
+    x = np.arange(3, dtype=np.float32)[:, None]
+    for width in (1, 17):
+        shape = np.array([1, width])
+        (y,) = session.run(None, {"x": x, "shape": shape})
+        np.testing.assert_array_equal(y, np.broadcast_to(x, (3, width)))
+    with pytest.raises(llmc.ShapeError, match="missing input shape"):
+        session.run(None, {"x": x})
+    with pytest.raises(llmc.ShapeError, match="tensor 'shape': its value is float32"):
+        session.run(None, {"x": x, "shape": shape.astype(np.float32)})

@@ -1,7 +1,8 @@
 """ONNX files: one table of operators, one small converter each."""
 
 from llmc.frontend.onnx.importer import import_onnx, import_onnx_bytes
+from llmc.frontend.onnx.interface import declared_interface
 from llmc.frontend.onnx.registry import CONVERTERS
 from llmc.frontend.onnx.signature import TokenInterface
 
-__all__ = ["CONVERTERS", "TokenInterface", "import_onnx", "import_onnx_bytes"]
+__all__ = ["CONVERTERS", "TokenInterface", "declared_interface", "import_onnx", "import_onnx_bytes"]

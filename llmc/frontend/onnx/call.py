@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from onnx import NodeProto
 
-from llmc.errors import ModelError
+from llmc.errors import ModelError, ValueNeeded
 from llmc.frontend.onnx.builder import Builder
 from llmc.frontend.onnx.registry import Value
 from llmc.frontend.onnx.shape_array import ShapeArray
 from llmc.frontend.onnx.symbols import SymbolTable
-from llmc.ir.dims import Dim, Expression
+from llmc.ir.dims import Dim
 from llmc.ir.graph import Node, Origin
+from llmc.ir.interpret import evaluate_constant
 
 Inline = Callable[[Any, Sequence[Value]], list[Value]]
 
@@ -29,7 +30,8 @@ class Call(Builder):
 
     `inputs` has None for an input that is left out; `attributes` plain Python values (bytes as
     str, tensors as TensorProto, graphs as GraphProto); `inline(graph, arguments)` gives the
-    outputs of a graph that is an attribute.
+    outputs of a graph that is an attribute. `keys` name the inputs, and `values` has what is known
+    of tensors that depend on data, by key (see `ValueNeeded`).
     """
 
     def __init__(
@@ -48,6 +50,8 @@ class Call(Builder):
         self.inputs = list(inputs)
         self.attributes = attributes
         self.inline: Inline = no_graphs
+        self.keys: list[str] = []
+        self.values: Mapping[str, np.ndarray[Any, Any]] = {}
 
     @property
     def op_type(self) -> str:
@@ -87,16 +91,35 @@ class Call(Builder):
         value = self.value(index)
         if isinstance(value, ShapeArray):
             return value.flat()
-        if value.op != "constant":
-            raise self.error(f"{what} depends on data; only shapes and constants are supported")
-        return [int(item) for item in np.frombuffer(value["data"], value.dtype.numpy)]
+        return [int(item) for item in self.known(index, what).reshape(-1)]
 
     def integers(self, index: int, what: str) -> list[int]:
         """As `dims`, where no symbol may occur."""
-        items = self.dims(index, what)
-        if any(isinstance(item, Expression) for item in items):
-            raise self.error(f"{what} must be constant, not [{', '.join(map(str, items))}]")
-        return [int(item) for item in items]  # type: ignore[arg-type]
+        return [int(item) for item in self.known(index, what).reshape(-1)]
+
+    def known(self, index: int, what: str) -> np.ndarray[Any, Any]:
+        """The value of an input that decides shapes. ValueNeeded if it depends on data."""
+        value = self.value(index)
+        array = value.known() if isinstance(value, ShapeArray) else evaluate_constant(value)
+        if array is None:
+            raise self._needed(self.keys[index], self.tensor(value), what)
+        return array
+
+    def measured(self, label: str, node: Node) -> np.ndarray[Any, Any]:
+        """The value of a node that the converter made, such as a count; `label` tells several
+        apart. ValueNeeded if it depends on data and is not known yet."""
+        array = evaluate_constant(node)
+        if array is not None:
+            return array
+        key = f"{self.origin.node if self.origin else ''}#{label}"
+        if key not in self.values:
+            raise self._needed(key, node, label)
+        return np.asarray(self.values[key])
+
+    def _needed(self, key: str, node: Node, what: str) -> ValueNeeded:
+        """The value of a graph input is known by that input's name."""
+        text = f"{what} depends on data; only an InferenceSession can run such a model"
+        return ValueNeeded(str(self.error(text)), node["name"] if node.op == "input" else key, node)
 
     def attribute(self, name: str, default: Any = None) -> Any:
         return self.attributes.get(name, default)

@@ -11,10 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
 from onnx.helper import get_attribute_value
 
-from llmc.errors import GraphError, ModelError, ShapeError
+from llmc.errors import GraphError, ModelError, ShapeError, ValueNeeded
 from llmc.frontend.model import ImportedModel, StoredTensor
 from llmc.frontend.onnx import (  # noqa: F401 - importing a group registers its converters
     attention,
@@ -56,34 +57,51 @@ HEADER_BYTES = 1 << 20
 MAX_DEPTH = 64
 
 
-def import_onnx(path: str | Path) -> ImportedModel:
+Values = Mapping[str, "np.ndarray[Any, Any]"]
+
+
+def import_onnx(path: str | Path, values: Values | None = None) -> ImportedModel:
     """Import an .onnx file; its weights stay where they are and become parameters by name.
 
     Inputs and outputs keep their names and axes; symbolic axes are unified where operators
-    demand it. ModelError names the file and the node or tensor, in one line.
+    demand it. ModelError names the file and the node or tensor, in one line; ValueNeeded asks for
+    the value of a tensor that decides shapes: `values` has those by key.
     """
     path = Path(path)
     model = read_model(path)
-    return _import(model, path, lambda: _fingerprint(path, external_files(model, path)))
+
+    def fingerprint() -> str:
+        return _fingerprint(path, external_files(model, path))
+
+    return _import(model, path, fingerprint, values or {})
 
 
-def import_onnx_bytes(content: bytes, path: str | Path = "model.onnx") -> ImportedModel:
+def import_onnx_bytes(
+    content: bytes, path: str | Path = "model.onnx", values: Values | None = None
+) -> ImportedModel:
     """As `import_onnx` for a file's content; `path` names it in errors, and is where its external
     data would be."""
     path = Path(path)
     model = parse_model(content, path)
-    return _import(model, path, lambda: hashlib.sha256(content).hexdigest())
+    return _import(model, path, lambda: hashlib.sha256(content).hexdigest(), values or {})
 
 
-def _import(model: ModelProto, path: Path, fingerprint: Callable[[], str]) -> ImportedModel:
+def _import(
+    model: ModelProto, path: Path, fingerprint: Callable[[], str], values: Values
+) -> ImportedModel:
     check_model(model, path)
     solutions: dict[str, Dim] = {}
     stored: dict[str, StoredTensor] = {}
     for _ in range(MAX_SOLUTIONS):
+        conversion = Conversion(model, path, SymbolTable(solutions), stored, values)
         try:
-            graph = Conversion(model, path, SymbolTable(solutions), stored).run()
+            graph = conversion.run()
         except SymbolSolved as solved:
             solutions[solved.name] = solved.value
+        except ValueNeeded as needed:
+            graph = Graph("value", conversion.inputs, (("value", needed.node),))
+            needed.model = _imported(model, path, graph, stored, "")
+            raise
         else:
             return _imported(model, path, graph, stored, fingerprint())
     raise ModelError(f"{path}: its symbolic axes cannot be unified: {solutions}")
@@ -136,18 +154,22 @@ class Scope:
     depth: int = 0
 
     def find(self, name: str) -> Value | None:
+        owner = self.owner(name)
+        return None if owner is None else owner.values[name]
+
+    def owner(self, name: str) -> Scope | None:
+        """The scope that a name is found in."""
         scope: Scope | None = self
-        while scope is not None:
-            if name in scope.values:
-                return scope.values[name]
+        while scope is not None and name not in scope.values:
             scope = scope.parent
-        return None
+        return scope
 
 
 class Conversion:
     """One attempt to convert the graph; `SymbolSolved` ends it when two dims turn out equal.
 
-    `stored` collects the tensors by name and is shared by all attempts.
+    `stored` collects the tensors by name and is shared by all attempts; `values` has what is known
+    of tensors that depend on data, by scope and name.
     """
 
     def __init__(
@@ -156,8 +178,11 @@ class Conversion:
         path: Path,
         symbols: SymbolTable,
         stored: dict[str, StoredTensor],
+        values: Values,
     ) -> None:
         self.model, self.path, self.symbols, self.stored = model, path, symbols, stored
+        self.values = values
+        self.inputs: tuple[Node, ...] = ()
         self.functions: dict[tuple[str, str], FunctionProto] = {
             (function.domain, function.name): function for function in model.functions
         }
@@ -165,15 +190,16 @@ class Conversion:
     def run(self) -> Graph:
         graph = self.model.graph
         scope = Scope(opset_versions(self.model.opset_import))
-        inputs = self._graph_inputs(graph)
-        scope.values.update((node["name"], node) for node in inputs)
+        self.inputs = tuple(self._graph_inputs(graph))
+        for node in self.inputs:
+            self._bind(scope, node["name"], node)
         self._initializers(graph.initializer, scope)
         self._nodes(graph.node, scope)
         outputs = tuple((output.name, self._output(output.name, scope)) for output in graph.output)
         for (_, node), declared in zip(outputs, graph.output, strict=True):
             self._unify_declared_shape(node, declared)
         name = re.sub(r"\W", "_", graph.name or self.path.stem)
-        result = Graph(name if name[:1].isalpha() else f"graph_{name}", tuple(inputs), outputs)
+        result = Graph(name if name[:1].isalpha() else f"graph_{name}", self.inputs, outputs)
         equation = mask_equation(result)
         if equation is not None:
             raise SymbolSolved(*equation)
@@ -278,7 +304,18 @@ class Conversion:
                 raise ModelError(f"{self._location(node, scope)}: {e}") from e
             for name, result in zip(node.output, results, strict=False):
                 if name and result is not None:
-                    scope.values[name] = self._limited(result)
+                    self._bind(scope, name, self._limited(result))
+
+    def _bind(self, scope: Scope, name: str, value: Value) -> None:
+        """Gives a value its name; what is known of its data takes its place."""
+        known = self.values.get(scope.prefix + name)
+        if known is None:
+            scope.values[name] = value
+            return
+        location = f"{self.path}: tensor '{scope.prefix}{name}'"
+        if known.dtype != value.dtype.numpy or known.ndim != len(value.shape):
+            raise ShapeError(f"{location}: its value is {known.dtype}{list(known.shape)}")
+        scope.values[name] = shape.constant_value(Builder(self.symbols, location), known)
 
     def _limited(self, value: Value) -> Value:
         """Shape arithmetic that grows beyond shapes goes on as a tensor."""
@@ -320,6 +357,8 @@ class Conversion:
         version = scope.opsets.get(domain, 1)
         call = Call(self.symbols, location, origin, node, version, inputs, attributes)
         call.inline = partial(self._subgraph, call, scope)
+        call.keys = [f"{(scope.owner(each) or scope).prefix}{each}" for each in node.input]
+        call.values = self.values
         return call
 
     def _find(self, name: str, scope: Scope, location: str) -> Value:
@@ -382,17 +421,14 @@ class Conversion:
         inner = Scope(opsets, None, prefix, arguments, depth=scope.depth + 1)
         for name, given in zip(function.input, node.input, strict=False):
             if given:
-                inner.values[name] = self._find(given, scope, location)
+                self._bind(inner, name, self._find(given, scope, location))
         self._nodes(function.node, inner)
         return [inner.find(name) for name in function.output]
 
     def _if(self, node: NodeProto, scope: Scope) -> Sequence[Value | None]:
-        """Only with a condition that is known at compile time: that branch, in place."""
+        """The branch that its condition selects, in place."""
         call = self._call(node, scope, AI_ONNX)
-        condition = call.shape_array(0)
-        known = None if condition is None else condition.known()
-        if known is None:
-            raise call.error("its condition depends on data; such an If is not supported")
+        known = call.known(0, "its condition")
         branch = call.required("then_branch" if known.all() else "else_branch")
         return call.inline(branch, [])
 
@@ -407,7 +443,8 @@ class Conversion:
             raise call.error(f"unsupported operators: {', '.join(missing)}")
         prefix = f"{scope.prefix}{node_name(call.node)}/"
         inner = Scope(scope.opsets, scope, prefix, scope.attributes, depth=scope.depth + 1)
-        inner.values.update(zip((v.name for v in graph.input), arguments, strict=True))
+        for declared, argument in zip(graph.input, arguments, strict=True):
+            self._bind(inner, declared.name, argument)
         self._initializers(graph.initializer, inner)
         self._nodes(graph.node, inner)
         return [self._find(output.name, inner, call.location) for output in graph.output]

@@ -1,0 +1,42 @@
+"""What an ONNX model declares of its inputs and outputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from onnx import TensorProto, TypeProto
+
+from llmc.frontend.onnx.protobuf import parse_model, read_model
+
+Declared = tuple[str, str, list[int | str | None]]
+
+
+def declared_interface(source: Path | bytes) -> tuple[list[Declared], list[Declared]]:
+    """(name, type such as "tensor(float)", shape) of the inputs without initialisers, and of the
+    outputs. An axis is an int, its name or None."""
+    model = (
+        parse_model(source, Path("model.onnx")) if isinstance(source, bytes) else read_model(source)
+    )
+    initialized = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in initialized]
+    return [_declared(value) for value in inputs], [_declared(v) for v in model.graph.output]
+
+
+def _declared(value: Any) -> Declared:
+    extents = value.type.tensor_type.shape.dim
+    return value.name, type_text(value.type), [_extent(dim) for dim in extents]
+
+
+def _extent(dim: Any) -> int | str | None:
+    return int(dim.dim_value) if dim.HasField("dim_value") else dim.dim_param or None
+
+
+def type_text(kind: TypeProto) -> str:
+    """A type as ONNX writes it: tensor(float), seq(tensor(int64)), optional(...)."""
+    which = kind.WhichOneof("value")
+    if which == "sequence_type":
+        return f"seq({type_text(kind.sequence_type.elem_type)})"
+    if which == "optional_type":
+        return f"optional({type_text(kind.optional_type.elem_type)})"
+    return f"tensor({TensorProto.DataType.Name(kind.tensor_type.elem_type).lower()})"
