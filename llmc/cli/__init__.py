@@ -12,7 +12,7 @@ from llmc import knobs
 from llmc.errors import LlmcError
 
 COMMANDS = ("generate", "compile", "run", "bench", "inspect", "capture", "compare",
-            "devices", "cache", "profile")
+            "devices", "cache", "profile", "serve")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -97,6 +97,10 @@ class Tokenizer:
         """The id of a token such as "</s>", None if the vocabulary lacks it."""
         return self._tokenizer.token_to_id(token)
 
+    def token(self, token_id: int) -> str:
+        """How the vocabulary writes a token; empty for an id that it lacks."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
     def stream(self, prompt_ids: Iterable[int] = ()) -> StreamDecoder:
         """A decoder for ids that arrive one by one after `prompt_ids`."""
         return StreamDecoder(self, prompt_ids)

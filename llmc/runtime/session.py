@@ -49,6 +49,7 @@ class Options:
     parameters   values of a traced graph's parameters: {name: array}
     device       number of the GPU (default 0)
     cache_dir    where compiled models are kept (default: LLMC_CACHE_DIR)
+    profile_dir  where profiles and the code of hot shapes are kept (default: cache_dir)
     progress     called with (phase, share done) while compiling
     specialize   "lazy" (default): shapes that keep coming get code of their own, compiled in the
                  background and kept if it is measurably faster; "eager": also, before ready, the
@@ -67,6 +68,7 @@ class Options:
     device: int = 0
     parameters: Mapping[str, np.ndarray] | None = None
     cache_dir: str | os.PathLike[str] | None = None
+    profile_dir: str | os.PathLike[str] | None = None
     progress: Progress = silent
     specialize: str | None = None
     promote_after: int | None = None
@@ -156,8 +158,9 @@ class Runtime:
         return CudaExecutor(self.artifact, self.options.device)
 
     def _specialize(self) -> Specializer | None:
-        cache = Path(self.options.cache_dir or knobs.cache_directory())
-        return specialize(self.executor, self.options.policy(), cache)
+        options = self.options
+        place = Path(options.profile_dir or options.cache_dir or knobs.cache_directory())
+        return specialize(self.executor, options.policy(), place)
 
     def _make_model(self) -> LanguageModel | Encoder | OnnxLanguageModel | None:
         limit = self.config.get("max_context") or 0

@@ -1,0 +1,82 @@
+"""Structured output: which tokens may come next, so that text fits a JSON schema, a regular
+expression or a Lark grammar. By llguidance, which is loaded when first asked for."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmc.server.http_errors import ApiError
+from llmc.server.request import Matcher
+
+# One space, or a new line and its indentation: a model left to itself may write spaces for ever.
+JSON_OPTIONS: Any = {"whitespace_pattern": r"( |\n[ \t]{0,32})?"}
+
+
+class GrammarMatcher:
+    """One choice's place in a grammar (see `llmc.server.request.Matcher`)."""
+
+    def __init__(self, matcher: Any):
+        self._matcher = matcher
+
+    def mask(self) -> np.ndarray:
+        if self._matcher.is_stopped():
+            self._check()
+            return np.zeros(1, np.uint32)
+        mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+        self._check()
+        return mask
+
+    def accept(self, token: int) -> None:
+        self._matcher.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise ApiError(400, f"the grammar cannot be followed: {self._matcher.get_error()}",
+                           code="invalid_grammar")
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer. vocabulary: width of the logits."""
+
+    def __init__(self, tokenizer_file: Path, vocabulary: int, end_ids: Sequence[int]):
+        self._file, self._vocabulary = tokenizer_file, vocabulary
+        self._end_ids = list(end_ids)
+        self._tokenizer: Any = None
+        self._lock = threading.Lock()
+
+    def compile(self, kind: str, source: Any) -> Callable[[], Matcher]:
+        """kind: json (a schema), regex or lark. What Request.grammar takes. ApiError 400 if it is
+        not valid. May take a second: not for the event loop."""
+        from llguidance import LLMatcher
+
+        make = {"json": _from_schema, "regex": LLMatcher.grammar_from_regex,
+                "lark": LLMatcher.grammar_from_lark}[kind]
+        try:
+            first = LLMatcher(self._load(), make(source), log_level=0)
+        except (ValueError, TypeError) as error:
+            raise ApiError(400, f"invalid grammar: {error}", code="invalid_grammar") from error
+        if first.is_error():
+            raise ApiError(400, f"invalid grammar: {first.get_error()}", code="invalid_grammar")
+        return lambda: GrammarMatcher(first.deep_copy())
+
+    def _load(self) -> Any:
+        with self._lock:
+            if self._tokenizer is None:
+                from llguidance import LLTokenizer
+
+                self._tokenizer = LLTokenizer(str(self._file), n_vocab=self._vocabulary,
+                                              eos_token=self._end_ids or None)
+            return self._tokenizer
+
+
+def _from_schema(schema: Any) -> str:
+    from llguidance import LLMatcher
+
+    return LLMatcher.grammar_from_json_schema(json.dumps(schema), JSON_OPTIONS)
