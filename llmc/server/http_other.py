@@ -76,7 +76,8 @@ class Other:
         encoding = body.encoding_format or "float"
         return json_answer({
             "object": "list", "model": self._host.options.name,
-            "data": [{"object": "embedding", "index": index, "embedding": _written(vector, encoding)}
+            "data": [{"object": "embedding", "index": index,
+                      "embedding": _written(vector, encoding)}
                      for index, vector in enumerate(vectors)],
             "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
 
