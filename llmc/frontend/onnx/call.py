@@ -31,7 +31,8 @@ class Call(Builder):
     `inputs` has None for an input that is left out; `attributes` plain Python values (bytes as
     str, tensors as TensorProto, graphs as GraphProto); `inline(graph, arguments)` gives the
     outputs of a graph that is an attribute. `keys` name the inputs, and `values` has what is known
-    of tensors that depend on data, by key (see `ValueNeeded`).
+    of tensors that depend on data, by key (see `ValueNeeded`). `declared_shape(index)` is what the
+    model declares for an output of its own that this node makes.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Call(Builder):
         self.inputs = list(inputs)
         self.attributes = attributes
         self.inline: Inline = no_graphs
+        self.declared_shape: Callable[[int], list[Dim | None] | None] = lambda index: None
         self.keys: list[str] = []
         self.values: Mapping[str, np.ndarray[Any, Any]] = {}
 

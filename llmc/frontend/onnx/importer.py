@@ -21,12 +21,13 @@ from llmc.frontend.onnx import (  # noqa: F401 - importing a group registers its
     attention,
     casts,
     contrib,
-    convolution,
+    contrib_attention,
+    contrib_experts,
+    contrib_quantized,
     elementwise,
     matmul,
     movement,
     normalization,
-    pooling,
     quantization,
     reduction,
     shape,
@@ -359,9 +360,21 @@ class Conversion:
         version = scope.opsets.get(domain, 1)
         call = Call(self.symbols, location, origin, node, version, inputs, attributes)
         call.inline = partial(self._subgraph, call, scope)
+        call.declared_shape = partial(self._declared_shape, node)
         call.keys = [f"{(scope.owner(each) or scope).prefix}{each}" for each in node.input]
         call.values = self.values
         return call
+
+    def _declared_shape(self, node: NodeProto, index: int) -> list[Dim | None] | None:
+        """The shape that the graph declares for an output that it puts out; None where unknown."""
+        name = node.output[index] if index < len(node.output) else ""
+        declared = next((value for value in self.model.graph.output if value.name == name), None)
+        if declared is None or not declared.type.tensor_type.HasField("shape"):
+            return None
+        return [
+            dim.dim_value if dim.HasField("dim_value") else self.symbols.parse(dim.dim_param)
+            for dim in declared.type.tensor_type.shape.dim
+        ]
 
     def _find(self, name: str, scope: Scope, location: str) -> Value:
         value = scope.find(name)

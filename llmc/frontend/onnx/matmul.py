@@ -17,14 +17,20 @@ def matmul(call: Call) -> Result:
 
 
 @converter("FusedMatMul", inputs=2, domain=MICROSOFT)
-def fused_matmul(call: Call) -> Result:
-    call.refuse("transBatchA", 0)
-    call.refuse("transBatchB", 0)
-    return scaled_matmul(call, call.input(0), call.input(1), call.attribute("alpha", 1.0))
+def fused_matmul(call: Call) -> Node:
+    a, b = (batch_moved(call, call.input(index), side) for index, side in enumerate("AB"))
+    return scaled_matmul(call, a, b, call.attribute("alpha", 1.0))
+
+
+def batch_moved(call: Call, x: Node, side: str) -> Node:
+    """x with its first axis behind the batch axes, where transBatchA or B says so."""
+    if not call.attribute(f"transBatch{side}", 0) or x.rank < 3:
+        return x
+    return call.transpose(x, [*range(1, x.rank - 1), 0, x.rank - 1])
 
 
 @converter("Gemm", inputs=(2, 3))
-def gemm(call: Call) -> Result:
+def gemm(call: Call) -> Node:
     product = scaled_matmul(call, call.input(0), call.input(1), call.attribute("alpha", 1.0))
     bias = call.optional(2)
     if bias is None:

@@ -9,7 +9,7 @@ from llmc.frontend.onnx.reduction import constant_scalar
 from llmc.frontend.onnx.registry import MICROSOFT, Result, converter
 from llmc.ir import dims
 from llmc.ir.dims import Dim
-from llmc.ir.dtypes import DType, bool_, f32, i2, i4, i8, i32, u2, u4, u8
+from llmc.ir.dtypes import DType, bool_, f32, i2, i4, i8, i16, i32, u2, u4, u8
 from llmc.ir.graph import Node
 
 SIGNED = {2: i2, 4: i4, 8: i8}
@@ -104,8 +104,11 @@ def quantized(call: Call, x: Node, scale: Node, zero: Node | None, dtype: DType)
 
 @converter("DynamicQuantizeLinear", inputs=1)
 def dynamic_quantize_linear(call: Call) -> Result:
+    return dynamically_quantized(call, call.input(0))
+
+
+def dynamically_quantized(call: Call, x: Node) -> tuple[Node, Node, Node]:
     """u8 codes of a whole tensor, with 0 exactly representable; codes, scale, zero point."""
-    x = call.input(0)
     zero, limit = call.scalar(0, x.dtype), call.scalar(255, x.dtype)
     low = call.binary("min", call.reduce("reduce_min", x, range(x.rank), keep=False), zero)
     high = call.binary("max", call.reduce("reduce_max", x, range(x.rank), keep=False), zero)
@@ -119,25 +122,39 @@ def dynamic_quantize_linear(call: Call) -> Result:
 
 @converter("MatMulInteger", inputs=(2, 4))
 def matmul_integer(call: Call) -> Result:
-    """i32 product of centred codes."""
-    a, b, a_zero, b_zero = call.input(0), call.input(1), call.optional(2), call.optional(3)
+    return integer_product(call, call.input(0), call.input(1), call.optional(2), call.optional(3))
+
+
+def integer_product(
+    call: Call, a: Node, b: Node, a_zero: Node | None, b_zero: Node | None
+) -> Node:
+    """i32 product of centred 8-bit codes, exact; a zero point for all, for each row of a, or for
+    each column of b."""
     if a_zero is not None and a_zero.rank == 1 and a_zero.shape[0] != 1:
-        a_zero = call.unsqueeze(a_zero, [1])  # one zero point per row
-    a_zero = call.reshape(a_zero, ()) if a_zero is not None and a_zero.rank == 1 else a_zero
-    left, right = centred(call, a, a_zero, i32), centred(call, b, b_zero, i32)
-    return call.matmul(left, right, i32)
+        a_zero = call.unsqueeze(a_zero, [1])
+    a_zero, b_zero = (
+        call.reshape(zero, ()) if zero is not None and zero.shape == (1,) else zero
+        for zero in (a_zero, b_zero)
+    )
+    return call.matmul(centred_codes(call, a, a_zero), centred_codes(call, b, b_zero), i32)
+
+
+def centred_codes(call: Call, codes: Node, zero: Node | None) -> Node:
+    """codes - zero in i16, which holds every difference; codes as they are where zero is 0."""
+    if zero is None or constant_scalar(zero) == 0:
+        return codes
+    return call.binary("sub", call.cast(codes, i16), call.cast(zero, i16))
 
 
 @converter("MatMulNBits", inputs=(3, 6), domain=MICROSOFT)
 def matmul_n_bits(call: Call) -> Result:
     """a @ w^T for w of N rows in blocks along K: (codes - zero) * scale."""
+    call.refuse("weight_prepacked", 0)
     a, codes, scales = call.input(0), call.input(1), call.input(2)
     rows, columns = int(call.required("N")), int(call.required("K"))
     bits, block = int(call.attribute("bits", 4)), int(call.required("block_size"))
     if bits not in (2, 4, 8) or block < 16 or rows < 1 or columns < 1:
         raise call.error(f"bits={bits}, block_size={block}, N={rows}, K={columns} is not supported")
-    if call.has(4):
-        raise call.error("g_idx is not supported")
     blocks = -(-columns // block)
     codes = call.reshape(unpacked(call, codes, bits), (rows, blocks * block))
     codes = call.slice_axis(codes, 1, 0, columns)
@@ -147,7 +164,12 @@ def matmul_n_bits(call: Call) -> Result:
         operands = [call.cast(codes, UNSIGNED[bits]), scales, zeros]
     else:
         operands = [signed(call, codes, bits), scales]
-    weight = call.make("dequantize", *operands, group=block, dtype=a.dtype)
+    group = block
+    if call.has(4):  # the group of each column: one scale per column
+        index = call.slice_axis(call.input(4), 0, 0, columns)
+        operands[1:] = [call.take(each, index, 1) for each in operands[1:]]
+        group = 1
+    weight = call.make("dequantize", *operands, group=group, dtype=a.dtype)
     product = call.matmul(a, call.swap_last(weight))
     bias = call.optional(5)
     return product if bias is None else call.binary("add", product, bias)
