@@ -12,7 +12,7 @@ from llmc import knobs
 from llmc.errors import LlmcError
 
 COMMANDS = ("generate", "compile", "run", "bench", "inspect", "capture", "compare",
-            "devices", "cache", "profile", "serve")
+            "devices", "cache", "profile", "serve", "bench_serve")
 
 
 def main(argv: list[str] | None = None) -> int:
