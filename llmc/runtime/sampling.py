@@ -14,7 +14,7 @@ import numpy as np
 
 from llmc.errors import ShapeError
 
-CANDIDATES = 256  # tokens of a row that are sorted; where top-p needs more, all are
+BLOCK = 256  # weights that are summed before it is known which of them matter
 NO_TOKEN = -1  # for a row without any possible token: a mask forbids all, or logits are NaN
 
 
@@ -126,13 +126,9 @@ class Sampler:
 
     def __init__(self, slots: int, vocabulary: int):
         self.vocabulary = vocabulary
-        self.greedy = np.ones(slots, np.bool_)  # whether the likeliest logit alone decides
-        self._temperature = np.zeros(slots)
-        self._top_k = np.zeros(slots, np.int64)
-        self._top_p = np.ones(slots)
-        self._min_p = np.zeros(slots)
-        self._seed = np.zeros(slots, np.uint64)
-        self._choice = np.zeros(slots, np.uint64)
+        self.greedy = [True] * slots  # whether the likeliest logit alone decides
+        self._sampling = [Sampling()] * slots
+        self._choice = [0] * slots
         self._bias: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._counts: dict[int, _Counts] = {}
 
@@ -140,12 +136,7 @@ class Sampler:
                made: np.ndarray) -> None:
         """Put a sequence into a slot. choice: its number among those with the same seed; prompt,
         made: its token ids so far. The sampling has been checked."""
-        self._temperature[slot] = sampling.temperature
-        self._top_k[slot] = sampling.top_k
-        self._top_p[slot] = sampling.top_p
-        self._min_p[slot] = sampling.min_p
-        self._seed[slot] = sampling.seed & (2**64 - 1)
-        self._choice[slot] = choice
+        self._sampling[slot], self._choice[slot] = sampling, choice
         self._bias.pop(slot, None)
         self._counts.pop(slot, None)
         if sampling.logit_bias:
@@ -163,31 +154,36 @@ class Sampler:
             counts.made[token] += 1
             counts.seen[token] = True
 
-    def sample(self, logits: np.ndarray, slots: np.ndarray, positions: np.ndarray,
+    def sample(self, logits: np.ndarray, slots: Sequence[int], positions: Sequence[int],
                masks: Mapping[int, np.ndarray] | None = None,
-               banned: Mapping[int, Sequence[int]] | None = None) -> np.ndarray:
-        """The next token of every row, int64 [rows]; NO_TOKEN where none is possible.
+               banned: Mapping[int, Sequence[int]] | None = None) -> list[int]:
+        """The next token of every row; NO_TOKEN where none is possible.
 
-        logits: [rows, vocab] f32, written to. slots, positions: [rows], whose row it is and where
+        logits: [rows, vocab] f32, written to. slots, positions: for each row, whose it is and where
         the token will stand. masks: row -> bits of the tokens that may come, as a Matcher gives
         them; banned: row -> tokens that may not.
         """
         self._adjust(logits, slots, masks or {}, banned or {})
-        tokens = logits.argmax(axis=1)
-        peaks = np.take_along_axis(logits, tokens[:, None], 1)[:, 0]
-        possible = np.isfinite(peaks)
-        random = np.flatnonzero(possible & (self._temperature[slots] > 0))
-        if random.size:
-            whole = random.size == len(logits)
-            tokens[random] = self._draw(logits if whole else logits[random], peaks[random],
-                                        slots[random], positions[random])
-        tokens[~possible] = NO_TOKEN
+        tokens = [int(row.argmax()) for row in logits]
+        random = []
+        for number, (row, slot) in enumerate(zip(logits, slots, strict=True)):
+            if not np.isfinite(row[tokens[number]]):
+                tokens[number] = NO_TOKEN
+            elif self._sampling[slot].temperature > 0:
+                random.append(number)
+        if random:
+            some = [slots[number] for number in random]
+            uniform = philox_uniform([self._sampling[slot].seed for slot in some],
+                                     [self._choice[slot] for slot in some],
+                                     [positions[number] for number in random])
+            for number, slot, share in zip(random, some, uniform.tolist(), strict=True):
+                tokens[number] = _draw(logits[number], tokens[number], self._sampling[slot], share)
         return tokens
 
-    def _adjust(self, logits: np.ndarray, slots: np.ndarray, masks: Mapping[int, np.ndarray],
+    def _adjust(self, logits: np.ndarray, slots: Sequence[int], masks: Mapping[int, np.ndarray],
                 banned: Mapping[int, Sequence[int]]) -> None:
         if self._bias or self._counts:
-            for row, slot in enumerate(slots.tolist()):
+            for row, slot in enumerate(slots):
                 if slot in self._bias:
                     ids, values = self._bias[slot]
                     logits[row, ids] += values
@@ -200,66 +196,6 @@ class Sampler:
         for row, tokens in banned.items():
             logits[row, list(tokens)] = -np.inf
 
-    def _draw(self, logits: np.ndarray, peaks: np.ndarray, slots: np.ndarray,
-              positions: np.ndarray) -> np.ndarray:
-        """Random tokens of rows that are not greedy."""
-        temperature = np.maximum(self._temperature[slots, None], np.finfo(np.float32).tiny)
-        with np.errstate(over="ignore"):  # a tiny temperature: all others are infinitely worse
-            below = (logits - peaks[:, None]) / temperature.astype(np.float32)
-        weights = np.exp(below, out=below)
-        uniform = philox_uniform(self._seed[slots], self._choice[slots], positions)
-        filtered = ((self._top_k[slots] > 0) | (self._top_p[slots] < 1) | (self._min_p[slots] > 0))
-        tokens = np.empty(len(logits), np.int64)
-        for rows, draw in ((np.flatnonzero(~filtered), self._draw_all),
-                           (np.flatnonzero(filtered), self._draw_filtered)):
-            if rows.size:
-                part = weights if rows.size == len(weights) else weights[rows]
-                tokens[rows] = draw(part, slots[rows], uniform[rows])
-        return tokens
-
-    def _draw_all(self, weights: np.ndarray, slots: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-        """Tokens in proportion to weights [rows, vocab]."""
-        return _pick(np.cumsum(weights, axis=1, dtype=np.float64), uniform)
-
-    def _draw_filtered(self, weights: np.ndarray, slots: np.ndarray, uniform: np.ndarray
-                       ) -> np.ndarray:
-        """The same among those that top-k, top-p and min-p keep."""
-        count = min(CANDIDATES, weights.shape[1])
-        totals = weights.sum(axis=1, dtype=np.float64)
-        best, order = _largest(weights, count)
-        enough = self._suffices(best, totals, slots) | (count == weights.shape[1])
-        tokens = np.empty(len(weights), np.int64)
-        for rows in (np.flatnonzero(enough), np.flatnonzero(~enough)):
-            if not rows.size:
-                continue
-            some, places = ((best[rows], order[rows]) if enough[rows[0]]
-                            else _largest(weights[rows], weights.shape[1]))
-            picked = self._pick_kept(some, totals[rows], slots[rows], uniform[rows])
-            tokens[rows] = np.take_along_axis(places, picked[:, None], 1)[:, 0]
-        return tokens
-
-    def _suffices(self, best: np.ndarray, totals: np.ndarray, slots: np.ndarray) -> np.ndarray:
-        """Whether what is kept lies among the best [rows, candidates], row by row."""
-        top_k, min_p = self._top_k[slots], self._min_p[slots]
-        by_rank = (top_k > 0) & (top_k <= best.shape[1])
-        by_weight = best[:, -1] < min_p  # the likeliest weighs 1
-        by_share = ((top_k == 0) & (min_p == 0)
-                    & (best.sum(axis=1, dtype=np.float64) >= self._top_p[slots] * totals))
-        return by_rank | by_weight | by_share
-
-    def _pick_kept(self, weights: np.ndarray, totals: np.ndarray, slots: np.ndarray,
-                   uniform: np.ndarray) -> np.ndarray:
-        """Columns of weights [rows, candidates], which fall; totals: those of all tokens."""
-        top_k, min_p = self._top_k[slots], self._min_p[slots]
-        columns = np.arange(weights.shape[1])
-        keep = columns < np.where(top_k > 0, top_k, len(columns))[:, None]
-        keep &= weights >= min_p[:, None]
-        kept = np.cumsum(weights * keep, axis=1, dtype=np.float64)
-        share = self._top_p[slots] * np.where((top_k > 0) | (min_p > 0), kept[:, -1], totals)
-        keep &= kept - weights < share[:, None]
-        keep[:, 0] = True
-        return _pick(np.cumsum(weights * keep, axis=1, dtype=np.float64), uniform)
-
 
 def sample(logits: np.ndarray, sampling: Sampling, sequence: int, position: int) -> int:
     """The next token of one sequence without penalties. logits: [vocab] f32; position: where the
@@ -267,28 +203,57 @@ def sample(logits: np.ndarray, sampling: Sampling, sequence: int, position: int)
     none = np.empty(0, np.int64)
     sampler = Sampler(1, len(logits))
     sampler.assign(0, sampling, sequence, none, none)
-    row = np.array(logits[None])
-    return int(sampler.sample(row, np.zeros(1, np.int64), np.array([position]))[0])
+    return sampler.sample(np.array(logits[None]), [0], [position])[0]
 
 
-def _largest(weights: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `count` largest of each row, falling, and their columns; of equals the first comes
-    first."""
-    if count < weights.shape[1]:
-        places = np.sort(np.argpartition(weights, -count, axis=1)[:, -count:], axis=1)
-        values = np.take_along_axis(weights, places, 1)
-        order = np.argsort(-values, axis=1, kind="stable")
-        return np.take_along_axis(values, order, 1), np.take_along_axis(places, order, 1)
-    order = np.argsort(-weights, axis=1, kind="stable")
-    return np.take_along_axis(weights, order, 1), order
+def _draw(row: np.ndarray, best: int, sampling: Sampling, uniform: float) -> int:
+    """A random token by logits [vocab], which become weights, the best one's 1."""
+    temperature = max(sampling.temperature, float(np.finfo(np.float32).tiny))
+    row -= row[best]
+    with np.errstate(over="ignore"):  # a tiny temperature: all others are infinitely worse
+        row /= np.float32(temperature)
+    weights = np.exp(row, out=row)
+    if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
+        return _draw_filtered(weights, sampling, uniform)
+    return _draw_all(weights, uniform)
 
 
-def _pick(cumulative: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-    """First column of each row whose cumulative weight exceeds a share `uniform` of the last; a
-    column without weight is never picked."""
-    target = uniform * cumulative[:, -1]
-    return np.fromiter((row.searchsorted(value, "right") for row, value
-                        in zip(cumulative, target, strict=True)), np.int64, len(target))
+def _draw_all(weights: np.ndarray, uniform: float) -> int:
+    """The token at which the running sum of weights exceeds a share of their total; which block it
+    is in is found first."""
+    sums = np.add.reduceat(weights, np.arange(0, len(weights), BLOCK))
+    ends = np.cumsum(sums, dtype=np.float64)
+    target = uniform * ends[-1]
+    block = int(ends.searchsorted(target, "right"))
+    before = ends[block - 1] if block else 0.0
+    inside = weights[block * BLOCK:(block + 1) * BLOCK]
+    place = int(np.cumsum(inside, dtype=np.float64).searchsorted(target - before, "right"))
+    # sums of blocks are rounded otherwise than running sums: the last that weighs anything
+    return block * BLOCK + min(place, int(np.flatnonzero(inside)[-1]))
+
+
+def _draw_filtered(weights: np.ndarray, sampling: Sampling, uniform: float) -> int:
+    """The same among those that the filters keep, the likeliest first (of equals the first): only
+    weights are sorted, and only those that can be kept."""
+    kept = weights
+    if 0 < sampling.top_k < len(kept):
+        kept = np.partition(kept, len(kept) - sampling.top_k)[-sampling.top_k:]
+    if sampling.min_p:
+        kept = kept[kept >= np.float32(sampling.min_p)]
+    wanted = sampling.top_p * float(kept.sum(dtype=np.float64))
+    if sampling.top_p < 1:
+        # all that weigh less are together less than what top-p leaves out
+        least = np.float32((1 - sampling.top_p) / sampling.top_p * wanted / len(kept))
+        kept = kept[kept >= least * np.float32(1 - 1e-6)]
+    kept = np.sort(kept)[::-1]
+    running = np.cumsum(kept, dtype=np.float64)
+    count = len(kept)
+    if sampling.top_p < 1:
+        count = min(count, int(running.searchsorted(wanted)) + 1)
+    place = int(running.searchsorted(uniform * running[count - 1], "right"))
+    value = kept[min(place, count - 1)]
+    equals = np.flatnonzero(weights == value)
+    return int(equals[min(place, count - 1) - int((-kept).searchsorted(-value))])
 
 
 _MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)
@@ -309,10 +274,16 @@ def philox(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
     return np.stack([a, b, c, d])
 
 
-def philox_uniform(seeds: np.ndarray, choices: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """A number in [0, 1) with 53 random bits for every (seed, choice, position); f64."""
-    seeds, choices = seeds.astype(np.uint64), choices.astype(np.uint64)
-    places = positions.astype(np.uint64)
-    words = philox(np.stack([places & _LOW, places >> _HALF, choices & _LOW, choices >> _HALF]),
-                   np.stack([seeds & _LOW, seeds >> _HALF]))
+def philox_uniform(seeds: Sequence[int], choices: Sequence[int], positions: Sequence[int]
+                   ) -> np.ndarray:
+    """A number in [0, 1) with 53 random bits for every (seed, choice, position); f64. Of a seed
+    the low 64 bits count."""
+    low, high = zip(*map(_halves, (seeds, choices, positions)), strict=True)
+    words = philox(np.stack([low[2], high[2], low[1], high[1]]), np.stack([low[0], high[0]]))
     return ((words[0] >> np.uint64(5)) * 2.0**26 + (words[1] >> np.uint64(6))) * 2.0**-53
+
+
+def _halves(values: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Low and high words of integers' low 64 bits."""
+    words = np.array([value & (2**64 - 1) for value in values], np.uint64)
+    return words & _LOW, words >> _HALF

@@ -315,8 +315,8 @@ class Engine:
     def _is_plain(self, choice: Choice) -> bool:
         """Whether its next token is the likeliest, and nothing else is to be known."""
         request = choice.request
-        return bool(self.sampler.greedy[choice.slot] and choice.matcher is None
-                    and request.logprobs is None and choice.made >= request.min_tokens)
+        return (self.sampler.greedy[choice.slot] and choice.matcher is None
+                and request.logprobs is None and choice.made >= request.min_tokens)
 
     def _postprocess(self, done: Done) -> None:
         """Choose a token for every choice whose tokens are all computed, and hand it out."""
@@ -341,10 +341,8 @@ class Engine:
                   for row, choice in enumerate(rows) if choice.request.logprobs is not None}
         banned = {row: list(choice.stop_ids) for row, choice in enumerate(rows)
                   if choice.made < choice.request.min_tokens and choice.stop_ids}
-        slots = np.fromiter([choice.slot for choice in rows], np.int64, len(rows))
-        positions = np.fromiter([choice.count for choice in rows], np.int64, len(rows))
-        tokens = self.sampler.sample(logits, slots, positions, self._ready_masks(rows),
-                                     banned).tolist()
+        slots, positions = [choice.slot for choice in rows], [choice.count for choice in rows]
+        tokens = self.sampler.sample(logits, slots, positions, self._ready_masks(rows), banned)
         return tokens, {row: token_logprob(raw, tokens[row], top or 0)
                         for row, (raw, top) in wanted.items() if tokens[row] != NO_TOKEN}
 

@@ -101,15 +101,14 @@ def test_a_row_gets_the_same_token_in_any_batch():
     random = np.random.default_rng(0)
     logits = (3 * random.standard_normal((len(SETTINGS), VOCABULARY))).astype(np.float32)
     sampler = make_sampler(SETTINGS)
-    slots, positions = np.arange(len(SETTINGS)), np.arange(len(SETTINGS)) + 70
+    slots, positions = list(range(len(SETTINGS))), list(range(70, 70 + len(SETTINGS)))
     together = sampler.sample(logits.copy(), slots, positions)
     order = random.permutation(len(SETTINGS))
-    shuffled = sampler.sample(logits[order], slots[order], positions[order])
-    assert shuffled.tolist() == together[order].tolist()
+    shuffled = sampler.sample(logits[order], order.tolist(), [70 + row for row in order.tolist()])
+    assert shuffled == [together[row] for row in order]
     for row in slots:
-        alone = sampler.sample(logits[row:row + 1].copy(), slots[row:row + 1],
-                               positions[row:row + 1])
-        assert alone[0] == together[row]
+        alone = sampler.sample(logits[row:row + 1].copy(), [row], [70 + row])
+        assert alone == [together[row]]
     assert together[0] == logits[0].argmax() and together[9] == 3 and together[10] != 3
 
 
@@ -133,8 +132,7 @@ def test_draws_follow_the_definition(sampling: Sampling, spread: float):
     expected = kept_by_definition(logits, sampling)
     count = 4000
     sampler = make_sampler([sampling])
-    drawn = sampler.sample(np.tile(logits, (count, 1)), np.zeros(count, np.int64),
-                           np.arange(count))
+    drawn = sampler.sample(np.tile(logits, (count, 1)), [0] * count, range(count))
     assert not np.flatnonzero(np.bincount(drawn, minlength=VOCABULARY) * (expected == 0)).size
     # of the tokens in their order, one share after the other is drawn as often as it is likely
     order = np.argsort(-expected)
@@ -145,10 +143,9 @@ def test_draws_follow_the_definition(sampling: Sampling, spread: float):
 def test_penalties_count_what_was_made():
     logits = np.zeros((1, VOCABULARY), np.float32)
     logits[0, [4, 9, 1]] = 2.0, 1.9, 1.7
-    slots, positions = np.zeros(1, np.int64), np.zeros(1, np.int64)
 
     def best(**settings) -> int:
-        return int(make_sampler([Sampling(**settings)]).sample(logits.copy(), slots, positions)[0])
+        return make_sampler([Sampling(**settings)]).sample(logits.copy(), [0], [0])[0]
 
     assert best() == 4
     assert best(frequency_penalty=0.15) == 9  # token 4 was made twice, 9 once, 1 is in the prompt
@@ -157,16 +154,16 @@ def test_penalties_count_what_was_made():
     assert best(frequency_penalty=-0.1) == 4
     assert best(repetition_penalty=1e9) == 4  # of small but positive logits still the largest
     sampler = make_sampler([Sampling(frequency_penalty=0.06)])
-    assert sampler.sample(logits.copy(), slots, positions)[0] == 4
+    assert sampler.sample(logits.copy(), [0], [0])[0] == 4
     sampler.observe(0, 4)
-    assert sampler.sample(logits.copy(), slots, positions)[0] == 9
+    assert sampler.sample(logits.copy(), [0], [0])[0] == 9
 
 
 def test_repetition_lowers_negative_logits_too():
     logits = np.full((1, VOCABULARY), -2.0, np.float32)
     logits[0, [1, 4, 7]] = -1.0, -1.1, -1.2
     sampler = make_sampler([Sampling(repetition_penalty=1.5)])
-    assert sampler.sample(logits, np.zeros(1, np.int64), np.zeros(1, np.int64))[0] == 7
+    assert sampler.sample(logits, [0], [0])[0] == 7
 
 
 def test_masks_and_banned_tokens_never_come():
@@ -177,7 +174,7 @@ def test_masks_and_banned_tokens_never_come():
     bits = np.packbits(np.append(allowed, np.zeros(24, np.uint8)), bitorder="little")
     masks = {0: bits.view(np.uint32), 2: np.zeros(1, np.uint32)}
     sampler = make_sampler([Sampling(temperature=1.0), Sampling(), Sampling(temperature=1.0)])
-    found = sampler.sample(logits, np.arange(3), np.arange(3), masks, {1: [5]})
+    found = sampler.sample(logits, range(3), range(3), masks, {1: [5]})
     assert found[0] in (40, 999) and found[1] == 0 and found[2] == NO_TOKEN
 
 
@@ -186,7 +183,7 @@ def test_logits_that_are_no_numbers_give_no_token(temperature: float):
     logits = np.zeros((2, VOCABULARY), np.float32)
     logits[1, 7] = np.nan
     sampler = make_sampler([Sampling(temperature=temperature, top_p=0.9)] * 2)
-    found = sampler.sample(logits, np.arange(2), np.arange(2))
+    found = sampler.sample(logits, range(2), range(2))
     assert found[0] != NO_TOKEN and found[1] == NO_TOKEN
 
 
