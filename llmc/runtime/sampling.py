@@ -164,13 +164,11 @@ class Sampler:
         them; banned: row -> tokens that may not.
         """
         self._adjust(logits, slots, masks or {}, banned or {})
-        tokens = [int(row.argmax()) for row in logits]
-        random = []
-        for number, (row, slot) in enumerate(zip(logits, slots, strict=True)):
-            if not np.isfinite(row[tokens[number]]):
-                tokens[number] = NO_TOKEN
-            elif self._sampling[slot].temperature > 0:
-                random.append(number)
+        best = logits.argmax(axis=1)
+        possible = np.isfinite(logits[np.arange(len(logits)), best])
+        tokens = np.where(possible, best, NO_TOKEN).tolist()
+        random = [row for row, slot in enumerate(slots)
+                  if self._sampling[slot].temperature > 0 and tokens[row] != NO_TOKEN]
         if random:
             some = [slots[number] for number in random]
             uniform = philox_uniform([self._sampling[slot].seed for slot in some],
