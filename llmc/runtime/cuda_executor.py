@@ -196,7 +196,7 @@ class CudaExecutor(Executor):
         self._plans.clear()
         offsets, total = [], 0
         for tensor in self.states:
-            size = int(np.prod(tensor.concrete_shape(known), dtype=np.int64))
+            size = int(np.prod(tensor.concrete_shape(self.known), dtype=np.int64))
             for _ in range(tensor.count):
                 offsets.append(total)
                 total += _aligned(size * tensor.dtype.bits // 8)

@@ -17,6 +17,7 @@ from llmc.runtime.artifact import Manifest, VariantInfo
 from llmc.runtime.profile import Profile, Shape
 
 MEMO_SHAPES = 4096
+WARM_PAIRS = 2  # calls of old and new code before those that count
 TRIAL_PAIRS = 12  # calls of old and new code, side by side, that a verdict takes at least
 MOST_PAIRS = 96  # where noise hides the answer
 LEAST_GAIN = 0.01
@@ -35,39 +36,37 @@ class Code(Protocol):
     def width(self) -> int: ...
 
 
-class Trial:
-    """New code against old for one shape, call by call: old, new, new, old, ...
+class Pairs:
+    """Calls of new and old code, side by side: is the new code faster by more than noise?"""
 
-    The first pair warms caches up and does not count.
-    """
+    def __init__(self, new: Code, pairs: int):
+        self.new = new
+        self._wanted = pairs
 
-    def __init__(self, old: Code, new: Code, pairs: int = TRIAL_PAIRS):
-        self.old, self.new = old, new
-        self.calls = 0
-        self._seconds: tuple[list[float], list[float]] = ([], [])
-        self._wanted = pairs + 1
+    @property
+    def calls(self) -> int:
+        """Calls so far, of either."""
+        raise NotImplementedError
+
+    def ratios(self) -> list[float]:
+        """Time of new over old code, of every pair."""
+        raise NotImplementedError
+
+    def seconds(self) -> float:
+        """What all calls took."""
+        raise NotImplementedError
 
     @property
     def done(self) -> bool:
-        return min(len(seconds) for seconds in self._seconds) >= self._wanted
-
-    def pick(self) -> Code:
-        """What runs the next call."""
-        if self.done:
-            return self.old
-        self.calls += 1
-        return self.new if self.calls % 4 in (2, 3) else self.old
-
-    def observe(self, variant: Code, seconds: float) -> None:
-        self._seconds[variant is self.new].append(seconds)
+        return len(self.ratios()) >= self._wanted
 
     def gain(self) -> float:
         """Share of the time that the new code saves: median over the pairs; negative if slower."""
-        return 1.0 - median(self._ratios())
+        return 1.0 - median(self.ratios())
 
     def noise(self) -> float:
         """Standard error of the gain."""
-        ratios = self._ratios()
+        ratios = self.ratios()
         middle = median(ratios)
         spread = 1.4826 * median(abs(ratio - middle) for ratio in ratios)
         return 1.2533 * spread / len(ratios) ** 0.5
@@ -83,17 +82,84 @@ class Trial:
         """Whether the gain is more than noise."""
         return self.gain() > max(LEAST_GAIN, 2.0 * self.noise())
 
-    def _ratios(self) -> list[float]:
+    def is_slower(self) -> bool:
+        """Whether there is a loss that is more than noise."""
+        return -self.gain() > max(LEAST_GAIN, 2.0 * self.noise())
+
+
+class Trial(Pairs):
+    """New code against old for one shape, call by call: old, new, new, old, ...
+
+    The first `warm` pairs warm caches up (a GPU's second step is captured) and do not count.
+    """
+
+    def __init__(self, old: Code, new: Code, pairs: int = TRIAL_PAIRS, warm: int = WARM_PAIRS):
+        super().__init__(new, pairs)
+        self.old, self._warm = old, warm
+        self._calls = 0
+        self._seconds: tuple[list[float], list[float]] = ([], [])
+
+    @property
+    def calls(self) -> int:
+        return self._calls
+
+    def pick(self) -> Code:
+        """What runs the next call."""
+        if self.done:
+            return self.old
+        self._calls += 1
+        return self.new if self._calls % 4 in (2, 3) else self.old
+
+    def observe(self, variant: Code, seconds: float) -> None:
+        self._seconds[variant is self.new].append(seconds)
+
+    def seconds(self) -> float:
+        return sum(map(sum, self._seconds))
+
+    @property
+    def done(self) -> bool:
+        return min(map(len, self._seconds)) >= self._wanted + self._warm
+
+    def ratios(self) -> list[float]:
         old, new = self._seconds
-        return [b / a for a, b in zip(old[1:], new[1:], strict=False)]
+        return [b / a for a, b in zip(old[self._warm:], new[self._warm:], strict=False)]
+
+
+class RangeTrial(Pairs):
+    """New code against what runs the shapes of a range: a trial for each shape, judged together.
+    Shapes may come too rarely for any pair to be spared."""
+
+    def __init__(self, new: Code, pairs: int = TRIAL_PAIRS):
+        super().__init__(new, pairs)
+        self._parts: dict[Shape, Trial] = {}
+
+    def part(self, shape: Shape, old: Code) -> Trial | None:
+        """The trial of one shape; None when all is known."""
+        if self.done:
+            return None
+        if shape not in self._parts and len(self._parts) < MEMO_SHAPES:
+            self._parts[shape] = Trial(old, self.new, pairs=1 << 30, warm=0)
+        return self._parts.get(shape)
+
+    @property
+    def calls(self) -> int:
+        return sum(part.calls for part in list(self._parts.values()))
+
+    def seconds(self) -> float:
+        return sum(part.seconds() for part in list(self._parts.values()))
+
+    def ratios(self) -> list[float]:
+        return [ratio for part in list(self._parts.values()) for ratio in part.ratios()]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Variants, the most specific first, and trials by shape. memo: shape -> variant."""
+    """Variants, the most specific first, trials by shape, and one of a range. memo: shape ->
+    variant."""
 
     variants: tuple[Code, ...]
     trials: Mapping[Shape, Trial] = field(default_factory=dict)
+    wide: RangeTrial | None = None
     memo: dict[Shape, Code] = field(default_factory=dict)
 
     def choose(self, shape: Shape, values: Mapping[str, int]) -> Code:
@@ -128,6 +194,8 @@ class Dispatch:
                        for name, ends in (ranges or {}).items()}
         self.names = (*self.exact, *self.ranges)
         self.profile: Profile | None = None
+        self.rehearsing = False  # steps are not traffic: they count for trials only
+        self._trial: Trial | None = None  # of the step that runs
 
     def shape(self, values: Mapping[str, int]) -> Shape:
         shape = [values[name] for name in self.exact]
@@ -153,17 +221,20 @@ class Dispatch:
         table, shape = self.table, self.shape(values)
         variant = table.choose(shape, values)
         trial = table.trials.get(shape)
+        if trial is None and table.wide is not None and table.wide.new.covers(values) \
+                and table.wide.new.width() <= variant.width():
+            trial = table.wide.part(shape, variant)
         if trial is not None and trial.old is variant and trial.new.covers(values):
+            self._trial = trial
             return trial.pick()
+        self._trial = None
         return variant
 
     def observe(self, values: Mapping[str, int], variant: Code, seconds: float) -> None:
         """Count a call that `choose` gave a variant for."""
-        if self.profile is None:
-            return
-        shape = self.shape(values)
-        self.profile.observe(shape, variant.info.name, seconds)
-        trial = self.table.trials.get(shape)
+        if self.profile is not None and not self.rehearsing:
+            self.profile.observe(self.shape(values), variant.info.name, seconds)
+        trial = self._trial
         if trial is not None and variant in (trial.old, trial.new):
             trial.observe(variant, seconds)
 
@@ -172,10 +243,10 @@ class Dispatch:
     def replace(self, add: Iterable[Code] = (), remove: Iterable[Code] = (),
                 trials: Mapping[Shape, Trial] | None = None) -> None:
         """Swap in a table with other variants or other trials. One thread at a time."""
-        gone = set(remove)
-        kept = [variant for variant in self.table.variants if variant not in gone]
+        gone, table = set(remove), self.table
+        kept = [variant for variant in table.variants if variant not in gone]
         variants = sorted([*kept, *add], key=lambda variant: variant.width())
-        self.table = Table(tuple(variants), self.table.trials if trials is None else trials)
+        self.table = Table(tuple(variants), table.trials if trials is None else trials, table.wide)
 
     def start_trial(self, shape: Shape, values: Mapping[str, int], new: Code,
                     pairs: int = TRIAL_PAIRS) -> Trial:
@@ -184,10 +255,18 @@ class Dispatch:
         self.replace(trials={**self.table.trials, shape: trial})
         return trial
 
-    def end_trial(self, shape: Shape) -> None:
+    def start_range_trial(self, new: Code, pairs: int = TRIAL_PAIRS) -> RangeTrial:
+        """As start_trial, for all shapes that the new code covers and is narrowest for; one at a
+        time."""
+        trial = RangeTrial(new, pairs)
+        self.table = Table(self.table.variants, self.table.trials, trial)
+        return trial
+
+    def end_trial(self, trial: Pairs) -> None:
         """Go back to the old code, or to what is added next."""
-        self.replace(trials={own: trial for own, trial in self.table.trials.items()
-                             if own != shape})
+        trials = {shape: own for shape, own in self.table.trials.items() if own is not trial}
+        wide = None if self.table.wide is trial else self.table.wide
+        self.table = Table(self.table.variants, trials, wide)
 
 
 @dataclass(frozen=True)
@@ -227,9 +306,9 @@ class DispatchTable:
     def rows(self) -> tuple[TableRow, ...]:
         """The live variants, the most specific first, then those on trial."""
         table = self.dispatch.table
-        trials = [trial.new for trial in table.trials.values()]
+        trials: list[Pairs] = [*table.trials.values(), *([table.wide] if table.wide else [])]
         return tuple([self._row(variant) for variant in table.variants]
-                     + [self._row(variant, trial=True) for variant in trials])
+                     + [self._row(trial.new, trial=True) for trial in trials])
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.rows))

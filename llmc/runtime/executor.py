@@ -86,14 +86,16 @@ class Executor:
         self._know(known)
         self._states = []
         for tensor in self.states:
-            size = int(np.prod(tensor.concrete_shape(known), dtype=np.int64))
+            size = int(np.prod(tensor.concrete_shape(self.known), dtype=np.int64))
             stride = -(-size * tensor.dtype.bits // 8 // 64) * 64
             self._states += [aligned_empty(stride) for _ in range(tensor.count)]
         self._state_table = _pointer_table([state.ctypes.data for state in self._states])
 
     def _know(self, known: Mapping[str, int]) -> None:
-        """Symbols whose values are now given."""
-        self.known = self._fixed() | dict(known)
+        """Symbols whose values are now given. Of pages there is one more than anybody gets: steps
+        on nobody's behalf use it."""
+        spare = {"pool_pages": known["pool_pages"] + 1} if "pool_pages" in known else {}
+        self.known = self._fixed() | dict(known) | spare
         self._bound.clear()
 
     def _fixed(self) -> dict[str, int]:

@@ -24,7 +24,7 @@ from typing import Any
 
 Shape = tuple[int, ...]
 
-FORMAT = 1
+FORMAT = 2
 CAPACITY = 1024  # cells
 HALF_LIFE = 600.0  # seconds
 
@@ -90,6 +90,7 @@ class Profile:
         self.capacity = capacity
         self.cells: dict[tuple[Shape, str], Cell] = {}
         self.verdicts: dict[Shape, Verdict] = {}
+        self.ranges: dict[tuple[int, int], Verdict] = {}  # by (fewest, most) tokens
         self._folded_at = time.monotonic()
         self._folding = threading.Lock()
 
@@ -145,6 +146,7 @@ class Profile:
         for (shape, variant), cell in saved.cells.items():
             self.cells.setdefault((shape, variant), cell)
         self.verdicts = saved.verdicts | self.verdicts
+        self.ranges = saved.ranges | self.ranges
 
     def save(self, path: Path) -> None:
         """Add what is new since the last save to the file. OSError where it cannot be written."""
@@ -167,6 +169,7 @@ class Profile:
                 other.weighted_seconds += seconds - cell.saved_seconds
                 cell.saved, cell.saved_seconds = calls, seconds
         merged.verdicts |= self.verdicts
+        merged.ranges |= self.ranges
 
     def as_json(self) -> dict[str, Any]:
         """What a profile file holds; verdicts of shapes that are forgotten go too."""
@@ -176,7 +179,8 @@ class Profile:
             "cells": [[shape, variant, cell.weight, cell.weighted_seconds]
                       for (shape, variant), cell in self.cells.items()],
             "verdicts": [[shape, asdict(verdict)] for shape, verdict in self.verdicts.items()
-                         if shape in shapes]}
+                         if shape in shapes],
+            "ranges": [[ends, asdict(verdict)] for ends, verdict in self.ranges.items()]}
 
 
 def read_profile(path: Path, now: float | None = None) -> Profile | None:
@@ -199,6 +203,8 @@ def _from_json(data: Mapping[str, Any], factor: float) -> Profile:
         profile.cells[key] = Cell(float(weight) * factor, float(seconds) * factor)
     for shape, verdict in data["verdicts"]:
         profile.verdicts[_shape(shape, profile.names)] = Verdict(**verdict)
+    for (low, high), verdict in data["ranges"]:
+        profile.ranges[int(low), int(high)] = Verdict(**verdict)
     return profile
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -26,10 +27,12 @@ from llmc.runtime.padding import pad, read_dense
 from llmc.runtime.pages import PAGE
 from llmc.runtime.pages import Sequence as CachedSequence
 from llmc.runtime.progress import Progress, silent
+from llmc.runtime.rehearsal import can_rehearse, rehearse
 from llmc.runtime.sampling import Sampling, sample
-from llmc.runtime.specialize import MODES, Policy, SeenShape, Specializer, specialize
+from llmc.runtime.specialize import MODES, Policy, Specializer, specialize
 from llmc.runtime.step import GREEDY, Chunk, LanguageModel
 from llmc.runtime.targets import check_target, resolve_target
+from llmc.runtime.traffic import SeenShape
 
 MOST_THREADS = 1024
 CHUNK_TOKENS = 512  # tokens of one step: enough to be bound by arithmetic, small in memory
@@ -160,7 +163,25 @@ class Runtime:
     def _specialize(self) -> Specializer | None:
         options = self.options
         place = Path(options.profile_dir or options.cache_dir or knobs.cache_directory())
-        return specialize(self.executor, options.policy(), place)
+        method = weakref.WeakMethod(self._rehearse)
+
+        def run_step(values: Mapping[str, int]) -> bool:
+            own = method()
+            return own is not None and own(values)
+
+        return specialize(self.executor, options.policy(), place, run_step)
+
+    def _rehearse(self, values: Mapping[str, int]) -> bool:
+        """Run a step of such values if nobody else runs one now; whether it ran."""
+        if not isinstance(self._model, LanguageModel) or not can_rehearse(self.executor) \
+                or not self._lock.acquire(blocking=False):
+            return False
+        try:
+            self.executor.dispatch.rehearsing = True
+            return rehearse(self.executor, values, self._model.max_context)
+        finally:
+            self.executor.dispatch.rehearsing = False
+            self._lock.release()
 
     def _make_model(self) -> LanguageModel | Encoder | OnnxLanguageModel | None:
         limit = self.config.get("max_context") or 0
@@ -398,7 +419,7 @@ class Runtime:
 
     def shapes(self) -> list[SeenShape]:
         """The histogram of shapes that arrive; empty with specialize="none", which counts none."""
-        return self._specializer.shapes() if self._specializer else []
+        return self._specializer.traffic.seen() if self._specializer else []
 
     def stats(self) -> dict[str, Any]:
         """Counters: calls and seconds by variant, pages of the KV cache; what is specialised, and

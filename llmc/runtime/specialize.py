@@ -1,9 +1,10 @@
 """The policy of specialisation: which shapes get code of their own, and when it goes again.
 
 A thread wakes every INTERVAL seconds, folds the profile, and takes the steps that are due: start
-the code that was compiled on every other call of its shape, keep it if it is faster by more than
-noise, ask for code for the shape that it would pay most for, evict what has gone cold. Serving
-never waits for any of this. Whatever fails here costs speed only.
+the code that was compiled on every other call of its shape (or on steps of its own, while nobody
+wants any), keep it if it is faster by more than noise, ask for code for the shape that it would pay
+most for, or for a range where shapes are many, evict what has gone cold. Serving never waits for
+any of this. Whatever fails here costs speed only.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,12 @@ from llmc.errors import LlmcError
 from llmc.runtime.artifact import Artifact, VariantInfo
 from llmc.runtime.cache import StoredVariant, VariantCache
 from llmc.runtime.compiler import Compiler, Job, Outcome, Source
-from llmc.runtime.dispatch import Code, Dispatch, Trial
+from llmc.runtime.dispatch import Code, Dispatch, Pairs
 from llmc.runtime.events import EventFeed
 from llmc.runtime.executor import Executor
-from llmc.runtime.profile import Heat, Profile, Shape, Verdict
+from llmc.runtime.profile import Profile, Verdict
+from llmc.runtime.tiers import Schedule
+from llmc.runtime.traffic import Own, Range, Traffic
 
 INTERVAL = 0.5  # seconds between two looks at the profile
 SAVE_EVERY = 60.0  # seconds
@@ -34,39 +37,12 @@ COMPILE_SECONDS = 2.0  # what a compile is expected to take before one was measu
 LEAST_CALLS = 8.0  # decayed calls of a shape before anything is expected of it
 PATIENCE = 60.0  # seconds that a trial waits for calls of its shape
 OUST = 1.5  # by how much a shape must be hotter than the one whose code goes for it
+IDLE_LOOKS = 2  # looks without a step after which trials go on by themselves
+REHEARSALS = 8  # steps of one look then, at most; and for how many seconds
+REHEARSAL_SECONDS = 0.1
+TUNING_SECONDS = 2.0  # of steps of one trial before ready
 
-
-@dataclass(frozen=True)
-class Tier:
-    """Token counts low..high: the schedules worth trying for exact code, in that order, and the
-    share of the time that the first is expected to save."""
-
-    low: int
-    high: int | None
-    gain: float
-    schedules: tuple[Mapping[str, int], ...]
-
-
-# Measured on Zen 3 at 1B shapes (docs/specialisation.md). Register tiles have up to matmul_rows
-# rows: a count just above a multiple of it wastes most, and smaller tiles fit some counts better.
-# Up to few_rows, a weight is streamed once past rows that every worker prepares for itself.
-TIERS = (
-    Tier(1, 4, 0.02, ({},)),
-    Tier(5, 6, 0.06, ({"few_rows": 6},)),
-    Tier(7, 8, 0.10, ({"matmul_rows": 4},)),
-    Tier(9, 10, 0.05, ({"matmul_rows": 5},)),
-    Tier(11, 12, 0.02, ({},)),
-    Tier(13, 15, 0.02, ({"matmul_rows": 5}, {})),
-    Tier(16, 16, 0.05, ({"matmul_rows": 4},)),
-    Tier(17, None, 0.02, ({},)),
-)
-
-
-def find_tier(tokens: int) -> Tier:
-    for tier in TIERS:
-        if tier.low <= tokens and (tier.high is None or tokens <= tier.high):
-            return tier
-    return TIERS[-1]
+Rehearse = Callable[[Mapping[str, int]], bool]  # run a step of such values unless somebody waits
 
 
 @dataclass(frozen=True)
@@ -74,7 +50,7 @@ class Policy:
     """What the user may choose. mode: lazy, eager or none; promote_after: calls of a shape after
     which its code is compiled and used, without asking whether it pays; code_bytes and
     max_variants: budgets of what is loaded beyond the artifact's own; shapes: for eager, those to
-    compile before ready (empty: those that were kept before)."""
+    compile before ready (empty: those that were hot before)."""
 
     mode: str = "none"
     promote_after: int | None = None
@@ -83,39 +59,26 @@ class Policy:
     shapes: Sequence[Mapping[str, int]] = ()
 
 
-@dataclass(frozen=True)
-class SeenShape:
-    """A shape of the profile. calls, seconds: decayed; variant: what runs it now; verdict: what
-    became of its own code (kept, dropped, failed, or "": not tried), gain: share of the time that
-    this saves."""
-
-    shape: Mapping[str, int]
-    calls: float
-    seconds: float
-    variant: str
-    verdict: str = ""
-    gain: float | None = None
-
-
 @dataclass
 class Promoted:
-    """Live code of one shape."""
+    """Live code of a shape or range."""
 
     code: Code
-    schedule: Mapping[str, int]
+    schedule: Schedule
     bytes: int
     gain: float | None = None
 
 
 @dataclass
 class Attempt:
-    """A shape on its way to code of its own: schedules still to be tried, and what was gained."""
+    """A shape or range on its way to code of its own: schedules still to be tried, and what was
+    gained."""
 
-    shape: Shape
-    schedules: list[Mapping[str, int]]
+    own: Own
+    schedules: list[Schedule]
     job: Job | None = None
     stored: StoredVariant | None = None
-    trial: Trial | None = None
+    trial: Pairs | None = None
     share: float = 1.0  # of the generic time that is left
     compile_seconds: float = 0.0
     seen: int = 0  # calls of the trial at the last look, and seconds since there were new ones
@@ -138,20 +101,22 @@ class Specializer:
     `tick` does everything; `start` lets a thread call it.
     """
 
-    def __init__(self, executor: Specialised, source: Source, policy: Policy, cache_dir: Path):
+    def __init__(self, executor: Specialised, source: Source, policy: Policy, cache_dir: Path,
+                 rehearse: Rehearse | None = None):
         self.executor = executor
-        self.dispatch = dispatch = executor.dispatch
+        self.dispatch = executor.dispatch
         self.policy = policy
         self.compiler = Compiler(source, VariantCache(cache_dir))
-        self.path = cache_dir / "profiles" / f"{self.compiler.source.identity}.json"
-        self.profile = Profile(dispatch.names)
-        self.promoted: dict[Shape, Promoted] = {}
+        self.path = cache_dir / "profiles" / f"{source.identity}.json"
+        self.traffic = Traffic(executor.dispatch, source.identity,
+                               source.target.startswith("nvptx"))
+        self.promoted: dict[Own, Promoted] = {}
         self.attempt: Attempt | None = None
         self.error = ""  # why the thread gave up, if it did
         self.feed = EventFeed()
-        self._hot: dict[Shape, Heat] = {}  # hottest first, as of the last look
-        self._calls: dict[Shape, int] = {}  # of this process, as of the last look
-        self._paused: dict[Shape, int] = {}  # shapes that stopped coming in a trial: calls then
+        self._rehearse = rehearse
+        self._paused: dict[Own, int] = {}  # whose calls stopped in a trial: how many there were
+        self._steps = self._idle_looks = 0  # at the last look; looks since there were new ones
         self._compile_seconds = COMPILE_SECONDS
         self._wake = threading.Event()
         self._finalizer = weakref.finalize(self, _stop, self._wake, self.compiler)
@@ -159,27 +124,60 @@ class Specializer:
         self._process = os.getpid()
         self._unsaved = 0.0
 
+    @property
+    def profile(self) -> Profile:
+        return self.traffic.profile
+
     # ---- life -------------------------------------------------------------------------------
 
     def prepare(self) -> None:
         """Before ready: take the profile of earlier runs, and the code it found worth its while;
-        eager: compile what is missing or asked for."""
+        eager: compile and measure what is asked for, or was hot."""
         self.profile.load(self.path)
-        self._hot = {heat.shape: heat for heat in self.profile.hottest()}
+        self.traffic.look()
         self.dispatch.profile = self.profile
-        for shape in self._wanted()[:self.policy.max_variants]:
-            verdict = self.profile.verdicts.get(shape)
-            kept = verdict is not None and self._is_current(verdict) and verdict.state == "kept"
-            schedule = verdict.schedule if kept and verdict else self._schedules(shape)[0]
-            job = self._job(shape, schedule)
-            stored = self.compiler.cached(job)
-            if stored is None and self.policy.mode == "eager":
-                stored = self.compiler.compile(job).variant
-            if stored is not None:
-                with suppress(LlmcError):
-                    self._promote(shape, self._load(stored), schedule, stored,
-                                  verdict.gain if kept and verdict else None)
-                    self.feed.add("ready", job.name, "ready before the first request")
+        kept = self.traffic.kept()
+        asked = self._asked() if self.policy.mode == "eager" else []
+        for own in [*asked, *(own for own in kept if own not in asked)][:self.policy.max_variants]:
+            with suppress(LlmcError):
+                if own in kept:
+                    self._restore(own, compiles=own in asked)
+                elif self.traffic.verdict(own) is None:
+                    self._tune(own)
+
+    def _asked(self) -> list[Own]:
+        """What eager means: the shapes that the user listed, or those that were hot before."""
+        if self.policy.shapes:
+            return [self.traffic.asked(given) for given in self.policy.shapes]
+        return [heat.shape for heat in self.traffic.hot.values()
+                if heat.calls >= LEAST_CALLS and not self.traffic.is_settled(heat.shape)]
+
+    def _restore(self, own: Own, compiles: bool) -> None:
+        """Load code that was kept in an earlier run, if it is still there or may be compiled."""
+        verdict = self.traffic.verdict(own)
+        assert verdict is not None
+        job = self._job(own, verdict.schedule)
+        stored = self.compiler.cached(job)
+        if stored is None and compiles:
+            stored = self.compiler.compile(job).variant
+        if stored is not None:
+            self._promote(own, self._load(stored), verdict.schedule, stored, verdict.gain or None)
+            self.feed.add("ready", job.name, "ready before the first request", gain=verdict.gain)
+
+    def _tune(self, own: Own) -> None:
+        """Compile code by every schedule, and keep the best as measured now; the first one, where
+        nothing can be measured."""
+        attempt = Attempt(own, self.traffic.schedules(own))
+        self.attempt = attempt
+        while self.attempt is attempt:
+            job = attempt.job = self._job(own, attempt.schedules[0])
+            self._receive(attempt, self.compiler.compile(job))
+            if attempt.trial is None:
+                continue
+            while attempt.trial.seconds() < TUNING_SECONDS and self._rehearse_shapes(attempt):
+                if attempt.trial.done and not attempt.trial.extend():
+                    break
+            self._judge(attempt, attempt.trial, wanted=True)
 
     def start(self, interval: float = INTERVAL) -> None:
         self._thread = threading.Thread(
@@ -195,19 +193,17 @@ class Specializer:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=10)
         if self.attempt is not None and self.attempt.trial is not None:
-            self._end_trial(self.attempt, self.attempt.trial)
+            self._end_trial(self.attempt.trial)
         self._save()
-
-    def _load(self, stored: StoredVariant) -> Code:
-        return self.executor.load(stored.info, stored.object, stored.launches)
 
     # ---- one look -----------------------------------------------------------------------------
 
     def tick(self, seconds: float = INTERVAL) -> None:
         """Everything that is due. seconds: since the last call."""
-        self.profile.fold()
-        self._hot = {heat.shape: heat for heat in self.profile.hottest()}
-        self._calls = self.profile.calls()
+        self.traffic.look()
+        steps = sum(self.traffic.calls.values())
+        self._idle_looks = self._idle_looks + 1 if steps == self._steps else 0
+        self._steps = steps
         if self.attempt is None:
             self.attempt = self._next()
         if self.attempt is not None:
@@ -225,243 +221,214 @@ class Specializer:
         if attempt.trial is not None and not attempt.trial.done:
             self._wait(attempt, attempt.trial, seconds)
         elif attempt.trial is not None:
-            self._judge(attempt, attempt.trial)
+            if not attempt.trial.extend():
+                self._judge(attempt, attempt.trial)
         elif attempt.job is None:
-            self._request(attempt)
+            job = self._job(attempt.own, attempt.schedules[0])
+            if self.compiler.submit(job):
+                attempt.job = job
         else:
             with suppress(Empty):
                 self._receive(attempt, self.compiler.finished.get_nowait())
 
-    def _request(self, attempt: Attempt) -> None:
-        job = self._job(attempt.shape, attempt.schedules[0])
-        if self.compiler.submit(job):
-            attempt.job = job
+    def _wait(self, attempt: Attempt, trial: Pairs, seconds: float) -> None:
+        """Run steps for a trial while nobody else does; give up one whose shape comes no more,
+        until it comes again."""
+        attempt.waited = 0.0 if trial.calls != attempt.seen else attempt.waited + seconds
+        if self._idle_looks >= IDLE_LOOKS:
+            self._rehearse_shapes(attempt)
+        attempt.seen = trial.calls
+        if attempt.waited > PATIENCE:
+            self._end_trial(trial)
+            if attempt.own in self.promoted:  # by another schedule: good enough
+                self._finish(attempt, 0.0)
+            else:
+                self._paused[attempt.own] = self._calls_of(attempt.own)
+                self.attempt = None
+
+    def _rehearse_shapes(self, attempt: Attempt) -> bool:
+        """Some steps for a trial, on no request's behalf; whether there was progress."""
+        trial, shapes = attempt.trial, self.traffic.shapes_of(attempt.own)[:REHEARSALS]
+        if self._rehearse is None or trial is None or not shapes:
+            return False
+        calls, until = trial.calls, trial.seconds() + REHEARSAL_SECONDS
+        for _ in range(REHEARSALS):
+            shape = shapes[trial.calls // REHEARSALS % len(shapes)].shape
+            if trial.done or trial.seconds() > until or not self._rehearse(
+                    self.traffic.values(shape)):
+                break
+        return trial.calls > calls
+
+    # ---- an attempt ---------------------------------------------------------------------------
 
     def _receive(self, attempt: Attempt, outcome: Outcome) -> None:
         """A compile has ended: begin the trial, or take the code as it is."""
-        stored, name = outcome.variant, outcome.job.name
+        stored, name, error = outcome.variant, outcome.job.name, outcome.error
         code = None
-        error = outcome.error
         if stored is not None:
             try:
                 code = self._load(stored)
             except LlmcError as failure:
                 error = str(failure)
         if code is None or stored is None:
-            self._conclude(attempt, Verdict("failed", reason=error))
             self.feed.add("failed", name, f"not compiled: {error}; it stays on generic code "
                           "(specialize='none' does not compile)", reason=error)
+            self._conclude(attempt, Verdict("failed", reason=error))
             return
         if not outcome.cached:
             self._compile_seconds = 0.5 * (self._compile_seconds + stored.compile_seconds)
         attempt.compile_seconds += stored.compile_seconds
+        attempt.stored = stored
         self.feed.add("compiled", name, "taken from the cache" if outcome.cached else
                       f"compiled in {stored.compile_seconds:.1f} s", cached=outcome.cached,
                       compile_seconds=stored.compile_seconds, bytes=len(stored.object),
                       schedule=dict(attempt.schedules[0]))
         if self.policy.promote_after is not None:
-            self._promote(attempt.shape, code, attempt.schedules[0], stored, None)
+            self._promote(attempt.own, code, attempt.schedules[0], stored, None)
             self.feed.add("kept", name, f"used after {self.policy.promote_after} calls "
                           "(promote_after)", gain=None, bytes=len(stored.object))
             self._conclude(attempt, Verdict("kept", 0.0, stored.compile_seconds,
                                             schedule=dict(attempt.schedules[0])))
-            return
-        attempt.stored = stored
-        attempt.trial = self.dispatch.start_trial(attempt.shape, self._values(attempt.shape), code)
+        elif isinstance(attempt.own, Range):
+            attempt.trial = self.dispatch.start_range_trial(code)
+        else:
+            attempt.trial = self.dispatch.start_trial(
+                attempt.own, self.traffic.values(attempt.own), code)
 
-    def _wait(self, attempt: Attempt, trial: Trial, seconds: float) -> None:
-        """Give up a trial whose shape comes no more, until it comes again."""
-        attempt.waited = 0.0 if trial.calls != attempt.seen else attempt.waited + seconds
-        attempt.seen = trial.calls
-        if attempt.waited > PATIENCE:
-            self._paused[attempt.shape] = self._calls.get(attempt.shape, 0)
-            self._end_trial(attempt, trial)
-            self.attempt = None
-
-    def _end_trial(self, attempt: Attempt, trial: Trial) -> None:
-        """The old code again; the new code goes, unless it was promoted."""
-        self.dispatch.end_trial(attempt.shape)
-        if trial.new not in self.dispatch.table.variants:
-            self.executor.retire(trial.new)
-
-    def _judge(self, attempt: Attempt, trial: Trial) -> None:
-        """A trial that is done decides."""
-        if trial.extend():
-            return
+    def _judge(self, attempt: Attempt, trial: Pairs, wanted: bool = False) -> None:
+        """A trial that is over decides. wanted: by the user, so that equal is good enough."""
         stored, schedule = attempt.stored, attempt.schedules.pop(0)
         assert stored is not None
-        gain, noise, faster = trial.gain(), trial.noise(), trial.is_faster()
+        first = wanted and attempt.own not in self.promoted
+        if trial.done:
+            gain, noise = trial.gain(), trial.noise()
+            faster = trial.is_faster() or (first and not trial.is_slower())
+        else:
+            gain, noise, faster = 0.0, 0.0, first
         state = "kept" if faster else "dropped"
         self.feed.add(state, stored.info.name, f"{dict(schedule) or 'as generic'}: measured gain "
                       f"{gain:.1%} +- {noise:.1%}: {state}", gain=gain, noise=noise,
                       bytes=len(stored.object), schedule=dict(schedule))
         if faster:
             attempt.share *= 1.0 - gain
-            self._promote(attempt.shape, trial.new, schedule, stored, 1.0 - attempt.share)
-        self._end_trial(attempt, trial)
+            self._promote(attempt.own, trial.new, schedule, stored, 1.0 - attempt.share)
+        self._end_trial(trial)
         attempt.job = attempt.stored = attempt.trial = None
         if not attempt.schedules:
-            kept = self.promoted.get(attempt.shape)
-            state, best = ("kept", kept.schedule) if kept else ("dropped", {})
-            self._conclude(attempt, Verdict(state, gain if not kept else 1.0 - attempt.share,
-                                            attempt.compile_seconds, schedule=dict(best)))
+            self._finish(attempt, gain)
+
+    def _finish(self, attempt: Attempt, gain: float) -> None:
+        """All schedules were tried. gain: of the last."""
+        kept = self.promoted.get(attempt.own)
+        state, best = ("kept", kept.schedule) if kept else ("dropped", {})
+        self._conclude(attempt, Verdict(state, gain if not kept else 1.0 - attempt.share,
+                                        attempt.compile_seconds, schedule=dict(best)))
+
+    def _end_trial(self, trial: Pairs) -> None:
+        """The old code again; the new code goes, unless it was promoted."""
+        self.dispatch.end_trial(trial)
+        if trial.new not in self.dispatch.table.variants:
+            self.executor.retire(trial.new)
 
     def _conclude(self, attempt: Attempt, verdict: Verdict) -> None:
-        """Remember what became of a shape, with the compiler that it became of."""
-        current = {"sources": self.compiler.source.identity}
-        self.profile.verdicts[attempt.shape] = Verdict(**{**vars(verdict), **current})
+        """Remember what became of a shape or range."""
+        self.traffic.remember(attempt.own, verdict)
         self.attempt = None
 
     # ---- choosing -----------------------------------------------------------------------------
 
     def _next(self) -> Attempt | None:
-        """The shape for which code of its own pays most, if it pays for any."""
-        for heat in self._hot.values():
-            verdict = self.profile.verdicts.get(heat.shape)
-            concluded = verdict is not None and self._is_current(verdict)
-            if heat.shape in self.promoted or (concluded and verdict and verdict.state != "kept"):
+        """The shape for which code of its own pays most, if it pays for any; else a range."""
+        shapes: list[Own] = list(self.traffic.hot)
+        ranges: list[Own] = [] if self.policy.promote_after else list(
+            self.traffic.ranges(self.promoted))
+        for own in [*shapes, *ranges]:
+            if own in self.promoted or self.traffic.is_settled(own):
                 continue
-            if self._paused.get(heat.shape) == self._calls.get(heat.shape, 0):
+            calls = self._calls_of(own)
+            if self._paused.get(own) == calls or not self._pays(own, calls) or not self._fits(own):
                 continue
-            if not self._pays(heat) or not self._fits(heat):
-                continue
-            self._paused.pop(heat.shape, None)
-            schedules = self._schedules(heat.shape)
-            if concluded and verdict:  # evicted, and hot again
-                schedules = [verdict.schedule]
-            saving = self._saving(heat)
-            self.feed.add("compiling", self._name(heat.shape), f"{heat.calls:.0f} calls of "
+            self._paused.pop(own, None)
+            heat, saving = self.traffic.heat(own, self.promoted), self._saving(own)
+            self.feed.add("compiling", self.traffic.name(own), f"{heat.calls:.0f} calls of "
                           f"{heat.mean * 1e3:.2f} ms, expected saving {saving:.1f} s: compiling",
                           calls=heat.calls, mean_seconds=heat.mean, saving_seconds=saving)
-            return Attempt(heat.shape, schedules)
+            return Attempt(own, self.traffic.schedules(own))
         return None
 
-    def _pays(self, heat: Heat) -> bool:
+    def _calls_of(self, own: Own) -> int:
+        """Calls of this process."""
+        return sum(self.traffic.calls.get(heat.shape, 0) for heat in self.traffic.shapes_of(own))
+
+    def _pays(self, own: Own, calls: int) -> bool:
         if self.policy.promote_after is not None:
-            return self._calls.get(heat.shape, 0) >= self.policy.promote_after
-        return heat.calls >= LEAST_CALLS and self._saving(heat) > self._compile_seconds * len(
-            self._schedules(heat.shape))
+            return calls >= self.policy.promote_after
+        cost = self._compile_seconds * len(self.traffic.schedules(own))
+        return self.traffic.heat(own, self.promoted).calls >= LEAST_CALLS \
+            and self._saving(own) > cost
 
-    def _saving(self, heat: Heat) -> float:
+    def _saving(self, own: Own) -> float:
         """Seconds that its own code is expected to save before the shape has gone cold."""
-        verdict = self.profile.verdicts.get(heat.shape)
-        known = verdict.gain if verdict is not None and self._is_current(verdict) else 0.0
-        return heat.seconds * (known or find_tier(self._tokens(heat.shape)).gain)
+        return self.traffic.heat(own, self.promoted).seconds * self.traffic.expected_gain(own)
 
-    def _fits(self, heat: Heat) -> bool:
+    def _fits(self, own: Own) -> bool:
         """Whether there is room, or something much colder to evict."""
         if len(self.promoted) < self.policy.max_variants and self._bytes() < self.policy.code_bytes:
             return True
-        return bool(self.promoted) and heat.seconds > OUST * min(
-            self._heat(shape).seconds for shape in self.promoted)
+        return bool(self.promoted) and self.traffic.heat(own).seconds > OUST * min(
+            self.traffic.heat(other).seconds for other in self.promoted)
 
     def _bytes(self) -> int:
-        return sum(promoted.bytes for promoted in self.promoted.values())
+        return sum(promoted.bytes for promoted in list(self.promoted.values()))
 
-    def _heat(self, shape: Shape) -> Heat:
-        return self._hot.get(shape) or Heat(shape, 0.0, 0.0)
+    def _load(self, stored: StoredVariant) -> Code:
+        return self.executor.load(stored.info, stored.object, stored.launches)
 
-    def _promote(self, shape: Shape, code: Code, schedule: Mapping[str, int],
-                 stored: StoredVariant, gain: float | None) -> None:
-        """Put code into the table in place of the shape's old code, and keep the budgets."""
-        old = self.promoted.pop(shape, None)
-        self.promoted[shape] = Promoted(code, schedule, len(stored.object), gain)
+    def _job(self, own: Own, schedule: Schedule) -> Job:
+        return Job(self.traffic.name(own), self.traffic.key(own), schedule)
+
+    def _promote(self, own: Own, code: Code, schedule: Schedule, stored: StoredVariant,
+                 gain: float | None) -> None:
+        """Put code into the table in place of the old code of its own, and keep the budgets."""
+        old = self.promoted.pop(own, None)
+        self.promoted[own] = Promoted(code, schedule, len(stored.object), gain)
         self.dispatch.replace(add=[code], remove=[old.code] if old else [])
         if old:
             self.executor.retire(old.code)
         while len(self.promoted) > 1 and (len(self.promoted) > self.policy.max_variants
                                           or self._bytes() > self.policy.code_bytes):
-            self.evict(min((own for own in self.promoted if own != shape),
-                           key=lambda own: self._heat(own).seconds))
+            self.evict(min((other for other in self.promoted if other != own),
+                           key=lambda other: self.traffic.heat(other).seconds))
 
-    def evict(self, shape: Shape) -> None:
-        """Take a shape's code out of the table; it is freed behind the last step that uses it."""
-        gone = self.promoted.pop(shape)
+    def evict(self, own: Own) -> None:
+        """Take code out of the table; it is freed behind the last step that uses it."""
+        gone = self.promoted.pop(own)
         self.dispatch.replace(remove=[gone.code])
         self.executor.retire(gone.code)
         self.feed.add("evicted", gone.code.info.name,
                       "evicted as the coldest (max_variants, code_budget_mb)", bytes=gone.bytes)
 
-    # ---- shapes -------------------------------------------------------------------------------
-
-    def _wanted(self) -> list[Shape]:
-        """Shapes whose code should be ready before the first request, the hottest first."""
-        if self.policy.mode == "eager" and self.policy.shapes:
-            return [self._asked(given) for given in self.policy.shapes]
-        found = []
-        for heat in self._hot.values():
-            verdict = self.profile.verdicts.get(heat.shape)
-            if verdict is not None and self._is_current(verdict):
-                wanted = verdict.state == "kept"
-            else:
-                wanted = self.policy.mode == "eager" and heat.calls >= LEAST_CALLS
-            if wanted:
-                found.append(heat.shape)
-        return found
-
-    def _asked(self, given: Mapping[str, int]) -> Shape:
-        """The shape of what the user wrote; of symbols that were left out there are as few as can
-        be."""
-        if unknown := set(given) - set(self.dispatch.names):
-            raise LlmcError(f"unknown symbol {', '.join(sorted(unknown))} in shapes; this model "
-                            f"has {', '.join(self.dispatch.names)}")
-        values = {}
-        for name in self.dispatch.names:
-            low, high = self.dispatch.limits[name]
-            value = given.get(name, max(low, 1))
-            if not isinstance(value, int) or not low <= value <= high:
-                raise LlmcError(f"{name} in shapes must be in {low}..{high}, got {value!r}")
-            values[name] = value
-        return self.dispatch.shape(values)
-
-    def _is_current(self, verdict: Verdict) -> bool:
-        return verdict.sources == self.compiler.source.identity
-
-    def _tokens(self, shape: Shape) -> int:
-        return dict(zip(self.dispatch.names, shape, strict=True)).get("tokens", 0)
-
-    def _schedules(self, shape: Shape) -> list[Mapping[str, int]]:
-        return list(find_tier(self._tokens(shape)).schedules)
-
-    def _values(self, shape: Shape) -> dict[str, int]:
-        """Values of all symbols that are such a shape."""
-        return {name: low for name, (low, _) in self.dispatch.key(shape).items()}
-
-    def _name(self, shape: Shape) -> str:
-        return ",".join(f"{n}={v}" for n, v in zip(self.dispatch.names, shape, strict=True))
-
-    def _job(self, shape: Shape, schedule: Mapping[str, int]) -> Job:
-        return Job(self._name(shape), self.dispatch.key(shape), schedule)
+    # ---- seeing it ----------------------------------------------------------------------------
 
     def gains(self) -> dict[str, float | None]:
-        """Measured gain of every live variant of a hot shape, by the variant's name."""
-        return {own.code.info.name: own.gain for own in list(self.promoted.values())}
-
-    def shapes(self) -> list[SeenShape]:
-        """The shapes that arrive, the one that most time goes to first."""
-        self.profile.fold()
-        return [self._seen(heat) for heat in self.profile.hottest()]
-
-    def _seen(self, heat: Heat) -> SeenShape:
-        verdict = self.profile.verdicts.get(heat.shape)
-        values = dict(zip(self.dispatch.names, heat.shape, strict=True))
-        code = self.dispatch.table.choose(heat.shape, self._values(heat.shape))
-        return SeenShape(values, heat.calls, heat.seconds, code.info.name,
-                         verdict.state if verdict else "", verdict.gain if verdict else None)
+        """Measured gain of all live code of hot shapes and ranges, by the variant's name."""
+        return {promoted.code.info.name: promoted.gain
+                for promoted in list(self.promoted.values())}
 
     def stats(self) -> dict[str, Any]:
         """Live code and the verdicts, for people and programs."""
+        attempt = self.attempt
         return {
             "mode": self.policy.mode, "error": self.error, "code_bytes": self._bytes(),
-            "compiling": self._name(self.attempt.shape) if self.attempt else None,
+            "compiling": self.traffic.name(attempt.own) if attempt else None,
             "promoted": {p.code.info.name: {"gain": p.gain, "bytes": p.bytes,
                                             "schedule": dict(p.schedule)}
                          for p in list(self.promoted.values())},
-            "verdicts": {self._name(shape): verdict.state
-                         for shape, verdict in list(self.profile.verdicts.items())}}
+            "verdicts": self.traffic.verdicts()}
 
 
-def specialize(executor: Executor, policy: Policy, cache_dir: Path) -> Specializer | None:
+def specialize(executor: Executor, policy: Policy, cache_dir: Path,
+               rehearse: Rehearse | None = None) -> Specializer | None:
     """Begin to specialise an executor: what is ready before the first request is. None where there
     is nothing to specialise: all sizes are fixed, or (if lazy) the artifact lacks its graph."""
     if policy.mode == "none" or not executor.dispatch.names:
@@ -472,7 +439,7 @@ def specialize(executor: Executor, policy: Policy, cache_dir: Path) -> Specializ
             return None
         raise LlmcError(f"{executor.artifact.directory} was written by an older llmc: compile the "
                         "model again to specialise it")
-    specializer = Specializer(executor, source, policy, cache_dir)
+    specializer = Specializer(executor, source, policy, cache_dir, rehearse)
     specializer.prepare()
     specializer.start()
     return specializer
@@ -506,4 +473,3 @@ def _run(reference: weakref.ref[Specializer], wake: threading.Event, interval: f
 def _stop(wake: threading.Event, compiler: Compiler) -> None:
     wake.set()
     compiler.close()
-

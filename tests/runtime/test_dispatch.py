@@ -8,7 +8,7 @@ import pytest
 
 from llmc.errors import ShapeError
 from llmc.runtime.artifact import VariantInfo
-from llmc.runtime.dispatch import MEMO_SHAPES, Dispatch, DispatchTable, Trial
+from llmc.runtime.dispatch import MEMO_SHAPES, WARM_PAIRS, Dispatch, DispatchTable, Trial
 from llmc.runtime.profile import Profile
 
 
@@ -117,6 +117,53 @@ def test_a_clear_answer_needs_no_longer_trial():
         assert not trial.extend()
 
 
+def test_a_trial_says_what_is_slower_than_noise():
+    for new, slower in ((0.9, False), (1.0, False), (1.1, True)):
+        trial = Trial(FEW, TWO)
+        run_trial(trial, 1.0, new)
+        assert trial.is_slower() is slower
+
+
+def test_a_range_is_tried_on_all_of_its_shapes_but_those_with_code_of_their_own():
+    wide = FakeCode("wide", tokens=(2, 9), pages=(1, 64))
+    dispatch = make(GENERIC, TWO)
+    trial = dispatch.start_range_trial(wide, pairs=6)
+    ran: dict[int, list[FakeCode]] = {}
+    for call in range(60):
+        tokens = (2, 5, 7, 11)[call % 4]
+        variant = dispatch.choose(values(tokens))
+        dispatch.observe(values(tokens), variant, tokens * (0.5 if variant is wide else 1.0))
+        ran.setdefault(tokens, []).append(variant)
+    assert trial.done and trial.gain() == pytest.approx(0.5)
+    assert set(ran[2]) == {TWO} and set(ran[11]) == {GENERIC}
+    assert ran[5][:6] == [GENERIC, wide, wide, GENERIC, GENERIC, wide]
+    assert set(ran[5][6:]) == {GENERIC}, "all is known"
+    dispatch.end_trial(trial)
+    assert dispatch.table.wide is None
+
+
+def test_steps_on_nobodys_behalf_count_for_trials_only():
+    dispatch = make(GENERIC, FEW)
+    trial = dispatch.start_trial((2,), values(2), TWO, pairs=3)
+    dispatch.rehearsing = True
+    while not trial.done:
+        dispatch.observe(values(2), dispatch.choose(values(2)), 1.0)
+    assert dispatch.profile is not None and not dispatch.profile.cells
+
+
+def test_only_the_range_of_some_symbols_counts():
+    generic = FakeCode("generic", tokens=(1, 512), pages=(1, 64))
+    dispatch = Dispatch([generic], ("tokens",), {"pages": (8, 200)})
+    shapes = [dispatch.shape(values(3, pages)) for pages in (1, 8, 9, 64)]
+    assert shapes == [(3, 8), (3, 8), (3, 64), (3, 64)]
+    assert dispatch.key((3, 8)) == {"tokens": (3, 3), "pages": (1, 8)}
+    assert dispatch.key((3, 64)) == {"tokens": (3, 3), "pages": (9, 64)}
+    low = FakeCode("low", **dispatch.key((3, 8)))
+    dispatch.replace(add=[low])
+    assert [dispatch.choose(values(3, pages)) for pages in (8, 9)] == [low, generic]
+    assert str(DispatchTable(dispatch)).splitlines()[0].startswith("exact")
+
+
 def test_a_trial_gets_every_other_call_of_its_shape_only():
     dispatch = make(GENERIC, FEW)
     trial = dispatch.start_trial((2,), values(2), TWO, pairs=3)
@@ -126,8 +173,8 @@ def test_a_trial_gets_every_other_call_of_its_shape_only():
         dispatch.observe(values(2), variant, 1.0)
         ran.append(variant)
         assert dispatch.choose(values(3)) is FEW
-    assert ran.count(TWO) == ran.count(FEW) == 4
-    dispatch.end_trial((2,))
+    assert ran.count(TWO) == ran.count(FEW) == 3 + WARM_PAIRS
+    dispatch.end_trial(trial)
     assert dispatch.choose(values(2)) is FEW
 
 

@@ -92,8 +92,8 @@ def test_a_night_fades_a_profile_by_one_half_life(tmp_path: Path):
     assert late.cells[(1, 1), "generic"].weight == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", "null", "\0\0", '{"format": 1}',
-                                    '{"format": 2}'])
+@pytest.mark.parametrize("damage", ["", "{", "[]", "null", "\0\0", '{"format": 2}',
+                                    '{"format": 3}'])
 def test_a_damaged_file_is_no_profile(tmp_path: Path, damage: str):
     path = tmp_path / "model.json"
     path.write_text(damage)

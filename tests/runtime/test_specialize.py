@@ -22,7 +22,8 @@ from llmc.runtime.artifact import Artifact
 from llmc.runtime.cache import VariantCache
 from llmc.runtime.compiler import Compiler
 from llmc.runtime.profile import Verdict
-from llmc.runtime.specialize import PATIENCE, TIERS, Policy, Specializer, find_tier, make_source
+from llmc.runtime.specialize import PATIENCE, Policy, Specializer, make_source
+from llmc.runtime.traffic import Range
 from tests.conftest import EMBEDDED
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8]
@@ -93,7 +94,7 @@ def test_a_threshold_promotes_and_results_stay(embedded_artifact: Path, cache: P
 def test_a_trial_decides_and_is_remembered(embedded_artifact: Path, cache: Path, speed: float,
                                            state: str, monkeypatch: pytest.MonkeyPatch):
     """With a clock that says that exact code takes `speed` times as long."""
-    monkeypatch.setattr(Specializer, "_pays", lambda self, heat: heat.calls >= 20)
+    monkeypatch.setattr(Specializer, "_pays", lambda self, own, calls: calls >= 20)
     with llmc.Runtime(embedded_artifact, threads=1, specialize="lazy", cache_dir=cache) as runtime:
         specializer = still(runtime)
         dispatch = runtime.executor.dispatch
@@ -113,7 +114,7 @@ def test_a_trial_decides_and_is_remembered(embedded_artifact: Path, cache: Path,
 
 def test_a_trial_whose_shape_stops_coming_holds_nobody_up(
         embedded_artifact: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Specializer, "_pays", lambda self, heat: heat.calls >= 20)
+    monkeypatch.setattr(Specializer, "_pays", lambda self, own, calls: calls >= 20)
     with llmc.Runtime(embedded_artifact, threads=1, specialize="lazy", cache_dir=cache) as runtime:
         specializer = still(runtime)
         for _ in range(30):
@@ -130,7 +131,49 @@ def test_a_trial_whose_shape_stops_coming_holds_nobody_up(
         assert specializer.attempt is None, "as long as it does not come again"
         runtime.run(PROMPT)
         specializer.tick()
-        assert specializer.attempt is not None and specializer.attempt.shape == (8, 1, 8)
+        assert specializer.attempt is not None and specializer.attempt.own == (8, 1, 8)
+
+
+def test_a_trial_goes_on_while_nobody_wants_a_step(embedded_artifact: Path, cache: Path,
+                                                   monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Specializer, "_pays", lambda self, own, calls: calls >= 20)
+    with llmc.Runtime(embedded_artifact, threads=1, specialize="lazy", cache_dir=cache) as runtime:
+        specializer = still(runtime)
+        expected = [runtime.run(PROMPT) for _ in range(30)][-1]
+        deadline = time.monotonic() + 60
+        while not specializer.profile.verdicts:
+            specializer.tick()
+            time.sleep(0.01)
+            assert time.monotonic() < deadline
+        assert specializer.profile.calls() == {(8, 1, 8): 30}
+        np.testing.assert_allclose(runtime.run(PROMPT), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_traffic_of_many_shapes_gets_code_for_a_range(embedded_artifact: Path, cache: Path,
+                                                      monkeypatch: pytest.MonkeyPatch):
+    """With a clock that says that code for a range takes half as long."""
+    monkeypatch.setattr(Specializer, "_pays", lambda self, own, calls: isinstance(own, Range))
+    options = {"threads": 1, "specialize": "lazy", "cache_dir": cache}
+    prompts = [list(range(1, n + 1)) for n in (9, 10, 11, 12, 13)]
+    with llmc.Runtime(embedded_artifact, **options) as runtime:
+        specializer = still(runtime)
+        expected = [runtime.run(prompt) for prompt in prompts]
+        dispatch = runtime.executor.dispatch
+        observe = dispatch.observe
+        monkeypatch.setattr(dispatch, "observe", lambda values, variant, _: observe(
+            values, variant, 0.5 if ".." in variant.info.name else 1.0))
+        deadline = time.monotonic() + 60
+        while not specializer.profile.ranges:
+            for prompt in prompts:
+                runtime.run(prompt)
+            specializer.tick()
+            assert time.monotonic() < deadline
+        (row,) = (row for row in runtime.dispatch_table.rows if ".." in row.name)
+        assert row.tier == "ranged" and row.gain == pytest.approx(0.5)
+        for prompt, wanted in zip(prompts, expected, strict=True):
+            np.testing.assert_allclose(runtime.run(prompt), wanted, rtol=1e-4, atol=1e-4)
+    with llmc.Runtime(embedded_artifact, **options) as second:
+        assert row.name in str(second.dispatch_table), "the next start has it"
 
 
 def test_the_next_start_is_hot_and_compiles_nothing(embedded_artifact: Path, cache: Path,
@@ -158,8 +201,11 @@ def test_eager_is_ready_before_the_first_request(embedded_artifact: Path, cache:
     with llmc.Runtime(embedded_artifact, threads=1, specialize="eager", shapes=[TWO],
                       cache_dir=cache) as runtime:
         assert "tokens=2,sequences=1,rows=2" in str(runtime.dispatch_table)
+        before = runtime.stats()["variants"]["tokens=2,sequences=1,rows=2"]["calls"]
         runtime.run([1, 2])
-        assert runtime.stats()["variants"]["tokens=2,sequences=1,rows=2"]["calls"] == 1
+        assert runtime.stats()["variants"]["tokens=2,sequences=1,rows=2"]["calls"] == before + 1
+        (shape,) = runtime.shapes()
+        assert shape.calls == pytest.approx(1.0), "what was measured before ready is no traffic"
 
 
 @pytest.mark.parametrize("shapes", [[{"nonsense": 1}], [{"tokens": 0}], [{"tokens": "two"}]])
@@ -300,7 +346,7 @@ import sys, llmc
 from llmc.runtime.compiler import Worker
 ask = Worker.ask
 def counted(self, request, timeout):
-    print("compiled", request["name"], flush=True)
+    print("compiled", request["name"], request["schedule"], flush=True)
     return ask(self, request, timeout)
 Worker.ask = counted
 shapes = [{"tokens": n} for n in (2, 3)]
@@ -321,7 +367,7 @@ def test_processes_that_start_together_compile_each_variant_about_once(embedded_
         output, errors = racer.communicate(timeout=240)
         assert racer.returncode == 0, errors
         lines += output.splitlines()
-    assert len(lines) == len(set(lines)) == 2, lines
+    assert len(lines) == len(set(lines)) == 4, lines  # two shapes, two schedules each
 
 
 def test_a_process_killed_while_it_writes_leaves_nothing_that_is_taken_for_code(
@@ -358,11 +404,6 @@ def test_a_model_directory_is_specialised_too(cache: Path, embedded_artifact: Pa
     with llmc.Runtime(EMBEDDED, threads=1, specialize="eager", shapes=[TWO],
                       cache_dir=cache) as runtime:
         assert "exact" in str(runtime.dispatch_table)
-
-
-def test_tiers_cover_every_number_of_tokens_once():
-    assert [tier.low for tier in TIERS] == [1] + [tier.high + 1 for tier in TIERS if tier.high]
-    assert find_tier(10**9) is TIERS[-1]
 
 
 def test_the_source_is_what_the_artifact_was_made_from(embedded_artifact: Path):
