@@ -20,6 +20,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -119,6 +120,8 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._masks = ThreadPoolExecutor(1, "llmc-masks")
         self._told: list[Stream] = []  # streams with news of this step
+        self._tidings: SimpleQueue[list[Stream] | None] = SimpleQueue()
+        self._teller = threading.Thread(target=self._wake_all, name="llmc-teller", daemon=True)
         self._numbers = 0
         self._finished: Counter[str] = Counter()
         self._generated = self._steps = self._failed = 0
@@ -128,7 +131,7 @@ class Engine:
 
     def submit(self, request: Request, wake: Wake | None = None) -> Stream:
         """Queue a request; its events come through the Stream, and `wake` is told of them once a
-        step (see `LoopWaker`; it runs in the engine's thread and must not block).
+        step (see `LoopWaker`; it must not block, as it tells of all streams).
 
         ShapeError if the request does not fit the model, QueueFull if too many wait,
         EngineStopped while draining. Whatever `request.grammar` raises.
@@ -175,6 +178,7 @@ class Engine:
     def start(self) -> None:
         """Serve in a thread of the engine's own."""
         self._thread = threading.Thread(target=self._serve, name="llmc-engine", daemon=True)
+        self._teller.start()
         self._thread.start()
 
     def drain(self, timeout: float | None = None) -> bool:
@@ -196,6 +200,9 @@ class Engine:
             self._end_request(stream, "cancelled")
         self._tell()
         self._masks.shutdown(cancel_futures=True)
+        self._tidings.put(None)
+        if self._thread is not None:
+            self._teller.join()
 
     def stats(self) -> Stats:
         pool = self.model.pool
@@ -406,14 +413,25 @@ class Engine:
                 self._end(choice, Event(choice.index, finish=finish, error=error))
 
     def _tell(self) -> None:
-        """Wake those whose streams have news."""
+        """Wake those whose streams have news: by a thread of its own, for waking another thread
+        lets that go first, which would cost the step what the other does."""
+        told, self._told = list(dict.fromkeys(self._told)), []
+        if self._teller.is_alive():
+            self._tidings.put(told)
+        elif told:
+            self._wake(told)
+
+    def _wake_all(self) -> None:
+        while (told := self._tidings.get()) is not None:
+            self._wake(told)
+
+    def _wake(self, told: Sequence[Stream]) -> None:
         groups: dict[Wake, list[Stream]] = {}
-        for stream in dict.fromkeys(self._told):
+        for stream in told:
             if stream.wake is None:
                 stream.notify()
             else:
                 groups.setdefault(stream.wake, []).append(stream)
-        self._told.clear()
         for wake, streams in groups.items():
             try:
                 wake(streams)
