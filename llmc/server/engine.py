@@ -299,7 +299,8 @@ class Engine:
 
     def _run(self, choices: Sequence[Choice], chunks: Sequence[Chunk]) -> list[Done]:
         """Run chunks, in one step or more: where one fails its halves are tried, so that only the
-        requests end whose chunks fail alone."""
+        requests end whose chunks fail alone. Where a failure costs the sequences their past, they
+        are computed again, each alone."""
         rows = [choice for choice, chunk in zip(choices, chunks, strict=True) if chunk.wanted]
         greedy = bool(rows) and self.model.chooses and all(map(self._is_plain, rows))
         try:
@@ -308,6 +309,10 @@ class Engine:
             self._failed += 1
             if len(chunks) == 1:
                 self._end_request(choices[0].stream, "error", error)
+                return []
+            if not self.model.reuses_prefixes:
+                for choice in choices:
+                    self.scheduler.suspect(choice)
                 return []
         else:
             return [Done(choices, rows, output)]

@@ -5,6 +5,9 @@ of each sequence that decodes; what is left of the step's tokens goes to prompts
 chunk by chunk, so a long prompt delays nobody's next token by more than a step. Where pages run
 out the youngest sequence gives up its own and is computed again later (from what is still cached);
 the oldest never does, and as each fits the pool alone, each gets to its end.
+
+A step that fails may have been any of its sequences' fault. Suspects run alone, until they have
+failed alone or have not.
 """
 
 from __future__ import annotations
@@ -97,6 +100,7 @@ class Scheduler:
         self.reuse = reuse
         self.running: list[Choice] = []
         self.waiting: list[Choice] = []
+        self.suspects: list[Choice] = []
         self.preemptions = 0
         self.prefix_queried = 0  # tokens of admitted prompts
         self.prefix_found = 0  # those that were cached
@@ -109,6 +113,7 @@ class Scheduler:
 
     def remove(self, choice: Choice) -> None:
         """A choice that is over: its pages and slot are free at once."""
+        self._clear(choice)
         if choice.slot >= 0:
             self.running.remove(choice)
             self._release(choice)
@@ -117,6 +122,8 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         """The next step; without chunks if there is nothing to do."""
+        if self.suspects:
+            return self._alone(self.suspects[0])
         plan = Plan()
         prompts = []
         preempted = self.preemptions
@@ -162,11 +169,36 @@ class Scheduler:
             choice = self.waiting[0]
             if not self._reserve(choice):
                 return  # nobody overtakes it
-            self.waiting.pop(0)
-            choice.slot = self._slots.pop()
-            insort(self.running, choice, key=_order)
-            plan.admitted.append(choice)
+            self._start(plan, choice)
             budget -= self._add_prompt(plan, choice, budget)
+
+    def _start(self, plan: Plan, choice: Choice) -> None:
+        self.waiting.remove(choice)
+        choice.slot = self._slots.pop()
+        insort(self.running, choice, key=_order)
+        plan.admitted.append(choice)
+
+    def _alone(self, choice: Choice) -> Plan:
+        """A step of one suspect, for which others may have to give up their pages."""
+        plan = Plan()
+        while choice.slot < 0:
+            if len(self.running) < self.max_batch and self._reserve(choice):
+                self._start(plan, choice)
+            elif self.running:
+                self.preempt(self.running[-1])
+            else:
+                return plan
+        self._add_prompt(plan, choice, self.max_step_tokens)
+        return plan
+
+    def suspect(self, choice: Choice) -> None:
+        """Compute a choice again from its beginning, alone until it has caught up."""
+        self.suspects.append(choice)
+        self.preempt(choice)
+
+    def _clear(self, choice: Choice) -> None:
+        if choice in self.suspects:
+            self.suspects.remove(choice)
 
     def _reserve(self, choice: Choice) -> bool:
         """Pages for all tokens of a choice, shared ones first; False if there are too few. Those
@@ -200,6 +232,8 @@ class Scheduler:
 
     def computed(self, choice: Choice) -> None:
         """A step has run that a choice was part of: others may share its full pages."""
+        if self.suspects and choice.sequence.length == choice.count:
+            self._clear(choice)
         full = choice.sequence.length // PAGE
         if full > choice.published and self.reuse and choice.shareable:
             extend_keys(choice.keys, choice.ids)

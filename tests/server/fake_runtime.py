@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from llmc.errors import ShapeError
-from llmc.runtime.pages import PAGE
+from llmc.runtime.pages import PAGE, Sequence
 from llmc.runtime.step import GREEDY, LanguageModel
 
 VOCABULARY = 61
@@ -83,14 +83,37 @@ class FakeExecutor:
         return self.memory[pages].ravel()[:count]
 
 
+class ForgetfulModel(LanguageModel):
+    """A model like those with recurrent layers: a step that fails costs its sequences their past,
+    and no two sequences can share one."""
+
+    reuses_prefixes = False
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.lost: list[Sequence] = []
+
+    def step(self, chunks, output: str = "logits") -> np.ndarray:
+        assert not any(chunk.sequence is lost for chunk in chunks for lost in self.lost)
+        try:
+            return super().step(chunks, output)
+        except RuntimeError:
+            self.lost += [chunk.sequence for chunk in chunks if chunk.sequence.length]
+            raise
+
+    def release(self, sequence: Sequence) -> None:
+        self.lost = [lost for lost in self.lost if lost is not sequence]
+        super().release(sequence)
+
+
 class FakeRuntime:
     """What an Engine asks of a Runtime."""
 
     def __init__(self, pages: int = 64, context: int = 1024, chooses: bool = True,
-                 growth_limit: int = 0):
+                 growth_limit: int = 0, model: type[LanguageModel] = LanguageModel):
         self.config = {"vocab_size": VOCABULARY, "eos_token_ids": [END]}
         self.executor = FakeExecutor(chooses)
-        self.language_model = LanguageModel(self.executor, context, pages, 64, 256, growth_limit)
+        self.language_model = model(self.executor, context, pages, 64, 256, growth_limit)
 
     def check_ids(self, ids) -> np.ndarray:
         array = np.asarray(ids, np.int32)

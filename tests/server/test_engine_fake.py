@@ -16,14 +16,22 @@ from hypothesis import strategies as st
 from llmc.errors import LlmcError, ShapeError
 from llmc.runtime.pages import PAGE
 from llmc.runtime.sampling import Sampling
+from llmc.runtime.step import LanguageModel
 from llmc.server.engine import Engine, EngineError
 from llmc.server.request import EngineStopped, Event, QueueFull, Request, Stream
-from tests.server.fake_runtime import POISON, VOCABULARY, FakeRuntime, continuation
+from tests.server.fake_runtime import (
+    POISON,
+    VOCABULARY,
+    FakeRuntime,
+    ForgetfulModel,
+    continuation,
+)
 
 
-def make_engine(pages: int = 64, chooses: bool = True, growth_limit: int = 0, **options) -> Engine:
-    return Engine(FakeRuntime(pages, chooses=chooses, growth_limit=growth_limit),
-                  **{"max_batch": 8, **options})
+def make_engine(pages: int = 64, chooses: bool = True, growth_limit: int = 0,
+                model: type[LanguageModel] = LanguageModel, **options) -> Engine:
+    runtime = FakeRuntime(pages, chooses=chooses, growth_limit=growth_limit, model=model)
+    return Engine(runtime, **{"max_batch": 8, **options})
 
 
 def prompt(count: int, seed: int = 0) -> list[int]:
@@ -284,9 +292,10 @@ def test_senseless_limits_are_refused(options):
 # ---- faults -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("model", [LanguageModel, ForgetfulModel])
 @pytest.mark.parametrize("bad", [0, 3, 6])
-def test_a_chunk_that_fails_ends_its_request_only(bad: int):
-    engine = make_engine()
+def test_a_chunk_that_fails_ends_its_request_only(bad: int, model):
+    engine = make_engine(pages=10, model=model)
     prompts = [prompt(20 + seed, seed) for seed in range(7)]
     prompts[bad] = [*prompts[bad], POISON]
     streams = [engine.submit(Request(each, 40, ignore_eos=True)) for each in prompts]
@@ -385,11 +394,13 @@ ACTIONS = st.lists(st.one_of(ARRIVALS, ARRIVALS, ENDINGS, st.tuples(st.just("ste
 
 
 @settings(max_examples=200, deadline=None)
-@given(ACTIONS, st.integers(5, 16), st.integers(1, 6), st.integers(7, 70), st.booleans())
-def test_random_traffic(actions, pages, max_batch, step_tokens, reuse):
+@given(ACTIONS, st.integers(5, 16), st.integers(1, 6), st.integers(7, 70), st.booleans(),
+       st.sampled_from([LanguageModel, ForgetfulModel]))
+def test_random_traffic(actions, pages, max_batch, step_tokens, reuse, model):
     """Tiny pools, shared prefixes, choices, poison, requests that end at any time: every stream
     ends, with what the model makes or a part of it; the oldest always goes on."""
-    engine = make_engine(pages, max_batch=max_batch, max_step_tokens=step_tokens, reuse=reuse)
+    engine = make_engine(pages, max_batch=max_batch, max_step_tokens=step_tokens, reuse=reuse,
+                         model=model)
     asked: list[tuple[list[int], int, bool, Stream]] = []
     touched: set[Stream] = set()
     for action in actions:
@@ -432,6 +443,6 @@ def step_and_watch(engine: Engine) -> bool:
     progressed = engine.step()
     engine.check()
     assert progressed == (oldest is not None)
-    if oldest is not None and not oldest.ended:
+    if oldest is not None and not oldest.ended and not engine.scheduler.suspects:
         assert (oldest.sequence.length, oldest.made) > before
     return progressed
