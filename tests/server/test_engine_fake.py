@@ -435,14 +435,16 @@ def test_random_traffic(actions, pages, max_batch, step_tokens, reuse, model):
 
 
 def step_and_watch(engine: Engine) -> bool:
-    """A step; the oldest choice that runs gets on by it, or ends."""
+    """A step; the oldest choice that runs gets on by it, or ends, if nobody is a suspect."""
     engine._take_news()
+    suspects = bool(engine.scheduler.suspects)
     choices = engine.scheduler.running or engine.scheduler.waiting
     oldest = choices[0] if choices else None
     before = (oldest.sequence.length, oldest.made) if oldest else None
     progressed = engine.step()
     engine.check()
     assert progressed == (oldest is not None)
-    if oldest is not None and not oldest.ended and not engine.scheduler.suspects:
+    suspects |= bool(engine.scheduler.suspects)
+    if oldest is not None and not oldest.ended and not suspects:
         assert (oldest.sequence.length, oldest.made) > before
     return progressed
