@@ -16,6 +16,7 @@ from llmc.ir.graph import Graph, TensorType
 from llmc.ir.layouts import Layout, Rows
 
 QUANTIZED_MATMUL = "quantized_matmul"  # among the kernels of targets whose matmul reads codes
+INTEGER_MATMUL = "integer_matmul"  # of targets whose matmul multiplies integers by packed weights
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Capabilities:
     few_rows          up to so many rows, a matmul streams weights and computes its own prologue
     bf16_dot          bf16 x bf16 dot products exist: bf16 activations are packed as bf16
     kernels           composite and special ops that have a kernel; others are decomposed.
-                      QUANTIZED_MATMUL: matmul reads quantised weights as codes
+                      QUANTIZED_MATMUL: matmul reads quantised weights as codes;
+                      INTEGER_MATMUL: it multiplies integers by weights of integers
     weight_layout     "panels", or "columns": weights column by column, the activations of products
                       in plain rows (computed by a stage of their own), both caches as ValuePages
     """
@@ -49,6 +51,8 @@ class Capabilities:
 
     def packed_activation(self, weight: DType, activation: DType) -> str:
         """Name of the dtype in which a matmul wants its packed left operand."""
+        if weight.is_integer and activation.is_integer:
+            return "i16"
         if weight.name == "f64" or activation.name == "f64":
             return "f64"
         if self.weight_layout == "columns":  # both operands alike, as tensor cores take them

@@ -17,8 +17,10 @@ their readers, and so is the `dequantize` of a matmul's weight.
 
 from __future__ import annotations
 
+from llmc.ir.dtypes import i16, i32
 from llmc.ir.graph import Graph, Node
 from llmc.ir.ops import ELEMENTWISE, LEAVES
+from llmc.ir.program import INTEGER_MATMUL, Capabilities
 from llmc.ir.quantized import quantized, stored_operands
 from llmc.passes.bodies import build
 from llmc.passes.epilogue import absorb_epilogue
@@ -34,10 +36,12 @@ COSTLY = frozenset({"exp", "log", "sin", "cos", "tanh", "erf", "pow", "sigmoid",
                     "gelu", "mod"})
 
 
-def fuse(graph: Graph) -> Graph:
+def fuse(graph: Graph, capabilities: Capabilities) -> Graph:
     """The graph as fusions, repeats (their bodies too), `get`s, views and leaves."""
-    graph = with_repeats(graph, fuse)
+    graph = with_repeats(graph, lambda body: fuse(body, capabilities))
     weights = weight_expressions(graph)
+    if INTEGER_MATMUL not in capabilities.kernels:
+        weights = {node for node in weights if not node.dtype.is_integer}
     anchors = {node: anchor_of(node, weights) for node in graph.nodes() if node.op not in LEAVES}
     partition = Partition(graph, anchors, _free_nodes(graph) | _dequantized(graph))
     _join_parts_of_tuples(partition)
@@ -57,7 +61,7 @@ def anchor_of(node: Node, weights: set[Node]) -> str:
     """The kind of fusion that a node is the core of; `view` and `structure` are no fusions."""
     if node.op == "matmul":
         weight = node.inputs[1]
-        is_weight = weight in weights and weight.rank == 2 and weight.dtype.is_float
+        is_weight = weight in weights and weight.rank == 2 and _has_kernel(node)
         return "matmul" if is_weight and node.inputs[0].rank >= 1 else "dense_matmul"
     if node.op in ATTENTION:
         return "attention"
@@ -69,6 +73,16 @@ def anchor_of(node: Node, weights: set[Node]) -> str:
     if node.op in VIEWS - {"cast"}:
         return "view"
     return SINGLE.get(node.op, "map")
+
+
+def _has_kernel(matmul: Node) -> bool:
+    """Whether the kernel for weights multiplies these types: floats, or integers of up to 16 bits
+    (u16 is none of i16's pairs) with sums in i32."""
+    operands = [each.dtype for each in matmul.inputs]
+    if operands[1].is_float:
+        return True
+    return matmul.dtype is i32 and all(
+        each.bits == 8 or each is i16 for each in operands)
 
 
 PROLOGUE = ELEMENTWISE | {"broadcast", "gather"}

@@ -36,7 +36,7 @@ PIPELINE: list[tuple[str, Pass]] = [
     # dequantised parameters.
     ("split_prelude", split_prelude),
     # After this, only fusions, repeats, gets, views and leaves.
-    ("fuse", lambda graph, _: fuse(graph)),
+    ("fuse", fuse),
 ]
 
 

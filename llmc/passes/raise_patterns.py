@@ -1,4 +1,5 @@
-"""raise_patterns: norms, activations, softmax, rope and attention that an exporter took to pieces.
+"""raise_patterns: norms, activations, softmax, rope, attention and quantised products that an
+exporter took to pieces.
 
 The rules see simplified graphs: constants on the right, x ** 2 as x * x, 1 / sqrt as rsqrt.
 """
@@ -11,6 +12,7 @@ from llmc.ir.graph import Graph, Node
 from llmc.ir.ops import make
 from llmc.passes.match import is_last_axis, uniform_value, without_cast
 from llmc.passes.raise_attention import ATTENTION_RULES
+from llmc.passes.raise_quantized import QUANTIZED_RULES
 from llmc.passes.rewrite import Rule, rewrite, rule
 
 TOLERANCE = 1e-3  # of constants such as sqrt(1/2), which exporters round to the graph's dtype
@@ -207,5 +209,5 @@ def raise_softmax(node: Node) -> Node | None:
 
 RAISE_RULES: list[Rule] = [
     raise_rms_norm, raise_layer_norm, raise_gelu, raise_tanh_gelu, raise_sigmoid, raise_silu,
-    raise_softmax, *ATTENTION_RULES,
+    raise_softmax, *ATTENTION_RULES, *QUANTIZED_RULES,
 ]

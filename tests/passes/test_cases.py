@@ -31,8 +31,9 @@ PASSES: dict[str, Callable[[Graph], Graph]] = {
     "merge_matmuls": merge_matmuls,
     "legalize": lambda graph: legalize(graph, CAPABILITIES),
     "split_prelude": lambda graph: split_prelude(graph, CAPABILITIES),
-    "merge, prelude, fuse": lambda graph: fuse(split_prelude(merge_matmuls(graph), CAPABILITIES)),
-    "fuse": fuse,
+    "merge, prelude, fuse": lambda graph: fuse(
+        split_prelude(merge_matmuls(graph), CAPABILITIES), CAPABILITIES),
+    "fuse": lambda graph: fuse(graph, CAPABILITIES),
 }
 
 

@@ -23,13 +23,13 @@ import llvmlite.ir as ir
 
 from llmc.codegen.host.epilogue import Epilogue
 from llmc.codegen.host.kernel import Frame, Kernel, Worker
-from llmc.codegen.host.microkernel import LeftRows, PanelReader, Tile
+from llmc.codegen.host.microkernel import IntegerReader, LeftRows, PanelReader, Tile
 from llmc.codegen.host.packed_weight import CodeReader, PackedWeight, Panel, QuantizedWeight
 from llmc.codegen.host.prologue import RowsInPlace, RowsInScratch
 from llmc.codegen.llvm import F64, Emitter, i64
 from llmc.ir.dims import Dim, bounds
 from llmc.ir.dims import product as product_of
-from llmc.ir.dtypes import DType, dtype, f32, f64
+from llmc.ir.dtypes import DType, dtype, f32, f64, i16
 from llmc.ir.graph import Node
 from llmc.ir.layouts import Panels, RowBlocks, Rows
 from llmc.ir.program import Buffer, Program, Stage, unsupported
@@ -69,7 +69,10 @@ class Product:
 
     @property
     def left_dtype(self) -> DType:
-        """What the arithmetic reads: bf16 for dot products, f64 for f64, else f32."""
+        """What the arithmetic reads: pairs of bf16 or i16 for dot products, f64 for f64, else
+        f32."""
+        if isinstance(self.reader, IntegerReader):
+            return i16
         return dtype("bf16") if self.reader.dot else (f64 if self.reader.element == F64 else f32)
 
     @property
@@ -115,6 +118,9 @@ def packed_weight(stage: Stage, program: Program, node: Node) -> PackedWeight:
             raise unsupported(stage, f"no kernel for {own} codes in groups of {whole.group}")
         return QuantizedWeight(weight, CodeReader(own, weight.layout, lanes), scales[0],
                                scales[1] if scales[1:] else None, whole.group)
+    if own.is_integer and packed == "i16" and weight.layout.interleave == 2:
+        x86 = capabilities.name.startswith("x86_64")
+        return PackedWeight(weight, IntegerReader(own, weight.layout, lanes, True, x86))
     if own.name not in ("f64", "f32", "bf16", "f16"):
         raise unsupported(stage, f"no kernel for weights of {own}")
     return PackedWeight(weight, PanelReader(own, weight.layout, lanes, packed == "bf16"))

@@ -217,7 +217,7 @@ def _pad_row(x: Expression, buffer: Buffer, outer: list[Index], stop: Index) -> 
     assert isinstance(layout, RowBlocks)
     if layout.interleave == 1 or (isinstance(stop, int) and stop % layout.interleave == 0):
         return
-    zero = ir.Constant(elements.register_type(buffer.type.dtype), 0.0)
+    zero = ir.Constant(elements.register_type(buffer.type.dtype), None)
     end = (stop + (layout.interleave - 1)) // layout.interleave * layout.interleave
     with x.loop(stop, end) as i:
         x.store(buffer, [*outer, i], zero)

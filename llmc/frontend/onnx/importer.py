@@ -24,11 +24,13 @@ from llmc.frontend.onnx import (  # noqa: F401 - importing a group registers its
     contrib_attention,
     contrib_experts,
     contrib_quantized,
+    convolution,
     elementwise,
     images,
     matmul,
     movement,
     normalization,
+    pooling,
     quantization,
     reduction,
     resize,
@@ -271,6 +273,10 @@ class Conversion:
             items *= extent
         if items == 1 or (shape_array.is_shape_dtype(stored.dtype) and items <= shape_array.LIMIT):
             return shape.constant_value(builder, stored.read(), stored.dtype)
+        if len(stored.shape) == 1 and stored.dtype.is_integer and stored.dtype.bits <= 8:
+            values = stored.read()
+            if not values.any():  # zero points of symmetric codes, one per channel
+                return builder.full(0, stored.shape, stored.dtype)
         origin = Origin(file=str(self.path), node=full_name)
         builder = Builder(self.symbols, builder.location, origin)
         kind = TensorType(stored.dtype, stored.shape)

@@ -43,10 +43,17 @@ def per_axis(call: Call, parameter: Node, x: Node, axis: int, block: int) -> Nod
     return call.reshape(parameter, [x.shape[axis]] + [1] * (x.rank - axis - 1))
 
 
+def is_zero(zero: Node) -> bool:
+    """Whether zero points are known to be 0, as those of symmetric codes are."""
+    while zero.op in ("broadcast", "reshape"):
+        zero = zero.inputs[0]
+    return constant_scalar(zero) == 0
+
+
 def centred(call: Call, codes: Node, zero: Node | None, dtype: DType) -> Node:
     """codes - zero in a wider dtype, exact for the integers that it can hold."""
     wide = call.cast(codes, dtype)
-    if zero is None or constant_scalar(zero) == 0:
+    if zero is None or is_zero(zero):
         return wide
     return call.binary("sub", wide, call.cast(zero, dtype))
 
@@ -94,7 +101,7 @@ def quantized(call: Call, x: Node, scale: Node, zero: Node | None, dtype: DType)
     codes = call.binary("div", x, scale)
     if dtype.is_integer:
         codes = call.unary("round", codes)
-    if zero is not None and constant_scalar(zero) != 0:
+    if zero is not None and not is_zero(zero):
         codes = call.binary("add", codes, call.cast(zero, codes.dtype))
     if dtype.is_float:
         return cast_node(call, codes, dtype)
@@ -141,7 +148,7 @@ def integer_product(
 
 def centred_codes(call: Call, codes: Node, zero: Node | None) -> Node:
     """codes - zero in i16, which holds every difference; codes as they are where zero is 0."""
-    if zero is None or constant_scalar(zero) == 0:
+    if zero is None or is_zero(zero):
         return codes
     return call.binary("sub", call.cast(codes, i16), call.cast(zero, i16))
 

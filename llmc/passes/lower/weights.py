@@ -41,6 +41,8 @@ def weight_layouts(matmul: Node, body: Graph, capabilities: Capabilities) -> dic
     layouts: dict[Node, Layout] = {}
     for operand in stored_operands(matmul.inputs[1]):
         interleave = 1 if layouts else capabilities.interleave(operand.dtype)
+        if matmul.inputs[1].dtype.is_integer:
+            interleave = 2  # products of pairs of i16
         layouts[operand] = Columns() if capabilities.weight_layout == "columns" else Panels(
             capabilities.panel_columns, interleave, parts)
     return layouts
