@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from llmc.frontend.onnx.builder import Builder
 from llmc.frontend.onnx.call import Call
 from llmc.frontend.onnx.registry import Result, converter
+from llmc.frontend.onnx.turns import known_extent
 from llmc.frontend.onnx.windows import WindowAxis, per_axis, windows
 from llmc.ir import dims
 from llmc.ir.dims import Dim
@@ -26,9 +27,7 @@ def center_crop_pad(call: Call) -> Result:
     low, high = [0] * x.rank, [0] * x.rank
     for axis, size in zip(axes, wanted, strict=True):
         difference = size - x.shape[axis]
-        if not isinstance(difference, int):
-            difference = int(call.measured(f"change of axis {axis}", call.dim(difference)))
-            call.require_equal(size, x.shape[axis] + difference, "new size")
+        difference = known_extent(call, difference, f"change of axis {axis}")
         if difference < 0:
             start = -difference // 2
             x = call.slice_axis(x, axis, start, start + size)

@@ -32,6 +32,7 @@ from llmc.frontend.onnx import (  # noqa: F401 - importing a group registers its
     normalization,
     pooling,
     quantization,
+    recurrent,
     reduction,
     resize,
     sampling,

@@ -14,6 +14,7 @@ import numpy as np
 from llmc.frontend.onnx.builder import Builder
 from llmc.frontend.onnx.call import Call
 from llmc.frontend.onnx.registry import Result, converter
+from llmc.frontend.onnx.turns import known_extent
 from llmc.ir.dims import Dim
 from llmc.ir.dtypes import f32, i32
 from llmc.ir.graph import Node
@@ -94,16 +95,6 @@ def table_of(call: Call, place: str, rounding: str) -> Any:
     return lambda sampling: cubic(sampling, place, antialias, exclude, sharpness)
 
 
-def known_extent(call: Call, x: Node, axis: int) -> int:
-    """A resized axis's size; a symbol is measured and code is made for its value."""
-    extent: Dim = x.shape[axis]
-    if not isinstance(extent, int):
-        value = int(call.measured(f"size of axis {axis}", call.dim(extent)))
-        call.require_equal(extent, value, "resized axis")
-        extent = value
-    return extent
-
-
 def _regions(call: Call, count: int, region: list[float] | None) -> list[tuple[float, float]]:
     if region is None:
         return [(0.0, 1.0)] * count
@@ -123,7 +114,7 @@ def scaled_axes(
         if scale == 1 and region is None:
             result.append(Sampling(0, 0, 1.0, part))
             continue
-        extent = known_extent(call, x, axis)
+        extent = known_extent(call, x.shape[axis], f"size of axis {axis}")
         size = int(np.floor(extent * scale * (part[1] - part[0])))
         result.append(Sampling(extent, size, scale, part))
     return result
@@ -140,7 +131,7 @@ def sized_axes(
     if policy == "stretch":
         return [_sized(call, x, *each, region is None)
                 for each in zip(axes, sizes, parts, strict=True)]
-    extents = [known_extent(call, x, axis) for axis in axes]
+    extents = [known_extent(call, x.shape[axis], f"size of axis {axis}") for axis in axes]
     wanted = call.integers(3, "sizes")
     ratios = [size / extent for size, extent in zip(wanted, extents, strict=True)]
     scale = min(ratios) if policy == "not_larger" else max(ratios)
@@ -154,8 +145,8 @@ def _sized(
     if whole and size == x.shape[axis]:
         return Sampling(0, 0, 1.0, part)
     if not isinstance(size, int):
-        size = int(call.measured(f"new size of axis {axis}", call.dim(size)))
-    extent = known_extent(call, x, axis)
+        size = known_extent(call, size, f"new size of axis {axis}")
+    extent = known_extent(call, x.shape[axis], f"size of axis {axis}")
     return Sampling(extent, size, size / extent if extent else 1.0, part)
 
 
