@@ -152,6 +152,18 @@ def _power_integer(e: Emitter, dtype: DType, a: ir.Value, b: ir.Value) -> ir.Val
     return result
 
 
+def _shift(right: bool) -> Emit:
+    """By the width or more, or by a negative number, all is shifted out."""
+    def emit(e: Emitter, dtype: DType, a: ir.Value, b: ir.Value) -> ir.Value:
+        last = (a.type.element if lanes_of(a) > 1 else a.type).width - 1
+        inside = e.b.icmp_unsigned("<=", b, _number(b, last))
+        if right and dtype.kind == "int":
+            return e.b.ashr(a, e.b.select(inside, b, _number(b, last)))
+        shifted = (e.b.lshr if right else e.b.shl)(a, e.b.select(inside, b, _number(b, 0)))
+        return e.b.select(inside, shifted, _number(a, 0))
+    return emit
+
+
 # ---- floats ----------------------------------------------------------------------------------
 
 
@@ -237,5 +249,7 @@ ELEMENTWISE: dict[str, Emit] = {
     "and": _bits("and_"),
     "or": _bits("or_"),
     "xor": _bits("xor"),
+    "shift_left": _shift(right=False),
+    "shift_right": _shift(right=True),
     "clamp": _clamp,
 }

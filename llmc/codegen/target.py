@@ -13,7 +13,8 @@ from llmc.ir.program import INTEGER_MATMUL, QUANTIZED_MATMUL, Capabilities
 # Ops beyond the plain elementwise and movement ones that host kernels compute themselves.
 HOST_KERNELS = frozenset("""
     sigmoid silu softplus gelu rope softmax rms_norm layer_norm matmul packed_attention attention
-    paged_attention cache_append dequantize cumsum argmax argmin top_k scatter_nd scatter_elements
+    paged_attention cache_append dequantize cumsum cumprod argmax argmin top_k scatter_nd
+    scatter_elements
 """.split())
 
 # Graphics processors by LLVM's names. sm_90a: Hopper with its own tensor-core instructions.

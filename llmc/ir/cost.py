@@ -22,7 +22,7 @@ _MOVEMENT = {
 _PER_ELEMENT = {"rms_norm": 4, "layer_norm": 7, "softmax": 5, "rope": 3}
 _REDUCTIONS = {
     "reduce_sum", "reduce_mean", "reduce_max", "reduce_min", "reduce_prod", "argmax", "argmin",
-    "cumsum", "top_k",
+    "cumsum", "cumprod", "top_k",
 }
 _GATHERS = {"gather", "gather_nd", "gather_elements"}
 

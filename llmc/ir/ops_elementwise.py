@@ -78,6 +78,25 @@ def floor_divide(a: Array, b: Array) -> Array:
     return np.floor_divide(a, b)
 
 
+def _in_range(a: Array, b: Array) -> tuple[Array, Array]:
+    """Whether b shifts less than a's width, and b with 0 where it does not."""
+    inside = (b >= 0) & (b < 8 * a.dtype.itemsize)
+    return inside, np.where(inside, b, b.dtype.type(0))
+
+
+def shift_left(a: Array, b: Array) -> Array:
+    """a << b on bits; 0 where b is negative or at least the width."""
+    inside, by = _in_range(a, b)
+    return np.where(inside, np.left_shift(a, by), a.dtype.type(0))
+
+
+def shift_right(a: Array, b: Array) -> Array:
+    """a >> b, of signed integers with their sign; all is shifted out where b is negative or at
+    least the width."""
+    inside, by = _in_range(a, b)
+    return np.where(inside, np.right_shift(a, by), np.where(a < 0, -1, 0).astype(a.dtype))
+
+
 def _not(x: Array) -> Array:
     return np.logical_not(x) if x.dtype == np.bool_ else np.invert(x)
 
@@ -87,6 +106,7 @@ def _not(x: Array) -> Array:
 _CLASSES: dict[str, Callable[[DType], bool]] = {
     "float": lambda dtype: dtype.is_float,
     "number": lambda dtype: dtype.is_float or dtype.is_integer,
+    "integer": lambda dtype: dtype.is_integer,
     "bool or integer": lambda dtype: not dtype.is_float,
     "any": lambda dtype: True,
 }
@@ -203,6 +223,43 @@ def _build_gelu(node: Node, x: Node) -> Node:
     return make("mul", half, make("add", inner, scalar(1, x)))
 
 
+# Numerators and denominators in x*x, highest power first, of (atan(x) - x) / x**3 for |x| below
+# tan(pi / 8): Cephes' atanf.c and atan.c.
+_ATAN = {
+    "f32": ((8.05374449538e-2, -1.38776856032e-1, 1.99777106478e-1, -3.33329491539e-1), (1.0,)),
+    "f64": ((-8.750608600031904122785e-1, -1.615753718733365076637e1, -7.500855792314704667340e1,
+             -1.228866684490136173410e2, -6.485021904942025371773e1),
+            (1.0, 2.485846490142306297962e1, 1.650270098316988542046e2, 4.328810604912902668951e2,
+             4.853903996359136964868e2, 1.945506571482613964425e2)),
+}
+
+
+def _polynomial(x: Node, coefficients: Sequence[float]) -> Node:
+    """By Horner's rule, highest power first."""
+    total = scalar(coefficients[0], x)
+    for each in coefficients[1:]:
+        total = make("add", make("mul", total, x), scalar(each, x))
+    return total
+
+
+def _build_atan(node: Node, x: Node) -> Node:
+    """atan(-x) = -atan(x), atan(x) = pi/4 + atan((x-1)/(x+1)), atan(x) = pi/2 - atan(1/x); at most
+    3 ulp."""
+    one, size = scalar(1, x), make("abs", x)
+    steep = make("greater", size, scalar(math.tan(3 * math.pi / 8), x))
+    middle = make("greater", size, scalar(math.tan(math.pi / 8), x))
+    turned = make("div", make("sub", size, one), make("add", size, one))
+    small = make("where", steep, make("neg", make("reciprocal", size)),
+                 make("where", middle, turned, size))
+    start = make("where", steep, scalar(math.pi / 2, x),
+                 make("where", middle, scalar(math.pi / 4, x), scalar(0, x)))
+    square = make("mul", small, small)
+    above, below = (_polynomial(square, each) for each in _ATAN[x.dtype.name])
+    bend = make("mul", make("mul", small, square), make("div", above, below))
+    angle = make("add", start, make("add", small, bend))
+    return make("where", make("less", x, scalar(0, x)), make("neg", angle), angle)
+
+
 # ---- the table ---------------------------------------------------------------------------------
 
 _Row = tuple[str, Callable[..., Array]]
@@ -226,10 +283,11 @@ _UNARY: dict[str, _Row] = {
     "round": ("float", np.rint),  # halves to even
     "not": ("bool or integer", _not),  # logical for bool, bitwise for integers
 }
-_COMPOSITE = {
+_COMPOSITE: dict[str, tuple[Callable[..., Array], Callable[[Node, Node], Node]]] = {
     "sigmoid": (sigmoid, _build_sigmoid),
     "silu": (silu, _build_silu),
     "softplus": (softplus, _build_softplus),
+    "atan": (np.arctan, _build_atan),
 }
 _BINARY: dict[str, _Row] = {
     "add": ("number", np.add),
@@ -244,6 +302,8 @@ _BINARY: dict[str, _Row] = {
     "and": ("bool or integer", np.bitwise_and),
     "or": ("bool or integer", np.bitwise_or),
     "xor": ("bool or integer", np.bitwise_xor),
+    "shift_left": ("integer", shift_left),
+    "shift_right": ("integer", shift_right),
 }
 _COMPARISON: dict[str, _Row] = {
     "equal": ("any", np.equal),

@@ -117,20 +117,20 @@ def _arg(function: Callable[..., Array]):
 # ---- along one axis ----------------------------------------------------------------------------
 
 
-def _infer_cumsum(inputs: Inputs, attributes: Attributes, bodies: Bodies) -> Type:
+def _infer_cumulative(inputs: Inputs, attributes: Attributes, bodies: Bodies) -> Type:
     if inputs[0].dtype is dtypes.bool_:
-        reject("cumsum", "cannot sum bool; cast it", inputs)
+        reject("cumsum", "cannot add or multiply bool; cast it", inputs)
     return inputs[0].type
 
 
-def _cumsum(node: Node, arrays: Sequence[Array], context: Context) -> Array:
+def _cumulative(node: Node, arrays: Sequence[Array], context: Context) -> Array:
     [x] = widened(node, arrays, context)
-    along = node["axis"]
+    along, sums = node["axis"], node.op == "cumsum"
     x = np.flip(x, along) if node["reverse"] else x
-    total = np.cumsum(x, axis=along, dtype=x.dtype)
+    total = (np.cumsum if sums else np.cumprod)(x, axis=along, dtype=x.dtype)
     if node["exclusive"]:
         total = np.roll(total, 1, axis=along)
-        total[(slice(None),) * along + (slice(0, 1),)] = 0
+        total[(slice(None),) * along + (slice(0, 1),)] = 0 if sums else 1
     total = np.flip(total, along) if node["reverse"] else total
     return round_to(total, node.dtype, context.exact)
 
@@ -246,8 +246,9 @@ TABLE = [
       for name, (kinds, function) in _REDUCE.items()),
     Op("argmax", _infer_arg("argmax"), _arg(np.argmax), arity=(1, 1), attributes=_ARG),
     Op("argmin", _infer_arg("argmin"), _arg(np.argmin), arity=(1, 1), attributes=_ARG),
-    Op("cumsum", _infer_cumsum, _cumsum, arity=(1, 1),
-       attributes={"axis": _AXIS, "exclusive": _FALSE, "reverse": _FALSE}),
+    *(Op(name, _infer_cumulative, _cumulative, arity=(1, 1),
+         attributes={"axis": _AXIS, "exclusive": _FALSE, "reverse": _FALSE})
+      for name in ("cumsum", "cumprod")),
     Op("top_k", _infer_top_k, _top_k, arity=(1, 1),
        attributes={"k": Attribute(dim), "axis": Attribute(axis, -1)}),
     Op("softmax", _infer_softmax, _softmax, _decompose_softmax, arity=(1, 1),

@@ -7,7 +7,7 @@
 | attention | attention, packed_attention, paged_attention | views of q, k and v |
 | reduce | norm, softmax, reduction of the last axis | elementwise on its rows, before and after |
 | map | elementwise, movement, rope, cache_append | each other, where they run over the same rows |
-| cumsum, argmax, argmin, top_k, scatter | that op | nothing |
+| cumsum (and cumprod), argmax, argmin, top_k, scatter | that op | nothing |
 
 Matmuls choose first, then reductions and attention; maps share out the rest. Views that nobody
 took in (reshape, transpose, slice, broadcast of a whole buffer) stay as they are: whoever reads
@@ -29,8 +29,8 @@ from llmc.passes.partition import Group, Partition
 from llmc.passes.prelude import weight_expressions
 from llmc.passes.rewrite import with_repeats
 
-SINGLE = {"cumsum": "cumsum", "argmax": "argmax", "argmin": "argmin", "top_k": "top_k",
-          "scatter_nd": "scatter", "scatter_elements": "scatter"}
+SINGLE = {"cumsum": "cumsum", "cumprod": "cumsum", "argmax": "argmax", "argmin": "argmin",
+          "top_k": "top_k", "scatter_nd": "scatter", "scatter_elements": "scatter"}
 STRUCTURE = frozenset({"repeat", "get", "fusion"})
 COSTLY = frozenset({"exp", "log", "sin", "cos", "tanh", "erf", "pow", "sigmoid", "silu", "softplus",
                     "gelu", "mod"})

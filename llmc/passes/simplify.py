@@ -25,7 +25,7 @@ DIM_OPERATIONS = {"add": operator.add, "sub": operator.sub, "mul": operator.mul,
                   "max": maximum, "min": minimum}
 FOLDABLE = (
     *sorted(ELEMENTWISE), *sorted(REDUCTIONS), "reshape", "transpose", "slice", "concat", "pad",
-    "gather", "gather_elements", "gather_nd", "cumsum", "matmul",
+    "gather", "gather_elements", "gather_nd", "cumsum", "cumprod", "matmul",
 )
 
 

@@ -38,7 +38,8 @@ def test_unary_functions(dtype_name):
 def test_integer_arithmetic(dtype_name):
     x, y = leaf("x", dtype_name, 3, 17), leaf("y", dtype_name, 17)
     outputs = {op: make(op, x, y)
-               for op in "add sub mul div floor_div mod max min and or xor".split()}
+               for op in ("add sub mul div floor_div mod max min and or xor "
+                          "shift_left shift_right").split()}
     outputs |= {op: make(op, x) for op in ("abs", "sign", "not", "relu")}
     outputs["pow"] = make("pow", x, make("and", y, constant(7, dtype_name)))
     check("map", outputs)

@@ -45,6 +45,12 @@ def test_cumsum(dtype_name, axis, exclusive, reverse):
     check("cumsum", {"out": make("cumsum", x, axis=axis, exclusive=exclusive, reverse=reverse)})
 
 
+@pytest.mark.parametrize(("dtype_name", "axis", "exclusive"), [("f32", 1, True), ("i32", 0, False)])
+def test_cumprod(dtype_name, axis, exclusive):
+    x = leaf("x", dtype_name, 3, 17, 5)
+    check("cumsum", {"out": make("cumprod", x, axis=axis, exclusive=exclusive)})
+
+
 @pytest.mark.parametrize("dtype_name", DTYPES)
 @pytest.mark.parametrize(("axis", "k"), [(1, 1), (1, 17), (0, 3)])
 def test_top_k(dtype_name, axis, k):

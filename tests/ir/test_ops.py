@@ -66,6 +66,7 @@ UNARY = {
     "sigmoid": lambda x: 1 / (1 + math.exp(-x)),
     "silu": lambda x: x / (1 + math.exp(-x)),
     "softplus": lambda x: math.log1p(math.exp(x)),
+    "atan": math.atan,
     "gelu": lambda x: x * 0.5 * math.erfc(-x / math.sqrt(2)),
 }
 
@@ -130,6 +131,32 @@ def test_bits_and_booleans():
     np.testing.assert_array_equal(run("not", a), ~a)
     bits = np.array([0, 5, 255], np.uint8)
     np.testing.assert_array_equal(run("not", bits), [255, 250, 0])
+
+
+@pytest.mark.parametrize("kind", ["i8", "u8", "i32", "u64"])
+def test_shifts(kind):
+    """By the width or more, or backwards, all bits are shifted out."""
+    numpy, width = dtype(kind).numpy, dtype(kind).bits
+    a = np.array([1, 5, 77, 100, 3, 127, 9], np.int64).astype(numpy)
+    a[1] = ~a[1]
+    b = np.array([0, 1, width - 1, width, width + 1, -1, 3], np.int64).astype(numpy)
+    bits, mask = [int(x) for x in a], (1 << width) - 1
+    inside = [0 <= int(n) < width for n in b]
+    left = [(x << int(n)) & mask if ok else 0 for x, n, ok in zip(bits, b, inside, strict=True)]
+    right = [x >> int(n) if ok else -(x < 0) for x, n, ok in zip(bits, b, inside, strict=True)]
+    got = run("shift_left", a, b)
+    assert [int(x) & mask for x in got] == left
+    assert [int(x) for x in run("shift_right", a, b)] == right
+    assert got.dtype == numpy
+
+
+@pytest.mark.parametrize(("exclusive", "reverse", "want"), [
+    (False, False, [2, 6, 24]), (True, False, [1, 2, 6]), (False, True, [24, 12, 4]),
+    (True, True, [12, 4, 1])])
+def test_cumulative_product(exclusive, reverse, want):
+    x = np.array([[2, 3, 4]], np.int32)
+    got = run("cumprod", x, axis=1, exclusive=exclusive, reverse=reverse)
+    np.testing.assert_array_equal(got, [want])
 
 
 def test_bf16_is_computed_in_f32_and_rounded_once():
@@ -472,6 +499,7 @@ COMPOSITES = {
     "sigmoid": ([(3, 17)], {}),
     "silu": ([(3, 17)], {}),
     "softplus": ([(3, 17)], {}),
+    "atan": ([(3, 17)], {}),
     "gelu": ([(3, 17)], {}),
     "gelu/tanh": ([(3, 17)], {"approximate": "tanh"}),
     "softmax": ([(3, 17, 5)], {"axis": 1}),

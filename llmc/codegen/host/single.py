@@ -22,7 +22,7 @@ from llmc.ir.dims import product
 from llmc.ir.graph import Node
 from llmc.ir.program import Buffer, Program, Stage, unsupported
 
-ALONG_AXIS = ("argmax", "argmin", "cumsum", "top_k")
+ALONG_AXIS = ("argmax", "argmin", "cumsum", "cumprod", "top_k")
 SCATTERS = ("scatter_nd", "scatter_elements")
 
 
@@ -75,8 +75,8 @@ class AlongAxisKernel(_SingleOp):
         with x.loop(first, last) as line:
             outer = unflatten(x, self.outer, line)
             size = x.dim(self.source.shape[self.axis])
-            emit = {"cumsum": self._cumsum, "top_k": self._top_k}.get(self.node.op, self._extreme)
-            emit(x, outer, size)
+            emit = _ALONG.get(self.node.op, AlongAxisKernel._extreme)
+            emit(self, x, outer, size)
 
     def _at(self, outer: list[Index], i: Index) -> list[Index]:
         return [*outer[:self.axis], i, *outer[self.axis:]]
@@ -85,13 +85,13 @@ class AlongAxisKernel(_SingleOp):
         if number in self.results:
             x.store(self.results[number], index, value)
 
-    def _cumsum(self, x: Expression, outer: list[Index], size: Index) -> None:
-        dtype = self.source.dtype
-        zero = ir.Constant(elements.register_type(dtype), 0)
-        with x.fold(0, size, [zero]) as (i, (total,), finish):
+    def _cumulative(self, x: Expression, outer: list[Index], size: Index) -> None:
+        dtype, sums = self.source.dtype, self.node.op == "cumsum"
+        start = ir.Constant(elements.register_type(dtype), 0 if sums else 1)
+        with x.fold(0, size, [start]) as (i, (total,), finish):
             place = self._at(outer, size - 1 - i if self.node["reverse"] else i)
             value = x.value(self.source, place)
-            after = ELEMENTWISE["add"](x.e, dtype, total, value)
+            after = ELEMENTWISE["add" if sums else "mul"](x.e, dtype, total, value)
             self._store(x, 0, place, total if self.node["exclusive"] else after)
             finish([after])
 
@@ -129,6 +129,10 @@ class AlongAxisKernel(_SingleOp):
             self._store(x, 0, self._at(outer, rank), value)
             self._store(x, 1, self._at(outer, rank), where)
             outer_finish([key, where])
+
+
+_ALONG = {"cumsum": AlongAxisKernel._cumulative, "cumprod": AlongAxisKernel._cumulative,
+          "top_k": AlongAxisKernel._top_k}
 
 
 def order_key(e: Emitter, node: Node, value: ir.Value, nan_is_least: bool = False) -> ir.Value:

@@ -11,7 +11,7 @@ from onnx import GraphProto, ModelProto, NodeProto
 from llmc.errors import ModelError
 from llmc.frontend.onnx.registry import AI_ONNX, CONVERTERS
 
-OLDEST_OPSET = 7  # where broadcasting took today's form
+OLDEST_OPSET = 1
 NEWEST_OPSET = 28
 MAX_SHOWN = 20
 CONTROL_FLOW = ("If",)

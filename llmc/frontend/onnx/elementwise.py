@@ -100,7 +100,19 @@ def unary(call: Call) -> Result:
 
 @converter(*BINARY, inputs=2)
 def binary(call: Call) -> Result:
-    return folded(call) or call.binary(BINARY[call.op_type], call.input(0), call.input(1))
+    return folded(call) or call.binary(BINARY[call.op_type], call.input(0), aligned(call, 1))
+
+
+def aligned(call: Call, index: int) -> Node:
+    """An operand; before opset 7 its axes begin at the attribute `axis` of the first operand."""
+    operand = call.input(index)
+    if call.version >= 7 or "axis" not in call.attributes:
+        return operand
+    rank = call.input(0).rank
+    behind = rank - call.axis(call.attributes["axis"], rank) - operand.rank
+    if behind < 0:
+        raise call.error(f"its operand of rank {operand.rank} does not fit at its axis")
+    return call.reshape(operand, (*operand.shape, *[1] * behind))
 
 
 @converter("Min", "Max", "Sum", "Mean", inputs=(1, None))
@@ -136,7 +148,7 @@ def power(call: Call) -> Result:
     result = folded(call)
     if result is not None:
         return result
-    base, exponent = call.input(0), call.input(1)
+    base, exponent = call.input(0), aligned(call, 1)
     if base.dtype.is_integer and exponent.dtype.is_float:
         return call.cast(call.binary("pow", call.cast(base, exponent.dtype), exponent), base.dtype)
     return call.binary("pow", base, call.cast(exponent, base.dtype))
@@ -159,10 +171,12 @@ def identity(call: Call) -> Result:
 
 @converter("Dropout", inputs=(1, 3))
 def dropout(call: Call) -> Result:
-    """Inference: the input itself, and a mask of ones."""
-    training = call.shape_array(2)
-    if call.has(2) and (training is None or bool(training.flat()[0])):
-        raise call.error("training mode is not supported")
+    """The input itself, and a mask of ones; dropping something needs a generator of numbers that
+    no two runtimes share."""
+    training = call.has(2) and bool(call.known(2, "training_mode"))
+    ratio = call.known(1, "ratio") if training and call.has(1) else 0.5
+    if training and float(ratio) != 0:
+        raise call.error(f"training mode with a ratio of {float(ratio)} is not supported")
     x = call.value(0)
     if len(call.node.output) < 2:
         return x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 
 from llmc.frontend.onnx.call import Call
@@ -52,22 +53,58 @@ def scaled_matmul(call: Call, a: Node, b: Node, alpha: float) -> Node:
 
 @converter("Einsum", inputs=(1, None))
 def einsum(call: Call) -> Result:
-    equation = str(call.required("equation")).replace(" ", "")
-    left, arrow, output = equation.partition("->")
-    terms = left.split(",")
-    if len(terms) != len(call.inputs) or "." in equation:
-        raise call.error(f"equation {equation!r} is not supported")
-    if not arrow:
-        output = "".join(sorted(c for c in set(left) - {","} if left.count(c) == 1))
-    operands = [call.input(index) for index in range(len(terms))]
-    for term, operand in zip(terms, operands, strict=True):
-        if len(set(term)) != len(term) or len(term) != operand.rank:
-            raise call.error(f"equation {equation!r}: term '{term}' is not supported")
+    operands = [call.input(index) for index in range(len(call.inputs))]
+    terms, output = parsed_equation(call, [operand.rank for operand in operands])
+    for index, term in enumerate(terms):
+        terms[index], operands[index] = diagonal(call, term, operands[index])
     labels, result = terms[0], operands[0]
     for index in range(1, len(terms)):
         kept = set(output).union(*terms[index + 1 :])
         labels, result = contract(call, (labels, result), (terms[index], operands[index]), kept)
     return arrange(call, labels, result, output)
+
+
+def parsed_equation(call: Call, ranks: Sequence[int]) -> tuple[list[str], str]:
+    """The labels of each operand and of the result; capital letters that the equation does not
+    have stand for the axes of an ellipsis."""
+    equation = str(call.required("equation")).replace(" ", "")
+    left, arrow, output = equation.partition("->")
+    terms = left.split(",")
+    if len(terms) != len(ranks):
+        raise call.error(f"equation {equation!r} is for {len(terms)} operands, not {len(ranks)}")
+    free = [c for c in string.ascii_letters if c not in equation]
+    named = [len(term.replace("...", "")) for term in terms]
+    extra = max(0, *(rank - count for rank, count in zip(ranks, named, strict=True)))
+    if extra > len(free):
+        raise call.error(f"equation {equation!r} has too many axes")
+    hidden = "".join(free[:extra])
+    if not arrow:
+        labels = left.replace(",", "").replace(".", "")
+        output = "".join(sorted(c for c in labels if labels.count(c) == 1))
+        output = "..." + output if "..." in left else output
+    for index, rank in enumerate(ranks):
+        count = rank - named[index]
+        terms[index] = terms[index].replace("...", hidden[len(hidden) - count :] if count else "")
+        if len(terms[index]) != rank or not all(label.isalpha() for label in terms[index]):
+            raise call.error(f"equation {equation!r} does not fit operand {index} of rank {rank}")
+    return terms, output.replace("...", hidden)
+
+
+def diagonal(call: Call, labels: str, x: Node) -> tuple[str, Node]:
+    """A label that occurs twice walks along the diagonal: everything beside it is summed as 0."""
+    for label in dict.fromkeys(labels):
+        while labels.count(label) > 1:
+            first, second = labels.index(label), labels.rindex(label)
+            call.require_equal(x.shape[first], x.shape[second], f"axis '{label}'")
+            places = [
+                call.unsqueeze(call.iota(x.shape[first]), [a for a in range(x.rank) if a != axis])
+                for axis in (first, second)
+            ]
+            same = call.binary("equal", *places)
+            x = call.where(same, x, call.scalar(0, x.dtype))
+            x = call.reduce("reduce_sum", x, [second], keep=False)
+            labels = labels[:second] + labels[second + 1 :]
+    return labels, x
 
 
 def contract(

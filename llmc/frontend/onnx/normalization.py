@@ -115,14 +115,25 @@ def group_normalization(call: Call) -> Result:
 
 @converter("BatchNormalization", inputs=5)
 def batch_normalization(call: Call) -> Result:
-    """Inference only: with the running mean and variance."""
-    if call.attribute("training_mode", 0):
-        raise call.error("training mode is not supported")
-    x = call.input(0)
+    """With the running mean and variance; in training mode with the batch's own, and the running
+    ones moved towards them."""
+    x, training = call.input(0), bool(call.attribute("training_mode", 0))
     scale, bias, mean, variance = (by_channel(call, call.input(k), x.rank) for k in range(1, 5))
+    running: list[Node] = []
+    if training:
+        axes = [axis for axis in range(x.rank) if axis != 1]
+        own = call.reduce("reduce_mean", x, axes)
+        centred = call.binary("sub", x, own)
+        spread = call.reduce("reduce_mean", call.binary("mul", centred, centred), axes)
+        kept = call.attribute("momentum", 0.9)
+        for index, new in ((3, own), (4, spread)):
+            old = call.input(index)
+            step = call.scaled(call.reshape(new, old.shape), 1 - kept)
+            running.append(call.binary("add", call.scaled(old, kept), call.cast(step, old.dtype)))
+        mean, variance = own, spread
     factor = call.unary("rsqrt", call.shifted(variance, call.attribute("epsilon", 1e-5)))
     result = call.binary("mul", call.binary("sub", x, mean), call.binary("mul", factor, scale))
-    return call.binary("add", result, bias)
+    return [call.binary("add", result, bias), *running]
 
 
 @converter("MeanVarianceNormalization", inputs=1)

@@ -95,6 +95,11 @@ def softmax(call: Call) -> Result:
 def softmax_along(call: Call, x: Node, axis: int) -> Node:
     if call.op_type == "Softmax":
         return call.make("softmax", x, axis=axis)
+    return log_softmax(call, x, axis)
+
+
+def log_softmax(call: Call, x: Node, axis: int) -> Node:
+    """log(softmax(x)) along an axis, without overflow."""
     shifted = call.binary("sub", x, call.reduce("reduce_max", x, [axis]))
     total = call.reduce("reduce_sum", call.unary("exp", shifted), [axis])
     return call.binary("sub", shifted, call.unary("log", total))
@@ -109,12 +114,12 @@ def arg_extreme(call: Call) -> Result:
     return call.cast(call.make(op, x, axis=axis, keep=keep, last=last), i64)
 
 
-@converter("CumSum", inputs=2)
-def cumulative_sum(call: Call) -> Result:
+@converter("CumSum", "CumProd", inputs=2)
+def cumulative(call: Call) -> Result:
     x = call.input(0)
     axis = call.axis(call.integers(1, "axis")[0], x.rank)
     exclusive, reverse = (bool(call.attribute(name, 0)) for name in ("exclusive", "reverse"))
-    return call.make("cumsum", x, axis=axis, exclusive=exclusive, reverse=reverse)
+    return call.make(call.op_type.lower(), x, axis=axis, exclusive=exclusive, reverse=reverse)
 
 
 @converter("TopK", inputs=(1, 2))

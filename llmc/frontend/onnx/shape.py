@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,7 @@ def constant_of_shape(call: Call) -> Result:
 def arange(call: Call) -> Result:
     bounds = call.shape_arrays()
     if bounds is None:
-        return float_range(call)
+        return known_range(call)
     start, limit, delta = (bound.flat()[0] for bound in bounds)
     if not isinstance(delta, int) or delta == 0:
         raise call.error(f"step {delta} is not a non-zero constant")
@@ -94,19 +95,15 @@ def arange(call: Call) -> Result:
     return ramp if start == 0 else call.binary("add", ramp, call.dim(start, dtype))
 
 
-def float_range(call: Call) -> Node:
-    """A range of constant floats."""
-    nodes = [call.input(index) for index in range(3)]
-    if any(node.op != "constant" for node in nodes):
-        raise call.error("its length depends on data")
-    start, limit, delta = (_scalar_value(node) for node in nodes)
-    length = max(int(np.ceil((limit - start) / delta)), 0) if delta else 0
-    ramp = call.scaled(call.cast(call.iota(length), nodes[0].dtype), delta)
-    return call.shifted(ramp, start)
-
-
-def _scalar_value(node: Node) -> float:
-    return float(np.frombuffer(node["data"], node.dtype.numpy)[0])
+def known_range(call: Call) -> Node:
+    """A range of floats, or of numbers that depend on data."""
+    start, limit, delta = (call.known(index, "its length").reshape(()) for index in range(3))
+    dtype, wide = from_numpy(start.dtype), np.int64 if start.dtype.kind in "iu" else np.float64
+    first, last, step = (float(each) for each in (start, limit, delta))
+    length = max(math.ceil((last - first) / step), 0) if step else 0
+    ramp = call.cast(call.iota(length), from_numpy(np.dtype(wide)))
+    scaled = call.binary("mul", ramp, call.constant(delta.astype(wide)))
+    return call.cast(call.binary("add", scaled, call.constant(start.astype(wide))), dtype)
 
 
 @converter("EyeLike", inputs=1)

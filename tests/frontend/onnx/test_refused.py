@@ -100,7 +100,7 @@ def test_element_types(tmp_path, kind):
     refused(save(tmp_path, [node("Relu", ["x"], ["y"])], inputs=inputs), "input 'x'")
 
 
-@pytest.mark.parametrize("opset", [0, 6, 99])
+@pytest.mark.parametrize("opset", [0, 99])
 def test_opsets(tmp_path, opset):
     refused(save(tmp_path, [MATMUL], opset=opset), f"opset {opset}")
 
