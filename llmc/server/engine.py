@@ -30,7 +30,7 @@ from llmc.runtime.pages import PAGE
 from llmc.runtime.sampling import NO_TOKEN, Sampler, TokenLogprob, token_logprob
 from llmc.runtime.step import GREEDY, Chunk
 from llmc.server.request import EngineStopped, Event, Matcher, QueueFull, Request, Stream, Wake
-from llmc.server.scheduler import Choice, Scheduler
+from llmc.server.scheduler import Choice, Plan, Scheduler
 
 MOST_RECORDS = 1024
 IDLE_SECONDS = 0.001  # between looks at a queue whose head does not fit
@@ -261,7 +261,8 @@ class Engine:
             self._postprocess(done)
         self._tell()
         if plan.chunks:
-            self._record(plan.chunks, scheduled - began, ran - scheduled,
+            rows = sum(len(done.rows) for done in results)
+            self._record(plan, rows, scheduled - began, ran - scheduled,
                          time.perf_counter() - ran)
         return bool(plan.chunks)
 
@@ -332,9 +333,7 @@ class Engine:
 
     def _postprocess(self, done: Done) -> None:
         """Choose a token for every choice whose tokens are all computed, and hand it out."""
-        for choice in done.choices:
-            if not choice.ended:  # another chunk of its request may have failed
-                self.scheduler.computed(choice)
+        self.scheduler.computed(done.choices)
         if not done.rows:
             return
         logprobs: dict[int, TokenLogprob] = {}
@@ -343,7 +342,7 @@ class Engine:
         else:
             tokens, logprobs = self._sample(done.rows, done.output)
         for row, (choice, token) in enumerate(zip(done.rows, tokens, strict=True)):
-            if not choice.ended:
+            if not choice.ended:  # by another chunk of its request that failed
                 self._deliver(choice, token, logprobs.get(row))
 
     def _sample(self, rows: Sequence[Choice], logits: np.ndarray
@@ -384,16 +383,17 @@ class Engine:
         self.sampler.observe(choice.slot, token)
         self._generated += 1
         event = Event(choice.index, token, logprob)
-        if choice.stream.times.first_token is None:
-            choice.stream.times.first_token = time.perf_counter()
-        if choice.made >= choice.limit:
+        stream = choice.stream
+        if stream.times.first_token is None:
+            stream.times.first_token = time.perf_counter()
+        if choice.count >= choice.most:
             event.finish = "length"
             self._end(choice, event)
             return
         if choice.matcher is not None:
             choice.mask = self._masks.submit(_advance, choice.matcher, token)
-        choice.stream.put(event)
-        self._told.append(choice.stream)
+        stream.put(event)
+        self._told.append(stream)
 
     def _end(self, choice: Choice, event: Event) -> None:
         """A choice is over: what it holds is free, and its last event goes out."""
@@ -444,12 +444,10 @@ class Engine:
                 for stream in streams:
                     self._request_end(stream, None)
 
-    def _record(self, chunks: Sequence[Chunk], *seconds: float) -> None:
+    def _record(self, plan: Plan, rows: int, *seconds: float) -> None:
         self._steps += 1
         self._seconds = [total + part for total, part in zip(self._seconds, seconds, strict=True)]
-        self.recent.append(StepRecord(
-            time.time(), sum(len(chunk.tokens) for chunk in chunks), len(chunks),
-            sum(chunk.wanted for chunk in chunks), *seconds))
+        self.recent.append(StepRecord(time.time(), plan.tokens, len(plan.chunks), rows, *seconds))
 
 
 def _advance(matcher: Matcher, token: int) -> np.ndarray:

@@ -37,7 +37,7 @@ class Choice:
                  order: tuple[int, int], limit: int, stop_ids: frozenset[int],
                  matcher: Matcher | None, shareable: bool):
         self.request, self.stream, self.index = request, stream, index
-        self.order, self.limit, self.stop_ids = order, limit, stop_ids
+        self.order, self.stop_ids = order, stop_ids
         self.matcher = matcher
         self.mask: Future[np.ndarray] | None = None  # of the next token, being computed
         self.shareable = shareable
@@ -48,6 +48,7 @@ class Choice:
         self.slot = -1  # in the sampler; -1 while it waits
         self.ended = False
         self.prompt_length = self.count = len(prompt)  # count: of all tokens
+        self.most = self.count + limit
         self._ids = prompt
 
     @property
@@ -68,22 +69,20 @@ class Choice:
 
     def chunk(self, count: int) -> Chunk:
         """Its next `count` tokens; logits are wanted where they are its last."""
-        start = self.sequence.length
-        end = start + count
-        return Chunk(self.sequence, self._ids[start:end], int(end == self.count))
+        sequence = self.sequence
+        end = sequence.length + count
+        return Chunk(sequence, self._ids[sequence.length:end], int(end == self.count))
 
 
 @dataclass
 class Plan:
-    """A step: choices and their chunks, side by side. admitted: choices that begin to run."""
+    """A step: choices and their chunks, side by side, with so many tokens. admitted: choices that
+    begin to run."""
 
     choices: list[Choice] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
+    tokens: int = 0
     admitted: list[Choice] = field(default_factory=list)
-
-    def add(self, choice: Choice, count: int) -> None:
-        self.choices.append(choice)
-        self.chunks.append(choice.chunk(count))
 
 
 class Scheduler:
@@ -124,34 +123,37 @@ class Scheduler:
         """The next step; without chunks if there is nothing to do."""
         if self.suspects:
             return self._alone(self.suspects[0])
-        plan = Plan()
-        prompts = []
         preempted = self.preemptions
-        for choice in self.running.copy():
-            if choice.slot < 0:  # it has just given up its pages to an older one
-                continue
-            pending = choice.count - choice.sequence.length
-            if pending > 1:
-                prompts.append(choice)
-            elif choice.sequence.length % PAGE or self._grow(choice):
-                plan.add(choice, 1)
-        budget = self.max_step_tokens - len(plan.choices)
+        decoding, prompts = self._sort_running()
+        plan = Plan(decoding, [choice.chunk(1) for choice in decoding], len(decoding))
         for choice in prompts:
-            if choice.slot >= 0:
-                budget -= self._add_prompt(plan, choice, budget)
+            self._add_prompt(plan, choice)
         if self.preemptions == preempted:
-            self._admit(plan, budget)
+            self._admit(plan)
         return plan
 
-    def _add_prompt(self, plan: Plan, choice: Choice, budget: int) -> int:
-        """Plan as much of a prompt as the budget allows; how many tokens that is."""
+    def _sort_running(self) -> tuple[list[Choice], list[Choice]]:
+        """Choices that have a page for their next token, and those whose prompt is not computed,
+        the oldest first; to get a page, others may have been preempted."""
+        decoding, prompts = [], []
+        for choice in self.running.copy():
+            length = choice.sequence.length
+            if choice.count - length > 1:
+                prompts.append(choice)
+            elif choice.slot >= 0 and (length % PAGE or self._grow(choice)):
+                decoding.append(choice)
+        return decoding, [choice for choice in prompts if choice.slot >= 0]
+
+    def _add_prompt(self, plan: Plan, choice: Choice) -> None:
+        """Plan as much of a prompt as the step has room for."""
+        room = self.max_step_tokens - plan.tokens
         count = choice.count - choice.sequence.length
         if not 0 < self.whole_above < choice.count:
-            count = min(count, budget)
-        if count > 0 and budget > 0:
-            plan.add(choice, count)
-            return count
-        return 0
+            count = min(count, room)
+        if count > 0 and room > 0:
+            plan.choices.append(choice)
+            plan.chunks.append(choice.chunk(count))
+            plan.tokens += count
 
     def _grow(self, choice: Choice) -> bool:
         """Get a page for the next token, if need be from the youngest; False if that is itself."""
@@ -164,13 +166,14 @@ class Scheduler:
         self.pool.reserve(choice.sequence, choice.sequence.length + 1)
         return True
 
-    def _admit(self, plan: Plan, budget: int) -> None:
-        while self.waiting and budget > 0 and len(self.running) < self.max_batch:
+    def _admit(self, plan: Plan) -> None:
+        while (self.waiting and plan.tokens < self.max_step_tokens
+               and len(self.running) < self.max_batch):
             choice = self.waiting[0]
             if not self._reserve(choice):
                 return  # nobody overtakes it
             self._start(plan, choice)
-            budget -= self._add_prompt(plan, choice, budget)
+            self._add_prompt(plan, choice)
 
     def _start(self, plan: Plan, choice: Choice) -> None:
         self.waiting.remove(choice)
@@ -188,7 +191,7 @@ class Scheduler:
                 self.preempt(self.running[-1])
             else:
                 return plan
-        self._add_prompt(plan, choice, self.max_step_tokens)
+        self._add_prompt(plan, choice)
         return plan
 
     def suspect(self, choice: Choice) -> None:
@@ -230,17 +233,21 @@ class Scheduler:
         self._slots.append(choice.slot)
         choice.slot = -1
 
-    def computed(self, choice: Choice) -> None:
-        """A step has run that a choice was part of: others may share its full pages."""
-        if self.suspects and choice.sequence.length == choice.count:
-            self._clear(choice)
-        full = choice.sequence.length // PAGE
-        if full > choice.published and self.reuse and choice.shareable:
-            extend_keys(choice.keys, choice.ids)
-            self.pool.publish(choice.sequence, choice.keys[:full], choice.published)
-            choice.published = full
-        if choice.siblings and choice.sequence.length >= choice.prompt_length:
-            self.free_siblings(choice)
+    def computed(self, choices: Sequence[Choice]) -> None:
+        """A step has run that these were part of: others may share their full pages."""
+        for choice in choices:
+            length = choice.sequence.length
+            if choice.slot < 0:  # it has ended meanwhile
+                continue
+            if length // PAGE > choice.published and self.reuse and choice.shareable:
+                extend_keys(choice.keys, choice.ids)
+                full = length // PAGE
+                self.pool.publish(choice.sequence, choice.keys[:full], choice.published)
+                choice.published = full
+            if choice.siblings and length >= choice.prompt_length:
+                self.free_siblings(choice)
+            if self.suspects and length == choice.count:
+                self._clear(choice)
 
     def free_siblings(self, choice: Choice) -> None:
         """Let the choices go that wait for this one."""
