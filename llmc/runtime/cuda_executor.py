@@ -167,9 +167,10 @@ class CudaExecutor(Executor):
         self._retired.append(variant)
 
     def _unload_retired(self, chosen: DeviceVariant | None = None) -> None:
-        """Between steps; the device has done what it was given. What was just chosen for a step
-        goes before the next. A later variant may get the same id, so nothing may be left that is
-        found by it."""
+        """Between steps, when the device has done what it was given. What was just chosen for a
+        step goes before the next. A later variant may get the same id, so nothing may be left that
+        is found by it."""
+        self.device.wait()
         for _ in range(len(self._retired)):
             variant = self._retired.popleft()
             if variant is chosen:

@@ -19,6 +19,7 @@ from pathlib import Path
 from queue import Empty
 from typing import Any, Protocol
 
+from llmc import knobs
 from llmc.errors import LlmcError
 from llmc.runtime.artifact import Artifact, VariantInfo
 from llmc.runtime.cache import StoredVariant, VariantCache
@@ -27,7 +28,7 @@ from llmc.runtime.dispatch import Code, Dispatch, Pairs
 from llmc.runtime.events import EventFeed
 from llmc.runtime.executor import Executor
 from llmc.runtime.profile import Profile, Verdict
-from llmc.runtime.tiers import Schedule
+from llmc.runtime.tiers import Schedule, compile_cost
 from llmc.runtime.traffic import Own, Range, Traffic
 
 INTERVAL = 0.5  # seconds between two looks at the profile
@@ -40,7 +41,7 @@ OUST = 1.5  # by how much a shape must be hotter than the one whose code goes fo
 IDLE_LOOKS = 2  # looks without a step after which trials go on by themselves
 REHEARSALS = 8  # steps of one look then, at most; and for how many seconds
 REHEARSAL_SECONDS = 0.1
-TUNING_SECONDS = 2.0  # of steps of one trial before ready
+TUNING_SECONDS = 2.0  # of steps, after which a trial before ready is not extended
 
 Rehearse = Callable[[Mapping[str, int]], bool]  # run a step of such values unless somebody waits
 
@@ -174,10 +175,11 @@ class Specializer:
             self._receive(attempt, self.compiler.compile(job))
             if attempt.trial is None:
                 continue
-            while attempt.trial.seconds() < TUNING_SECONDS and self._rehearse_shapes(attempt):
-                if attempt.trial.done and not attempt.trial.extend():
+            trial = attempt.trial
+            while self._rehearse_shapes(attempt):
+                if trial.done and (trial.seconds() > TUNING_SECONDS or not trial.extend()):
                     break
-            self._judge(attempt, attempt.trial, wanted=True)
+            self._judge(attempt, trial, wanted=True)
 
     def start(self, interval: float = INTERVAL) -> None:
         self._thread = threading.Thread(
@@ -363,9 +365,9 @@ class Specializer:
     def _pays(self, own: Own, calls: int) -> bool:
         if self.policy.promote_after is not None:
             return calls >= self.policy.promote_after
-        cost = self._compile_seconds * len(self.traffic.schedules(own))
-        return self.traffic.heat(own, self.promoted).calls >= LEAST_CALLS \
-            and self._saving(own) > cost
+        seconds = self._compile_seconds * len(self.traffic.schedules(own))
+        return self.traffic.heat(own, self.promoted).calls >= LEAST_CALLS and self._saving(
+            own) > compile_cost(seconds, self.traffic.on_device, knobs.cores())
 
     def _saving(self, own: Own) -> float:
         """Seconds that its own code is expected to save before the shape has gone cold."""
