@@ -448,3 +448,39 @@ def step_and_watch(engine: Engine) -> bool:
     if oldest is not None and not oldest.ended and not suspects:
         assert (oldest.sequence.length, oldest.made) > before
     return progressed
+
+
+def test_many_clients_at_once_get_theirs_and_leave_nothing():
+    """Threads that send, read, cancel and give up, on an engine with a thread of its own and too
+    few pages."""
+    engine = make_engine(12, queue_limit=1000)
+    engine.start()
+    wrong: list[str] = []
+
+    def client(seed: int) -> None:
+        random = np.random.default_rng(seed)
+        for _ in range(6):
+            ids = prompt(int(random.integers(1, 90)), int(random.integers(3)))
+            stream = engine.submit(Request(ids, 40, n=int(random.integers(1, 3))))
+            patience = int(random.integers(0, 90))
+            events = []
+            while (event := stream.get(timeout=60)) is not None:
+                events.append(event)
+                if len(events) == patience:
+                    stream.cancel()
+            expected = continuation(ids, 40)
+            for choice in range(stream.request.n):
+                made = tokens(events, choice)
+                complete = made == expected or "cancelled" in reasons(events)
+                if made != expected[:len(made)] or not complete:
+                    wrong.append(f"client {seed}: {made} instead of {expected}")
+
+    clients = [threading.Thread(target=client, args=(seed,)) for seed in range(24)]
+    for each in clients:
+        each.start()
+    for each in clients:
+        each.join(timeout=120)
+    assert not wrong and not any(each.is_alive() for each in clients)
+    assert engine.drain(10)
+    engine.close()
+    assert is_empty(engine) and sum(engine.stats().requests.values()) >= 24 * 6
