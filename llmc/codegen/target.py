@@ -8,7 +8,7 @@ from functools import cache, cached_property
 import llvmlite.binding as llvm
 
 from llmc.errors import CompileError
-from llmc.ir.program import INTEGER_MATMUL, QUANTIZED_MATMUL, Capabilities
+from llmc.ir.program import GROUPED_MATMUL, INTEGER_MATMUL, QUANTIZED_MATMUL, Capabilities
 
 # Ops beyond the plain elementwise and movement ones that host kernels compute themselves.
 HOST_KERNELS = frozenset("""
@@ -152,7 +152,7 @@ class Target:
         return Capabilities(
             name=name, vector_lanes=lanes, matmul_rows=12 if many else 6, panel_columns=2 * lanes,
             few_rows=4, bf16_dot=self.bf16_dot,
-            kernels=HOST_KERNELS | {QUANTIZED_MATMUL, INTEGER_MATMUL})
+            kernels=HOST_KERNELS | {QUANTIZED_MATMUL, INTEGER_MATMUL, GROUPED_MATMUL})
 
 
 def _parse_device(text: str, architectures: str) -> Target:

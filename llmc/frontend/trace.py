@@ -344,6 +344,23 @@ def top_k(x: Tensor, k: Dim, axis: int = -1) -> tuple[Tensor, Tensor]:
     return Tensor(make_node("get", both, index=0)), Tensor(make_node("get", both, index=1))
 
 
+def routed_experts(
+    x: Tensor,
+    numbers: Tensor,
+    scores: Tensor,
+    gates: Tensor,
+    ups: Tensor,
+    downs: Tensor,
+    *,
+    experts: int,
+    activation: str,
+) -> Tensor:
+    """x [t, h] through the chosen experts: the sum over c of scores [t, c] * down(activation(
+    gate(x)) * up(x)), with gates and ups [e * i, h], downs [e * h, i] of expert numbers [t, c]."""
+    return apply("routed_experts", x, numbers, scores, gates, ups, downs, experts=experts,
+                 activation=activation)
+
+
 def softmax(x: Tensor, axis: int = -1) -> Tensor:
     """exp(x) / sum(exp(x)) along the axis."""
     return apply("softmax", x, axis=axis)

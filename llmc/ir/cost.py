@@ -134,7 +134,7 @@ def _visible_bytes(state: Node, user: Node, shape: Shape) -> int:
 def _products(node: Node, shape: Shape) -> int:
     """Flops of matrix products: two for each multiply-add."""
     out = shape.elements(_tensor(node))
-    if node.op == "matmul":
+    if node.op in ("matmul", "grouped_matmul"):
         return 2 * out * shape.sizes(_tensor(node.inputs[0]))[-1]
     if node.op in ("attention", "packed_attention", "paged_attention"):
         return 4 * out * _visible_keys(node, shape)

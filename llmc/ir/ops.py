@@ -2,7 +2,7 @@
 
 Each op has its type rule, NumPy reference and (composites) decomposition in one place, the file of
 its group: ops_leaves, ops_structure, ops_elementwise, ops_movement, ops_reduce, ops_matmul,
-ops_attention.
+ops_attention, ops_experts.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from llmc.ir import (
     ops_attention,
     ops_elementwise,
+    ops_experts,
     ops_leaves,
     ops_matmul,
     ops_movement,
@@ -29,6 +30,7 @@ for _group in (
     ops_reduce,
     ops_matmul,
     ops_attention,
+    ops_experts,
 ):
     OPS.update((op.name, op) for op in _group.TABLE)
 

@@ -15,6 +15,7 @@ from llmc.ir.dtypes import DType
 from llmc.ir.graph import Graph, TensorType
 from llmc.ir.layouts import Layout, Rows
 
+GROUPED_MATMUL = "grouped_matmul"  # of targets that multiply rows by the matrix of their group
 QUANTIZED_MATMUL = "quantized_matmul"  # among the kernels of targets whose matmul reads codes
 INTEGER_MATMUL = "integer_matmul"  # of targets whose matmul multiplies integers by packed weights
 

@@ -95,7 +95,7 @@ def describe(stage: Stage, program: Program) -> list[str]:
         if node in texts:
             continue
         texts[node] = _expression(node, [texts[source] for source in node.inputs])
-        if node.op == "matmul" and len(users.get(node, ())) > 1:
+        if node.op in ("matmul", "grouped_matmul") and len(users.get(node, ())) > 1:
             texts[node], where = "t", f" where t = {_bare(texts[node])}"
     return [_cut(_packed(node, program.buffers[result], texts[node]) + where)
             for result, (_, node) in zip(stage.results, stage.body.outputs, strict=True)]

@@ -1,15 +1,8 @@
-"""Mixtures of experts: an MLP of which each token uses a few parts, chosen by a router.
-
-Every expert is evaluated for every token, and those that were not chosen weigh nothing: one wide
-product for all gates and ups, one for all downs. That is right, and reads all weights in each step;
-products that only touch the chosen experts need a kernel of their own.
-"""
+"""Mixtures of experts: an MLP of which each token uses a few parts, chosen by a router."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from llmc.frontend import trace
 from llmc.frontend.trace import Tensor
@@ -27,42 +20,42 @@ class Experts:
     chosen: int
     inner: int
     normalised: bool
-    activation: Callable[[Any], Any]
+    activation: str
     names: tuple[str, str, str]  # of the gate, up and down projection of an expert
 
     def __call__(self, weights: Weights, x: Tensor) -> Tensor:
         """x [tokens, hidden] -> [tokens, hidden]; `weights` has `gate` and `experts.N`."""
-        tokens, hidden = x.shape
+        hidden = x.shape[-1]
         gate, up, down = self.names
-        width = self.count * self.inner
-        gates = x @ trace.transpose(self._stacked(weights, gate, (self.inner, hidden), 0), (1, 0))
-        ups = x @ trace.transpose(self._stacked(weights, up, (self.inner, hidden), 0), (1, 0))
-        inner = trace.reshape(self.activation(gates) * ups, (tokens, self.count, self.inner))
-        scores = trace.reshape(self._scores(weights, x), (tokens, self.count, 1))
-        # Chosen by `where`: what an expert that was not chosen makes of x may be infinite.
-        weighted = trace.where(scores > 0.0, inner * trace.cast(scores, x.dtype), 0.0)
-        downs = self._stacked(weights, down, (hidden, self.inner), 1)  # [hidden, width]
-        return trace.reshape(weighted, (tokens, width)) @ trace.transpose(downs, (1, 0))
+        with trace.scope(weights.scope.removesuffix(".")):
+            numbers, scores = self._chosen(weights, x)
+            return trace.routed_experts(
+                x, numbers, scores, self._stacked(weights, gate, self.inner, hidden),
+                self._stacked(weights, up, self.inner, hidden),
+                self._stacked(weights, down, hidden, self.inner),
+                experts=self.count, activation=self.activation)
 
-    def _stacked(self, weights: Weights, name: str, shape: Sequence[Dim], axis: int) -> Tensor:
-        """One matrix of every expert, one after another along the axis."""
-        matrices = [weights(f"experts.{number}.{name}.weight", *shape)
-                    for number in range(self.count)]
-        return trace.concat(matrices, axis=axis)
+    def _stacked(self, weights: Weights, name: str, *shape: Dim) -> Tensor:
+        """One matrix of every expert, one after another."""
+        return trace.concat([weights(f"experts.{number}.{name}.weight", *shape)
+                             for number in range(self.count)], axis=0)
 
-    def _scores(self, weights: Weights, x: Tensor) -> Tensor:
-        """f32[tokens, count]: what each expert's result counts; 0 for those not chosen."""
+    def _chosen(self, weights: Weights, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Numbers and f32 scores [tokens, chosen] of each token's experts."""
         matrix = weights("gate.weight", self.count, x.shape[-1])
         logits = x @ trace.transpose(matrix, (1, 0))
-        values, numbers = trace.top_k(trace.softmax(trace.cast(logits, f32)), self.chosen)
+        scores, numbers = trace.top_k(trace.softmax(trace.cast(logits, f32)), self.chosen)
         if self.normalised:
-            values = values / trace.reduce_sum(values, axes=1, keep=True)
-        expert = trace.iota(numbers.dtype, (1, self.count), axis=1)
-        scores = [
-            trace.where(numbers[:, rank : rank + 1] == expert, values[:, rank : rank + 1], 0.0)
-            for rank in range(self.chosen)
-        ]
-        return sum(scores[1:], scores[0])
+            scores = scores / trace.reduce_sum(scores, axes=1, keep=True)
+        return numbers, scores
+
+
+# Names in config.json -> activations of the op `routed_experts`.
+EXPERT_ACTIVATIONS = {
+    "silu": "silu", "swish": "silu", "relu": "relu", "sigmoid": "sigmoid", "tanh": "tanh",
+    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 
 
 def count_chosen(config: ConfigFile, count: int, default: int) -> int:

@@ -16,7 +16,7 @@ from llmc.models.decoder import (
     read_sizes,
     wanted_rows,
 )
-from llmc.models.experts import Experts, count_chosen
+from llmc.models.experts import EXPERT_ACTIVATIONS, Experts, count_chosen
 
 
 @dataclass(frozen=True)
@@ -28,18 +28,17 @@ class MixtralConfig(DecoderConfig):
     def read(cls, config: ConfigFile) -> MixtralConfig:
         """Checked values of a config.json. ModelError names file and key."""
         sizes, count = read_sizes(config), config.size("num_local_experts", 8)
-        activation = config.choice("hidden_act", ACTIVATIONS, "silu")
         return cls(
             **sizes,
             epsilon=config.positive("rms_norm_eps", 1e-5),
-            activation=activation,
+            activation=config.choice("hidden_act", ACTIVATIONS, "silu"),
             tied=config.flag("tie_word_embeddings", False),
             experts=Experts(
                 count,
                 count_chosen(config, count, 2),
                 sizes["intermediate_size"],
                 normalised=True,
-                activation=activation,
+                activation=config.choice("hidden_act", EXPERT_ACTIVATIONS, "silu"),
                 names=("w1", "w3", "w2"),
             ),
             window=read_window(config),

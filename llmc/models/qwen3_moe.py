@@ -9,7 +9,7 @@ from llmc.frontend.trace import Tensor
 from llmc.models.common import ACTIVATIONS, Step, rms_norm, rope_tables
 from llmc.models.config import ConfigFile, read_window
 from llmc.models.decoder import embedding_matrix, gated_mlp, head, read_sizes, wanted_rows
-from llmc.models.experts import Experts, count_chosen
+from llmc.models.experts import EXPERT_ACTIVATIONS, Experts, count_chosen
 from llmc.models.qwen import QwenConfig, attention
 
 
@@ -47,7 +47,7 @@ def read_experts(config: ConfigFile) -> Experts:
         count_chosen(config, count, 8),
         config.size("moe_intermediate_size", 768),
         normalised=config.flag("norm_topk_prob", False),
-        activation=config.choice("hidden_act", ACTIVATIONS, "silu"),
+        activation=config.choice("hidden_act", EXPERT_ACTIVATIONS, "silu"),
         names=("gate_proj", "up_proj", "down_proj"),
     )
 

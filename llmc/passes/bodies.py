@@ -5,7 +5,7 @@ from __future__ import annotations
 from llmc.ir.graph import Graph, Node, merge_origins
 from llmc.ir.ops import LEAVES, make
 from llmc.ir.quantized import stored_operands
-from llmc.passes.match import VIEWS
+from llmc.passes.match import PRODUCTS, VIEWS
 from llmc.passes.movement import slice_of_elementwise
 from llmc.passes.partition import Group, Partition
 from llmc.passes.rewrite import rewrite, with_inputs, with_roots
@@ -75,7 +75,7 @@ class _Builder:
         outputs = tuple((_numbered("result" if len(exits) == 1 else node.op, labels), made[node])
                         for node in exits)
         body = Graph("body", tuple(stand_ins.values()), outputs)
-        if group.anchor == "matmul":
+        if group.anchor in PRODUCTS:
             body = rewrite(body, [slice_of_elementwise])
         return body, list(stand_ins)
 
@@ -106,7 +106,7 @@ def _short(name: str) -> str:
 
 def fusion_name(group: Group, exits: list[Node]) -> str:
     """A name for people: a matmul's is its weight's; a map's tells the notable ops in it."""
-    if group.anchor == "matmul":
+    if group.anchor in PRODUCTS:
         weight = stored_operands(group.core.inputs[1])[0].get_attribute("name") or "matmul"
         return _short(weight).removesuffix("_weight")
     if group.anchor != "map":

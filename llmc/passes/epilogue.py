@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from llmc.ir.graph import Node
 from llmc.ir.ops import ELEMENTWISE
-from llmc.passes.match import last_axis_slice
+from llmc.passes.match import PRODUCTS, last_axis_slice
 from llmc.passes.partition import Group, Partition
 
 
@@ -19,7 +19,7 @@ def absorb_epilogue(partition: Partition, group: Group) -> None:
     """
     members = set(group.nodes)
     best = set(members)
-    fits = _matmul_epilogue(group.core) if group.core.op == "matmul" else _row_epilogue(group.core)
+    fits = _matmul_epilogue(group.core) if group.core.op in PRODUCTS else _row_epilogue(group.core)
     rejected: set[Node] = set()
     while True:
         node = _next_user(partition, members, rejected)

@@ -7,7 +7,8 @@
 | attention | attention, packed_attention, paged_attention | views of q, k and v |
 | reduce | norm, softmax, reduction of the last axis | elementwise on its rows, before and after |
 | map | elementwise, movement, rope, cache_append | each other, where they run over the same rows |
-| cumsum (and cumprod), argmax, argmin, top_k, scatter | that op | nothing |
+| grouped_matmul | product of each group of rows | as matmul, without norms |
+| group_rows, cumsum (and cumprod), argmax, argmin, top_k, scatter | that op | nothing |
 
 Matmuls choose first, then reductions and attention; maps share out the rest. Views that nobody
 took in (reshape, transpose, slice, broadcast of a whole buffer) stay as they are: whoever reads
@@ -30,7 +31,8 @@ from llmc.passes.prelude import weight_expressions
 from llmc.passes.rewrite import with_repeats
 
 SINGLE = {"cumsum": "cumsum", "cumprod": "cumsum", "argmax": "argmax", "argmin": "argmin",
-          "top_k": "top_k", "scatter_nd": "scatter", "scatter_elements": "scatter"}
+          "top_k": "top_k", "group_rows": "group_rows", "grouped_matmul": "grouped_matmul",
+          "scatter_nd": "scatter", "scatter_elements": "scatter"}
 STRUCTURE = frozenset({"repeat", "get", "fusion"})
 COSTLY = frozenset({"exp", "log", "sin", "cos", "tanh", "erf", "pow", "sigmoid", "silu", "softplus",
                     "gelu", "mod"})
@@ -45,12 +47,13 @@ def fuse(graph: Graph, capabilities: Capabilities) -> Graph:
     anchors = {node: anchor_of(node, weights) for node in graph.nodes() if node.op not in LEAVES}
     partition = Partition(graph, anchors, _free_nodes(graph) | _dequantized(graph))
     _join_parts_of_tuples(partition)
-    for anchor in ("matmul", "reduce"):
+    for anchor in ("matmul", "grouped_matmul", "reduce"):
         for group in _anchored(partition, anchor):
             absorb_epilogue(partition, group)
     for group in _anchored(partition, "matmul"):
         _absorb_norm(partition, group)
-    for anchor, ops in (("matmul", PROLOGUE), ("reduce", PROLOGUE), ("attention", VIEWS)):
+    for anchor, ops in (("matmul", PROLOGUE), ("grouped_matmul", PROLOGUE), ("reduce", PROLOGUE),
+                        ("attention", VIEWS)):
         for group in _anchored(partition, anchor):
             _absorb_prologue(partition, group, ops)
     _merge_maps(partition)

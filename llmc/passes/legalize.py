@@ -12,13 +12,15 @@ from llmc.ir.dims import product
 from llmc.ir.graph import Graph, Node
 from llmc.ir.ops import OPS, make
 from llmc.ir.program import Capabilities
+from llmc.passes.experts import expand_experts
 from llmc.passes.match import NORMS, REDUCTIONS, is_last_axis
 from llmc.passes.rewrite import Rule, rewrite, rule
 
 
 def legalize(graph: Graph, capabilities: Capabilities) -> Graph:
     """The graph without ops that the target lacks."""
-    return rewrite(graph, [*LAYOUT_RULES, decompose_without_kernel(capabilities)])
+    return rewrite(graph, [*LAYOUT_RULES, expand_experts(capabilities),
+                           decompose_without_kernel(capabilities)])
 
 
 def decompose_without_kernel(capabilities: Capabilities) -> Rule:

@@ -13,6 +13,7 @@ from llmc.ir.ops import constant_value, make
 MOVEMENT = frozenset(["broadcast", "reshape", "transpose", "slice", "concat", "pad", "gather"])
 VIEWS = frozenset(["reshape", "transpose", "slice", "cast", "broadcast"])
 REDUCTIONS = frozenset(["reduce_sum", "reduce_mean", "reduce_max", "reduce_min", "reduce_prod"])
+PRODUCTS = ("matmul", "grouped_matmul")  # by weights in panels, with an epilogue
 NORMS = frozenset(["rms_norm", "layer_norm", "softmax"])
 ATTENTION = frozenset(["attention", "packed_attention", "paged_attention"])
 

@@ -543,7 +543,8 @@ def test_decomposed_attention_masks(boolean):
 
 def test_composites_have_decompositions():
     have = {name for name, op in OPS.items() if op.decompose}
-    assert have == {name.partition("/")[0] for name in COMPOSITES}
+    elsewhere = {"routed_experts"}  # its operands have more than one dtype: models/test_experts
+    assert have - elsewhere == {name.partition("/")[0] for name in COMPOSITES}
 
 
 # ---- leaves and structure ----------------------------------------------------------------------

@@ -29,6 +29,8 @@ KERNELS = {
     "cumsum": ("single", "AlongAxisKernel"),
     "top_k": ("single", "AlongAxisKernel"),
     "scatter": ("single", "ScatterKernel"),
+    "grouped_matmul": ("grouped", "GroupedMatmul"),
+    "group_rows": ("grouped", "GroupRows"),
 }
 
 

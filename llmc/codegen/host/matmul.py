@@ -269,16 +269,22 @@ class FewRowsMatmul:
         self.prologue.emit(e, frame, worker)
 
     def tile(self, e: Emitter, frame: Frame, worker: Worker, tile: ir.Value) -> None:
-        """All rows, as many at a time as fit the registers, past one panel."""
-        most = self.bodies[-1]
-        panel = self.product.weight.panel(e, frame, tile)
+        """All rows past one panel."""
         rows = frame.dim(self.product.rows)
+        self.rows_past_panel(e, frame, worker, tile, tile, i64(0), rows)
+
+    def rows_past_panel(self, e: Emitter, frame: Frame, worker: Worker, panel: ir.Value,
+                        columns: ir.Value, begin: ir.Value, end: ir.Value) -> None:
+        """Rows from begin to end, as many at a time as fit the registers, past a panel of the
+        weight; columns: number of that panel in the result."""
+        most = self.bodies[-1]
+        weights = self.product.weight.panel(e, frame, panel)
         sums = self.epilogue.reserve(e)
-        with e.loop(0, rows, most, name="rows") as first:
-            count = e.minimum(i64(most), e.b.sub(rows, first))
+        with e.loop(begin, end, most, name="rows") as first:
+            count = e.minimum(i64(most), e.b.sub(end, first))
             for size in choose_body(e, count, self.bodies):
-                self.epilogue.keep(e, sums, self._sums(e, frame, worker, panel, first, size))
-            self.epilogue.emit(e, frame, sums, first, count, tile)
+                self.epilogue.keep(e, sums, self._sums(e, frame, worker, weights, first, size))
+            self.epilogue.emit(e, frame, sums, first, count, columns)
 
     def _sums(self, e: Emitter, frame: Frame, worker: Worker, panel: Panel, first: ir.Value,
               size: int) -> Tile:

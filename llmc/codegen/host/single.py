@@ -26,7 +26,7 @@ ALONG_AXIS = ("argmax", "argmin", "cumsum", "cumprod", "top_k")
 SCATTERS = ("scatter_nd", "scatter_elements")
 
 
-class _SingleOp:
+class SingleOp:
     """The op of the body, and the buffers of its results."""
 
     scratch_bytes = 0
@@ -52,7 +52,7 @@ class _SingleOp:
         return Expression(e, frame, sources, self.program.capabilities.vector_lanes)
 
 
-class AlongAxisKernel(_SingleOp):
+class AlongAxisKernel(SingleOp):
     """A line of the source along the op's axis gives a line (or an element) of each result."""
 
     def __init__(self, stage: Stage, program: Program, target: object):
@@ -167,7 +167,7 @@ def _limit(type_: ir.IntType, greatest: bool) -> ir.Constant:
     return ir.Constant(type_, half - 1 if greatest else -half)
 
 
-class ScatterKernel(_SingleOp):
+class ScatterKernel(SingleOp):
     """A copy of the first operand, then the updates in order; one tile."""
 
     def __init__(self, stage: Stage, program: Program, target: object):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmc.ir.dtypes import DType
-from llmc.ir.graph import Graph, Node, TensorType, rebuild
+from llmc.ir.graph import Graph, Node, TensorType, rebuild, with_inputs
 from llmc.ir.ops import ELEMENTWISE, make
 
 LEAVES_OF_A_BODY = {"constant", "iota", "dim", "layer", "table"}
@@ -73,11 +73,11 @@ def prune(body: Graph, operands: list[str]) -> tuple[Graph, tuple[str, ...]]:
 def split_prologue(body: Graph, matmul: Node, packed: DType) -> tuple[Graph, Graph, Node]:
     """(prologue, rest, a): the left operand's computation as a body of its own, cast to `packed`,
     and the rest with a new input `a` in its place. Both keep all of the body's inputs."""
-    left, right = matmul.inputs
+    left = matmul.inputs[0]
     value = left if left.dtype is packed else make("cast", left, dtype=packed)
     prologue = Graph("prologue", body.inputs, (("a", value),))
     stand_in = body_input("packed_rows", value.tensor_type)
-    product = make("matmul", stand_in, right, dtype=matmul.dtype)
+    product = with_inputs(matmul, (stand_in, *matmul.inputs[1:]))
     rest = retarget(body, {matmul: product}, [*body.inputs, stand_in])
     return prologue, rest, stand_in
 

@@ -38,7 +38,7 @@ from llmc.passes.lower.weights import (
 from llmc.passes.match import ATTENTION
 
 STAGE_KINDS = {"map", "reduce", "matmul", "dense_matmul", "attention", "cumsum", "argmax", "argmin",
-               "top_k", "scatter"}
+               "top_k", "scatter", "group_rows", "grouped_matmul"}
 
 
 class Lowering:
@@ -177,6 +177,8 @@ class Lowering:
         results = self._results(node, body, names)
         if anchor == "matmul":
             return self._matmul(node["name"], body, names, results)
+        if anchor == "grouped_matmul":
+            return self._grouped(node["name"], body, names, results)
         if anchor == "attention":
             return self._attention(node["name"], body, names, results)
         return [self._stage(anchor, body, names, results, node["name"])]
@@ -231,6 +233,19 @@ class Lowering:
         kind = "reduce" if is_row_wise(prologue) else "map"
         return [self._stage(kind, prologue, operands, [rows], f"{name}_rows"),
                 self._stage("matmul", rest, [*operands, rows], results, name)]
+
+    def _grouped(self, name: str, body: Graph, operands: list[str],
+                 results: list[str]) -> list[Step]:
+        """The kernel reads rows in the dtype of its arithmetic: a stage picks or converts them."""
+        product = anchor_of(body, "grouped_matmul")
+        rows, weight = product.inputs[:2]
+        packed = dtype(self.capabilities.packed_activation(weight.dtype, rows.dtype))
+        if rows.dtype is packed and is_rows_of_input(rows):
+            return [self._stage("grouped_matmul", body, operands, results, name)]
+        prologue, rest, stand_in = split_prologue(body, product, packed)
+        buffer = self._new_buffer(f"{name}_rows", stand_in.tensor_type, "arena")
+        return [self._stage("map", prologue, operands, [buffer], f"{name}_rows"),
+                self._stage("grouped_matmul", rest, [*operands, buffer], results, name)]
 
     def _attention(self, name: str, body: Graph, operands: list[str],
                    results: list[str]) -> list[Step]:

@@ -37,7 +37,7 @@ def anchor_of(body: Graph, op: str) -> Node:
 def weight_layouts(matmul: Node, body: Graph, capabilities: Capabilities) -> dict[Node, Layout]:
     """How the right operand of a fusion's matmul lies; of a quantised one, its codes, and its
     scales and zeros, whose rows are read whole."""
-    parts = matmul_parts(matmul, body)
+    parts = matmul["parts"] if matmul.op == "grouped_matmul" else matmul_parts(matmul, body)
     layouts: dict[Node, Layout] = {}
     for operand in stored_operands(matmul.inputs[1]):
         interleave = 1 if layouts else capabilities.interleave(operand.dtype)
@@ -72,9 +72,9 @@ def weight_uses(graph: Graph, capabilities: Capabilities) -> dict[Node, Layout]:
     uses: dict[Node, Layout] = {}
     for scope in scopes(graph):
         for node in scope.nodes():
-            if node.op == "fusion" and node["anchor"] == "matmul":
+            if node.op == "fusion" and node["anchor"] in ("matmul", "grouped_matmul"):
                 body = node.bodies[0]
-                matmul = anchor_of(body, "matmul")
+                matmul = anchor_of(body, node["anchor"])
                 for stand_in, layout in weight_layouts(matmul, body, capabilities).items():
                     uses[node.inputs[body.inputs.index(stand_in)]] = layout
     return uses
