@@ -13,6 +13,7 @@ import numpy as np
 
 from llmc.errors import LlmcError, ShapeError, ValueNeeded
 from llmc.ir.dims import Dim, Symbol
+from llmc.ir.listed import ITEMS, collected, spread
 from llmc.runtime.binding import Tensor
 from llmc.runtime.jit import onnx_interface
 from llmc.runtime.session import Runtime
@@ -96,10 +97,14 @@ class InferenceSession:
         if unknown := set(output_names or ()) - known:
             raise ShapeError(f"no output {', '.join(sorted(unknown))}; the model has "
                              f"{', '.join(sorted(known))}")
-        arrays = {name: _array(name, value) for name, value in input_feed.items()}
+        listed = {each.name for each in self._inputs if not each.type.startswith("tensor")}
+        arrays: dict[str, np.ndarray] = {}
+        for name, value in input_feed.items():
+            arrays |= _listed(name, value) if name in listed else {name: _array(name, value)}
         with self._lock:
             results = self._model.run(arrays)
-        return [results[name] for name in output_names or [each.name for each in self._outputs]]
+        names = output_names or [each.name for each in self._outputs]
+        return [collected(name, results) for name in names]
 
     def get_inputs(self) -> list[NodeArg]:
         """The inputs that a call has to give."""
@@ -148,7 +153,7 @@ def _open(source: Source, target: str, options: Mapping[str, Any]) -> Runtime | 
 def _interface(source: Source, model: Runtime | StagedModel
                ) -> tuple[list[NodeArg], list[NodeArg]]:
     runtime = model if isinstance(model, Runtime) else model.runtime
-    if runtime is not None:
+    if runtime is not None and not any(ITEMS in each.name for each in runtime.executor.outputs):
         return ([_node_arg(each) for each in runtime.executor.inputs],
                 [_node_arg(each) for each in runtime.executor.outputs])
     inputs, outputs = onnx_interface(source if isinstance(source, bytes) else Path(source))
@@ -163,6 +168,14 @@ def _array(name: str, value: Any) -> np.ndarray:
     if array.dtype.kind in "OUSM":
         raise ShapeError(f"input {name} cannot take values of type {array.dtype}")
     return array
+
+
+def _listed(name: str, value: Any) -> dict[str, np.ndarray]:
+    """A sequence (a list of arrays) or an optional (an array, a list or None) as tensors."""
+    if value is None:
+        return spread(name, None)
+    items = value if isinstance(value, list | tuple) else [value]
+    return spread(name, [_array(f"{name}.{number}", item) for number, item in enumerate(items)])
 
 
 def _node_arg(tensor: Tensor) -> NodeArg:

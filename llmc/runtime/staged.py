@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from llmc.errors import LlmcError, ShapeError
+from llmc.ir.listed import ITEMS
 from llmc.runtime.jit import onnx_artifact
 from llmc.runtime.session import Runtime
 
@@ -33,7 +34,7 @@ class Stage:
     def value(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
         """What decides the shapes that come next."""
         if self.runtime is not None:
-            return self.runtime.run(feeds)["value"]
+            return self.runtime.run(_tensors(feeds))["value"]
         if self.key is None or self.key not in feeds:
             raise ShapeError(f"missing input {self.key}")
         return np.asarray(feeds[self.key])
@@ -44,6 +45,11 @@ class Stage:
             child.close()
         if self.runtime is not None:
             self.runtime.close()
+
+
+def _tensors(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What programs take: descriptions of lists only decide which program it is."""
+    return {name: array for name, array in feeds.items() if not name.endswith(ITEMS)}
 
 
 class StagedModel:
@@ -68,7 +74,7 @@ class StagedModel:
             stage = self._child(stage, value, values)
         if stage.runtime is None:
             raise LlmcError("a program without code")
-        return stage.runtime.run(feeds)
+        return stage.runtime.run(_tensors(feeds))
 
     def _child(self, stage: Stage, value: np.ndarray, values: Mapping[str, np.ndarray]) -> Stage:
         identity = f"{value.dtype}{value.shape}".encode() + value.tobytes()

@@ -74,6 +74,8 @@ class Builder:
         """The value as a graph node; shape arithmetic becomes constants, iotas and dims."""
         if isinstance(value, Node):
             return value
+        if not isinstance(value, ShapeArray):
+            raise self.error("a sequence or an empty optional where a tensor is needed")
         known = value.known()
         if known is None and value.items.size == 1:
             return self.reshape(self.dim(value.flat()[0], value.dtype), value.shape)

@@ -17,10 +17,10 @@ from llmc.ir.dims import Dim
 from llmc.ir.graph import Node, Origin
 from llmc.ir.interpret import evaluate_constant
 
-Inline = Callable[[Any, Sequence[Value]], list[Value]]
+Inline = Callable[..., list[Value]]
 
 
-def no_graphs(graph: Any, arguments: Sequence[Value]) -> list[Value]:
+def no_graphs(graph: Any, arguments: Sequence[Value], turn: int | None = None) -> list[Value]:
     """For calls outside an import: nothing there has graphs as attributes."""
     raise ModelError("a graph as attribute needs the importer")
 
@@ -29,9 +29,10 @@ class Call(Builder):
     """What a converter gets. `version` is the opset of the node's domain.
 
     `inputs` has None for an input that is left out; `attributes` plain Python values (bytes as
-    str, tensors as TensorProto, graphs as GraphProto); `inline(graph, arguments)` gives the
-    outputs of a graph that is an attribute. `keys` name the inputs, and `values` has what is known
-    of tensors that depend on data, by key (see `ValueNeeded`). `declared_shape(index)` is what the
+    str, tensors as TensorProto, graphs as GraphProto); `inline(graph, arguments, turn)` gives the
+    outputs of a graph that is an attribute (`turn`: number of a loop's turn). `keys` name the
+    inputs, and `values` has what is known of tensors that depend on data, by key (see
+    `ValueNeeded`). `declared_shape(index)` is what the
     model declares for an output of its own that this node makes.
     """
 

@@ -24,6 +24,7 @@ from llmc.frontend.onnx import (  # noqa: F401 - importing a group registers its
     contrib_attention,
     contrib_experts,
     contrib_quantized,
+    control,
     convolution,
     elementwise,
     images,
@@ -36,6 +37,7 @@ from llmc.frontend.onnx import (  # noqa: F401 - importing a group registers its
     reduction,
     resize,
     sampling,
+    sequences,
     shape,
     shape_array,
 )
@@ -57,6 +59,8 @@ from llmc.frontend.onnx.protobuf import (
     stored_tensor,
 )
 from llmc.frontend.onnx.registry import AI_ONNX, CONVERTERS, Value
+from llmc.frontend.onnx.sequences import is_tensor, outputs_of, sequence_input
+from llmc.frontend.onnx.shape_array import ShapeArray
 from llmc.frontend.onnx.signature import companion_files, mask_equation, model_info, token_interface
 from llmc.frontend.onnx.symbols import MAX_SOLUTIONS, SymbolSolved, SymbolTable
 from llmc.ir.dims import Dim
@@ -199,14 +203,10 @@ class Conversion:
     def run(self) -> Graph:
         graph = self.model.graph
         scope = Scope(opset_versions(self.model.opset_import))
-        self.inputs = tuple(self._graph_inputs(graph))
-        for node in self.inputs:
-            self._bind(scope, node["name"], node)
+        self._graph_inputs(graph, scope)
         self._initializers(graph.initializer, scope)
         self._nodes(graph.node, scope)
-        outputs = tuple((output.name, self._output(output.name, scope)) for output in graph.output)
-        for (_, node), declared in zip(outputs, graph.output, strict=True):
-            self._unify_declared_shape(node, declared)
+        outputs = tuple(each for output in graph.output for each in self._output(output, scope))
         name = re.sub(r"\W", "_", graph.name or self.path.stem)
         result = Graph(name if name[:1].isalpha() else f"graph_{name}", self.inputs, outputs)
         equation = mask_equation(result)
@@ -216,11 +216,20 @@ class Conversion:
 
     # ---- inputs, initializers, outputs ------------------------------------------------------
 
-    def _graph_inputs(self, graph: GraphProto) -> list[Node]:
+    def _graph_inputs(self, graph: GraphProto, scope: Scope) -> None:
         initialized = {tensor.name for tensor in graph.initializer}
         declared = [value for value in graph.input if value.name not in initialized]
         self._declare_symbols(declared)
-        return [self._input(value) for value in declared]
+        for value in declared:
+            if is_tensor(value.type):
+                node = self._input(value)
+                self.inputs += (node,)
+                self._bind(scope, value.name, node)
+            else:
+                location = f"{self.path}: input '{value.name}'"
+                nodes, items = sequence_input(value.name, value.type, self.values, location)
+                self.inputs += tuple(nodes)
+                scope.values[value.name] = items
 
     def _declare_symbols(self, declared: Iterable[Any]) -> None:
         """Named axes that only caches have start at 0, others at 1."""
@@ -288,12 +297,17 @@ class Conversion:
             self.stored[name] = stored_tensor(name, tensor, self.path)
         return self.stored[name]
 
-    def _output(self, name: str, scope: Scope) -> Node:
+    def _output(self, declared: Any, scope: Scope) -> list[tuple[str, Node]]:
+        """The graph's outputs for one of the model: a sequence has several."""
+        name = declared.name
         value = scope.find(name)
         location = f"{self.path}: output '{name}'"
         if value is None:
             raise ModelError(f"{location}: no node produces it")
-        return Builder(self.symbols, location).tensor(value)
+        outputs = outputs_of(Builder(self.symbols, location), name, value)
+        if outputs[0][0] == name:
+            self._unify_declared_shape(outputs[0][1], declared)
+        return outputs
 
     def _unify_declared_shape(self, node: Node, declared: Any) -> None:
         """Names that outputs share with inputs are equations; unknown names mean nothing."""
@@ -332,7 +346,7 @@ class Conversion:
 
     def _limited(self, value: Value) -> Value:
         """Shape arithmetic that grows beyond shapes goes on as a tensor."""
-        if isinstance(value, Node) or value.items.size <= shape_array.LIMIT:
+        if not isinstance(value, ShapeArray) or value.items.size <= shape_array.LIMIT:
             return value
         return Builder(self.symbols, str(self.path)).tensor(value)
 
@@ -458,15 +472,22 @@ class Conversion:
         return call.inline(branch, [])
 
     def _subgraph(
-        self, call: Call, scope: Scope, graph: Any, arguments: Sequence[Value]
+        self,
+        call: Call,
+        scope: Scope,
+        graph: Any,
+        arguments: Sequence[Value],
+        turn: int | None = None,
     ) -> list[Value]:
-        """The outputs of a graph that is an attribute of the node, given its inputs."""
+        """The outputs of a graph that is an attribute of the node, given its inputs; `turn` tells
+        the graphs of a loop apart."""
         if not isinstance(graph, GraphProto) or len(graph.input) != len(arguments):
             raise call.error(f"its body is no graph with {len(arguments)} inputs")
         missing = unsupported_operators(graph.node, self.functions)
         if missing:
             raise call.error(f"unsupported operators: {', '.join(missing)}")
         prefix = f"{scope.prefix}{node_name(call.node)}/"
+        prefix = prefix if turn is None else f"{prefix}{turn}/"
         inner = Scope(scope.opsets, scope, prefix, scope.attributes, depth=scope.depth + 1)
         for declared, argument in zip(graph.input, arguments, strict=True):
             self._bind(inner, declared.name, argument)

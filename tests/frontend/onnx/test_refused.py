@@ -48,9 +48,9 @@ def test_the_control_is_accepted(tmp_path):
 
 
 def test_all_unsupported_operators_are_listed(tmp_path):
-    nodes = [MATMUL, node("Frobnicate", ["y"], ["a"]), node("Loop", ["a", "a"], ["b"])]
+    nodes = [MATMUL, node("Frobnicate", ["y"], ["a"]), node("Mangle", ["a", "a"], ["b"])]
     nodes += [helper.make_node("Own", ["b"], ["c"], domain="else.where")]
-    refused(save(tmp_path, nodes), "Frobnicate ('the_Frobnicate')", "Loop", "else.where.Own")
+    refused(save(tmp_path, nodes), "Frobnicate ('the_Frobnicate')", "Mangle", "else.where.Own")
 
 
 def test_number_of_inputs(tmp_path):
