@@ -118,12 +118,16 @@ class ImportedModel:
 
 
 def load_model(path: str | Path, dtype: str | None = None) -> ImportedModel:
-    """Import an .onnx file or a Hugging Face directory.
+    """Import an .onnx file, a directory with genai_config.json or a Hugging Face directory.
 
     `dtype` is the compute dtype ("f32", "bf16", ...), by default the checkpoint's own.
     ModelError says what is wrong with the files.
     """
     path = Path(path)
+    if (path / "genai_config.json").is_file():
+        from llmc.frontend.onnx import genai_model_file
+
+        path = genai_model_file(path)
     if path.is_dir():
         from llmc.frontend.huggingface import load_huggingface
 

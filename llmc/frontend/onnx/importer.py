@@ -61,7 +61,13 @@ from llmc.frontend.onnx.protobuf import (
 from llmc.frontend.onnx.registry import AI_ONNX, CONVERTERS, Value
 from llmc.frontend.onnx.sequences import is_tensor, outputs_of, sequence_input
 from llmc.frontend.onnx.shape_array import ShapeArray
-from llmc.frontend.onnx.signature import companion_files, mask_equation, model_info, token_interface
+from llmc.frontend.onnx.signature import (
+    companion_files,
+    mask_equation,
+    model_info,
+    token_interface,
+    token_names,
+)
 from llmc.frontend.onnx.symbols import MAX_SOLUTIONS, SymbolSolved, SymbolTable
 from llmc.ir.dims import Dim
 from llmc.ir.graph import Graph, Node, Origin, TensorType
@@ -136,7 +142,7 @@ def _imported(
         path=path,
         fingerprint=fingerprint,
         companion_files=companion_files(path),
-        token_interface=token_interface(graph),
+        token_interface=token_interface(graph, token_names(path.parent)),
     )
 
 
@@ -209,7 +215,7 @@ class Conversion:
         outputs = tuple(each for output in graph.output for each in self._output(output, scope))
         name = re.sub(r"\W", "_", graph.name or self.path.stem)
         result = Graph(name if name[:1].isalpha() else f"graph_{name}", self.inputs, outputs)
-        equation = mask_equation(result)
+        equation = mask_equation(result, token_names(self.path.parent))
         if equation is not None:
             raise SymbolSolved(*equation)
         return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 from onnx import ModelProto
 
 from llmc.frontend.model import ModelInfo
+from llmc.frontend.onnx.config import read_config
+from llmc.frontend.onnx.genai import FILE, TokenNames, read_genai_config
 from llmc.ir import dims
 from llmc.ir.dims import Dim, Symbol, symbols
 from llmc.ir.dtypes import DType, f32
@@ -22,6 +24,7 @@ COMPANIONS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    FILE,
 )
 
 
@@ -41,35 +44,42 @@ class TokenInterface:
     cache: tuple[tuple[str, str], ...] = ()
 
 
-def token_interface(graph: Graph) -> TokenInterface | None:
+def token_names(directory: Path) -> TokenNames:
+    """The names in genai_config.json beside the model, else the usual ones."""
+    config = read_genai_config(directory)
+    return TokenNames() if config is None else config.names
+
+
+def token_interface(graph: Graph, names: TokenNames) -> TokenInterface | None:
     """How to generate with the graph, or None if it is no language model over tokens."""
     inputs: dict[str, Node] = {node["name"]: node for node in graph.inputs}
     outputs = dict(graph.outputs)
-    ids, logits = inputs.pop("input_ids", None), outputs.pop("logits", None)
+    ids, logits = inputs.pop(names.ids, None), outputs.pop(names.logits, None)
     if ids is None or logits is None or not ids.dtype.is_integer:
         return None
     if ids.rank != 2 or logits.rank != 3 or logits.shape[:2] != ids.shape:
         return None
-    mask, positions = inputs.pop("attention_mask", None), inputs.pop("position_ids", None)
-    cache = _paired_caches(inputs, outputs)
+    mask = inputs.pop(names.attention_mask, None)
+    positions = inputs.pop(names.position_ids, None)
+    cache = _paired_caches(inputs, outputs, names.caches)
     if cache is None:
         return None
     return TokenInterface(
-        ids="input_ids",
-        logits="logits",
-        attention_mask=None if mask is None else "attention_mask",
-        position_ids=None if positions is None else "position_ids",
+        ids=names.ids,
+        logits=names.logits,
+        attention_mask=None if mask is None else names.attention_mask,
+        position_ids=None if positions is None else names.position_ids,
         cache=cache,
     )
 
 
-def mask_equation(graph: Graph) -> tuple[str, Dim] | None:
+def mask_equation(graph: Graph, names: TokenNames) -> tuple[str, Dim] | None:
     """(symbol, past + seq) for a mask whose length is a name of its own; None if it is not.
 
     Nothing in the graph may prove that: an exported mask is indexed by key, so a longer one
     would do. As part of a language model's interface it has one item per key.
     """
-    interface = token_interface(graph)
+    interface = token_interface(graph, names)
     if interface is None or interface.attention_mask is None or not interface.cache:
         return None
     inputs = {node["name"]: node for node in graph.inputs}
@@ -82,11 +92,15 @@ def mask_equation(graph: Graph) -> tuple[str, Dim] | None:
 
 
 def _paired_caches(
-    inputs: dict[str, Node], outputs: dict[str, Node]
+    inputs: dict[str, Node], outputs: dict[str, Node], named: Mapping[str, str] | None
 ) -> tuple[tuple[str, str], ...] | None:
     """(past input, present output) for every input; None if one is no cache or has no output."""
     pairs = []
     for name, node in inputs.items():
+        present = (named or {}).get(name)
+        if node.rank == 4 and present in outputs:
+            pairs.append((name, present))
+            continue
         if not name.startswith("past") or node.rank != 4:
             return None
         suffix = name.removeprefix("past_key_values").removeprefix("past")
@@ -101,8 +115,11 @@ def _paired_caches(
 
 def model_info(model: ModelProto, path: Path, graph: Graph) -> ModelInfo:
     """What the graph and the config files beside it tell."""
-    config = {**_json(path.parent / "config.json"), **_json(path.parent / "generation_config.json")}
-    interface = token_interface(graph)
+    names = ("config.json", "generation_config.json")
+    config = {k: v for name in names for k, v in read_config(path.parent / name).items()}
+    genai = read_genai_config(path.parent)
+    config = {**config, **(genai.facts if genai is not None else {})}
+    interface = token_interface(graph, token_names(path.parent))
     logits = dict(graph.outputs)[interface.logits] if interface else None
     vocabulary = logits.shape[-1] if logits is not None else 0
     return ModelInfo(
@@ -135,15 +152,6 @@ def _max_context(graph: Graph, interface: TokenInterface | None, config: dict[st
 def companion_files(path: Path) -> tuple[Path, ...]:
     """Tokenizer and config files in the model's directory."""
     return tuple(file for name in COMPANIONS if (file := path.parent / name).is_file())
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A config file that may be missing or unreadable: it only adds what is nice to know."""
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _ids(value: Any) -> tuple[int, ...]:
