@@ -133,6 +133,11 @@ class PagePool:
         sequence.length = PAGE * len(sequence.pages)
         return len(sequence.pages)
 
+    def known(self, keys: Sequences[bytes]) -> int:
+        """How many pages `adopt` would find."""
+        return next((number for number, key in enumerate(keys) if key not in self._pages),
+                    len(keys))
+
     def publish(self, sequence: Sequence, keys: Sequences[bytes], first: int = 0) -> None:
         """Let others find a sequence's pages from number `first` to len(keys); all are full and
         computed. Of two pages with the same content the earlier is the one that is found."""

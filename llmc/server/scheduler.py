@@ -170,7 +170,7 @@ class Scheduler:
         while (self.waiting and plan.tokens < self.max_step_tokens
                and len(self.running) < self.max_batch):
             choice = self.waiting[0]
-            if not self._reserve(choice):
+            if self._gains_by_waiting(choice) or not self._reserve(choice):
                 return  # nobody overtakes it
             self._start(plan, choice)
             self._add_prompt(plan, choice)
@@ -203,13 +203,26 @@ class Scheduler:
         if choice in self.suspects:
             self.suspects.remove(choice)
 
+    def _usable_keys(self, choice: Choice) -> list[bytes]:
+        """Keys of the pages that a choice may take from others: at least its last token has to be
+        computed."""
+        if not self.reuse or not choice.shareable:
+            return []
+        extend_keys(choice.keys, choice.ids)
+        return choice.keys[:(choice.count - 1) // PAGE]
+
+    def _gains_by_waiting(self, choice: Choice) -> bool:
+        """Whether an older one is computing the next page that this one needs."""
+        keys = self._usable_keys(choice)
+        number = self.pool.known(keys)
+        return number < len(keys) and any(
+            number < len(other.keys) and other.keys[number] == keys[number]
+            and other.published <= number for other in self.running)
+
     def _reserve(self, choice: Choice) -> bool:
         """Pages for all tokens of a choice, shared ones first; False if there are too few. Those
         that run keep a page each to grow into."""
-        found = 0
-        if self.reuse and choice.shareable:
-            extend_keys(choice.keys, choice.ids)
-            found = self.pool.adopt(choice.sequence, choice.keys[:(choice.count - 1) // PAGE])
+        found = self.pool.adopt(choice.sequence, self._usable_keys(choice))
         missing = -(-choice.count // PAGE) - found
         if missing + len(self.running) > self.pool.free and (self.running
                                                              or missing > self.pool.free):

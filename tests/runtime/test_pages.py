@@ -166,7 +166,9 @@ class Pages(RuleBasedStateMachine):
     def start(self, blocks, tail):
         tokens = [block for block in blocks for _ in range(PAGE)] + [9] * tail
         sequence = Sequence()
+        known = self.pool.known(keys_of(tokens))
         found = self.pool.adopt(sequence, keys_of(tokens))
+        assert found == known
         for page in range(found):
             assert self.content[sequence.pages[page]] == tuple(tokens[:(page + 1) * PAGE])
         if -(-len(tokens) // PAGE) - found > self.pool.free:

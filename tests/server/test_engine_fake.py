@@ -192,6 +192,19 @@ def test_prefixes_that_were_computed_are_not_computed_again():
     assert engine.stats().cached_tokens == 96 + 64 + 32
 
 
+def test_of_requests_that_come_together_one_computes_what_all_begin_with():
+    engine = make_engine(max_step_tokens=100)
+    shared = prompt(320)
+    streams = [engine.submit(Request([*shared, *prompt(5, seed)], 4, ignore_eos=True))
+               for seed in range(6)]
+    run(engine)
+    for seed, stream in enumerate(streams):
+        assert tokens(stream.drain()) == continuation([*shared, *prompt(5, seed)], 4, ())
+    assert engine.stats().cached_tokens == 5 * 320
+    computed = sum(len(step["ids"]) for step in engine.model.executor.steps)
+    assert computed == 320 + 6 * (5 + 3)
+
+
 def test_without_reuse_every_prompt_is_computed():
     engine = make_engine(reuse=False)
     for _ in range(2):
