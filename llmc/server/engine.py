@@ -91,7 +91,7 @@ class Engine:
     """Serves requests on a Runtime that holds a language model.
 
     max_batch: most sequences that run at once; max_step_tokens: most tokens of a step (default:
-    what the runtime likes), more than max_batch; queue_limit: most choices that wait; reuse:
+    what the runtime likes), more than max_batch; queue_limit: most requests that wait; reuse:
     whether sequences that begin alike share pages. LlmcError if the runtime cannot do that.
     """
 
@@ -146,8 +146,8 @@ class Engine:
         with self._news:
             if self._state != "serving":
                 raise EngineStopped("the server is shutting down")
-            waiting = len(self.scheduler.waiting) + sum(len(each) for _, each in self._arrivals)
-            if waiting + request.n > self.queue_limit:
+            waiting = len(self.scheduler.waiting) + len(self._arrivals)
+            if waiting >= self.queue_limit:
                 raise QueueFull(f"{waiting} requests wait already, the queue holds "
                                 f"{self.queue_limit}: try again later")
             self._arrivals.append((stream, self._choices(request, stream, ids, matchers)))
