@@ -37,6 +37,7 @@ from llmc.frontend.onnx import (  # noqa: F401 - importing a group registers its
     reduction,
     resize,
     sampling,
+    selection,
     sequences,
     shape,
     shape_array,

@@ -11,10 +11,9 @@ from llmc.frontend.onnx import shape_array
 from llmc.frontend.onnx.call import Call
 from llmc.frontend.onnx.protobuf import small_array
 from llmc.frontend.onnx.registry import Result, Value, converter
-from llmc.frontend.onnx.shape_array import ShapeArray
 from llmc.ir import dims
 from llmc.ir.dims import Dim
-from llmc.ir.dtypes import DType, f32, from_numpy, i64
+from llmc.ir.dtypes import DType, f32, from_numpy
 from llmc.ir.graph import Node
 
 
@@ -116,16 +115,6 @@ def eye_like(call: Call) -> Result:
     dtype = value.dtype if code is None else element_dtype(code, call.location)
     row = call.shifted(call.unsqueeze(call.iota(rows), [1]), call.attribute("k", 0))
     return call.cast(call.binary("equal", row, call.unsqueeze(call.iota(columns), [0])), dtype)
-
-
-@converter("NonZero", inputs=1)
-def non_zero(call: Call) -> Result:
-    """Only of values known at compile time: the number of results is a dim."""
-    value = call.value(0)
-    known = value.known() if isinstance(value, ShapeArray) else None
-    if known is None:
-        raise call.error("the number of results depends on data")
-    return shape_array.from_numpy(np.stack(np.nonzero(known)).astype(np.int64), i64)
 
 
 def normalized(index: Dim, extent: Dim) -> Dim:
