@@ -91,7 +91,7 @@ class Engine:
     """Serves requests on a Runtime that holds a language model.
 
     max_batch: most sequences that run at once; max_step_tokens: most tokens of a step (default:
-    what the runtime likes), more than max_batch; queue_limit: most requests that wait; reuse:
+    what the runtime likes), more than max_batch; queue_limit: most choices that wait; reuse:
     whether sequences that begin alike share pages. LlmcError if the runtime cannot do that.
     """
 
@@ -119,9 +119,9 @@ class Engine:
         self._state = "serving"  # then "draining", "stopped"
         self._thread: threading.Thread | None = None
         self._masks = ThreadPoolExecutor(1, "llmc-masks")
-        self._told: list[Stream] = []  # streams with news of this step
-        self._tidings: SimpleQueue[list[Stream] | None] = SimpleQueue()
-        self._teller = threading.Thread(target=self._wake_all, name="llmc-teller", daemon=True)
+        self._told: list[tuple[Stream, Event]] = []  # of this step
+        self._tidings: SimpleQueue[list[tuple[Stream, Event]] | None] = SimpleQueue()
+        self._teller = threading.Thread(target=self._hand_out_all, name="llmc-teller", daemon=True)
         self._numbers = 0
         self._finished: Counter[str] = Counter()
         self._generated = self._steps = self._failed = 0
@@ -146,9 +146,9 @@ class Engine:
         with self._news:
             if self._state != "serving":
                 raise EngineStopped("the server is shutting down")
-            waiting = len(self.scheduler.waiting) + len(self._arrivals)
-            if waiting >= self.queue_limit:
-                raise QueueFull(f"{waiting} requests wait already, the queue holds "
+            waiting = len(self.scheduler.waiting) + sum(len(each) for _, each in self._arrivals)
+            if waiting + request.n > self.queue_limit:
+                raise QueueFull(f"{waiting} answers are waited for already, the queue holds "
                                 f"{self.queue_limit}: try again later")
             self._arrivals.append((stream, self._choices(request, stream, ids, matchers)))
             self._news.notify_all()
@@ -383,17 +383,13 @@ class Engine:
         self.sampler.observe(choice.slot, token)
         self._generated += 1
         event = Event(choice.index, token, logprob)
-        stream = choice.stream
-        if stream.times.first_token is None:
-            stream.times.first_token = time.perf_counter()
         if choice.count >= choice.most:
             event.finish = "length"
             self._end(choice, event)
             return
         if choice.matcher is not None:
             choice.mask = self._masks.submit(_advance, choice.matcher, token)
-        stream.put(event)
-        self._told.append(stream)
+        self._told.append((choice.stream, event))
 
     def _end(self, choice: Choice, event: Event) -> None:
         """A choice is over: what it holds is free, and its last event goes out."""
@@ -402,8 +398,7 @@ class Engine:
         self.scheduler.remove(choice)
         self.scheduler.free_siblings(choice)
         self._finished[event.finish] += 1
-        choice.stream.put(event)
-        self._told.append(choice.stream)
+        self._told.append((choice.stream, event))
         if all(each.ended for each in self._live[choice.stream]):
             with self._news:
                 del self._live[choice.stream]
@@ -418,21 +413,23 @@ class Engine:
                 self._end(choice, Event(choice.index, finish=finish, error=error))
 
     def _tell(self) -> None:
-        """Wake those whose streams have news: by a thread of its own, for waking another thread
-        lets that go first, which would cost the step what the other does."""
-        told, self._told = list(dict.fromkeys(self._told)), []
+        """Put the step's events into their streams and wake who reads them: by a thread of its own,
+        while the next step runs. (Waking another thread would let that go first.)"""
+        told, self._told = self._told, []
         if self._teller.is_alive():
             self._tidings.put(told)
         elif told:
-            self._wake(told)
+            self._hand_out(told)
 
-    def _wake_all(self) -> None:
+    def _hand_out_all(self) -> None:
         while (told := self._tidings.get()) is not None:
-            self._wake(told)
+            self._hand_out(told)
 
-    def _wake(self, told: Sequence[Stream]) -> None:
+    def _hand_out(self, told: Sequence[tuple[Stream, Event]]) -> None:
+        for stream, event in told:
+            stream.put(event)
         groups: dict[Wake, list[Stream]] = {}
-        for stream in told:
+        for stream in dict.fromkeys(stream for stream, _ in told):
             if stream.wake is None:
                 stream.notify()
             else:

@@ -199,6 +199,8 @@ class Stream:
         """Add an event; the engine then calls `notify`, once for all events of a step."""
         self._events.append(event)
         if event.token is not None:
+            if not self.generated:
+                self.times.first_token = time.perf_counter()
             self.generated += 1
         if event.finish is not None:
             self._open -= 1
