@@ -16,10 +16,11 @@ from llmc.server.history import History
 from llmc.server.http_body import json_answer
 from llmc.server.http_errors import ApiError
 from llmc.server.http_generate import Generate
-from llmc.server.http_middleware import Gate
+from llmc.server.http_middleware import QUIET, Answer, Gate
 from llmc.server.http_other import Other
 from llmc.server.metrics import Metrics
 from llmc.server.model_host import ModelHost, ServeOptions
+from llmc.server.spans import Spans
 
 
 class Server:
@@ -30,11 +31,17 @@ class Server:
         self.host = ModelHost(options)
         self.metrics = Metrics(self.host)
         self.history = History(self.host, self.metrics)
+        self.spans = Spans(options.name) if options.otel else None
         self._failed = failed
         inner = Starlette(routes=self._routes(), lifespan=self._life,
                           exception_handlers={HTTPException: _http_error})
         inner.router.redirect_slashes = False
-        self.app = Gate(inner, api_key=options.api_key, observe=self.metrics.http)
+        self.app = Gate(inner, api_key=options.api_key, observe=self._observe)
+
+    def _observe(self, answer: Answer) -> None:
+        self.metrics.http(answer)
+        if self.spans is not None and answer.route not in QUIET:
+            self.spans.record(answer)
 
     def _routes(self) -> list[Route]:
         generate = Generate(self.host, self.metrics)
@@ -61,6 +68,8 @@ class Server:
         await asyncio.to_thread(self.host.close)
         if self.host.template is not None:
             await self.host.template.close()
+        if self.spans is not None:
+            await asyncio.to_thread(self.spans.close)
 
 
 def _route(path: str, endpoint):

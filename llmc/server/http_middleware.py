@@ -17,16 +17,15 @@ from llmc.server.logs import log, log_failure
 
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/startupz", "/dashboard"})  # no secrets there
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}\Z")
-_QUIET = frozenset({"/livez", "/readyz", "/startupz", "/metrics", "/dashboard/data"})
+QUIET = frozenset({"/livez", "/readyz", "/startupz", "/metrics", "/dashboard/data"})
 
-Observe = Callable[[str, int, float], None]  # route, status, seconds
 
 
 class Gate:
     """ASGI middleware. api_key: what `Authorization: Bearer` must say, or None; observe: told of
     every answer."""
 
-    def __init__(self, app, *, api_key: str | None = None, observe: Observe):
+    def __init__(self, app, *, api_key: str | None = None, observe: Callable[[Answer], None]):
         self._app, self._observe = app, observe
         self._key = _digest(api_key.encode()) if api_key else None
 
@@ -45,7 +44,8 @@ class Gate:
         except Exception as error:
             await answer.fail(answer.explain(error))
         finally:
-            answer.tell(self._observe)
+            answer.tell()
+            self._observe(answer)
 
     def _check_key(self, scope) -> None:
         if self._key is None or scope["path"] in OPEN_PATHS:
@@ -65,8 +65,9 @@ class Answer:
     the log line."""
 
     def __init__(self, scope, send):
-        self._scope, self._send = scope, send
-        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        self._send = send
+        self.method, self._path, self.headers = scope["method"], scope["path"], scope["headers"]
+        given = dict(self.headers).get(b"x-request-id", b"")
         self.request_id = (given.decode() if _REQUEST_ID.match(given)
                            else f"req-{secrets.token_hex(12)}")
         self.status: int | None = None
@@ -102,14 +103,12 @@ class Answer:
             (name.encode(), value.encode()) for name, value in headers.items()]})
         await self._send({"type": "http.response.body", "body": body})
 
-    def tell(self, observe: Observe) -> None:
-        """Count and log the request, which is over."""
-        seconds = time.perf_counter() - self.began
-        status = self.status or 499
-        observe(self.route, status, seconds)
-        if self.route not in _QUIET:
-            log("request", id=self.request_id, method=self._scope["method"],
-                path=self._scope["path"], status=status, seconds=round(seconds, 6), **self.fields)
+    def tell(self) -> None:
+        """Log the request, which is over."""
+        if self.route not in QUIET:
+            log("request", id=self.request_id, method=self.method, path=self._path,
+                status=self.status or 499, seconds=round(time.perf_counter() - self.began, 6),
+                **self.fields)
 
 
 def _digest(key: bytes) -> bytes:

@@ -13,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from llmc.server.detokenizer import TextStream
+from llmc.server.http_middleware import Answer
 from llmc.server.model_host import ModelHost
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -64,8 +65,9 @@ class Metrics:
 
     # ---- told as it happens ---------------------------------------------------------------------
 
-    def http(self, route: str, status: int, _seconds: float) -> None:
-        self._http.labels(route, str(status)).inc()
+    def http(self, answer: Answer) -> None:
+        """A request is over."""
+        self._http.labels(answer.route, str(answer.status or 499)).inc()
 
     def token(self, seconds: float) -> None:
         """A choice's token was handed out, `seconds` after the one before (0: it is the first)."""

@@ -346,3 +346,21 @@ def test_unicode_across_tokens_is_whole_in_every_chunk(demo):
               if line.startswith("data: {")]
     assert status == 200 and "".join(chunks) == text
     assert not any("\ufffd" in chunk for chunk in chunks)
+
+
+def test_spans_tell_of_requests(embedded_artifact):
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    from llmc.server.spans import Spans
+
+    exporter = InMemorySpanExporter()
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    with serving(embedded_artifact) as running:
+        running.server.spans = Spans("demo", exporter)
+        running.ask("POST", "/v1/completions", {"prompt": "Once", "max_tokens": 3},
+                    {"traceparent": f"00-{trace}-b7ad6b7169203331-01"})
+        running.ask("GET", "/readyz")
+    (span,) = exporter.get_finished_spans()
+    assert span.name == "POST /v1/completions" and f"{span.context.trace_id:032x}" == trace
+    assert span.attributes["gen_ai.usage.output_tokens"] == 3
+    assert span.attributes["http.response.status_code"] == 200 and span.end_time > span.start_time
