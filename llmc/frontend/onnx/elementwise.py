@@ -279,8 +279,10 @@ def leaky_relu(call: Call) -> Result:
 
 @converter("PRelu", inputs=2)
 def parametric_relu(call: Call) -> Result:
-    x = call.input(0)
-    return select_positive(call, x, x, call.binary("mul", x, call.input(1)))
+    x, slope = call.input(0), call.input(1)
+    if call.version < 7 and slope.rank == 1:  # one for each channel, or one for all
+        slope = call.reshape(slope, (slope.shape[0], *[1] * (x.rank - 2)))
+    return select_positive(call, x, x, call.binary("mul", x, slope))
 
 
 @converter("ThresholdedRelu", inputs=1)
