@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from llmc.errors import LlmcError, ShapeError, ValueNeeded
+from llmc.errors import LlmcError, ModelError, ShapeError, ValueNeeded
 from llmc.ir.dims import Dim, Symbol
 from llmc.ir.listed import ITEMS, collected, spread
 from llmc.runtime.binding import Tensor
-from llmc.runtime.jit import onnx_interface
+from llmc.runtime.jit import host_plan, onnx_interface
+from llmc.runtime.plan import PlannedModel
 from llmc.runtime.session import Runtime
 from llmc.runtime.staged import StagedModel
 from llmc.runtime.targets import resolve_target
@@ -23,6 +24,7 @@ from llmc.runtime.targets import resolve_target
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 Source = str | os.PathLike[str] | bytes
+Model = Runtime | StagedModel | PlannedModel
 TARGETS = {CPU: "host", CUDA: "nvptx"}
 # Names that ONNX gives to dtypes whose NumPy names differ.
 TYPE_NAMES = {
@@ -97,10 +99,10 @@ class InferenceSession:
         if unknown := set(output_names or ()) - known:
             raise ShapeError(f"no output {', '.join(sorted(unknown))}; the model has "
                              f"{', '.join(sorted(known))}")
-        listed = {each.name for each in self._inputs if not each.type.startswith("tensor")}
+        kinds = {each.name: each.type for each in self._inputs}
         arrays: dict[str, np.ndarray] = {}
         for name, value in input_feed.items():
-            arrays |= _listed(name, value) if name in listed else {name: _array(name, value)}
+            arrays |= _arrays(name, value, kinds.get(name, ""))
         with self._lock:
             results = self._model.run(arrays)
         names = output_names or [each.name for each in self._outputs]
@@ -141,7 +143,19 @@ def _chosen(providers: Sequence[str | tuple[str, Mapping[str, Any]]] | None) -> 
     return known[0]
 
 
-def _open(source: Source, target: str, options: Mapping[str, Any]) -> Runtime | StagedModel:
+def _open(source: Source, target: str, options: Mapping[str, Any]) -> Model:
+    try:
+        return _compiled(source, target, options)
+    except ModelError:
+        plan = None
+        if isinstance(source, bytes) or Path(source).is_file():
+            plan = host_plan(source if isinstance(source, bytes) else Path(source))
+        if plan is None:
+            raise
+        return PlannedModel(plan, target, options)
+
+
+def _compiled(source: Source, target: str, options: Mapping[str, Any]) -> Runtime | StagedModel:
     if isinstance(source, bytes):
         return StagedModel(source, target, options)
     try:
@@ -150,7 +164,7 @@ def _open(source: Source, target: str, options: Mapping[str, Any]) -> Runtime | 
         return StagedModel(Path(source), target, options)
 
 
-def _interface(source: Source, model: Runtime | StagedModel
+def _interface(source: Source, model: Model
                ) -> tuple[list[NodeArg], list[NodeArg]]:
     runtime = model if isinstance(model, Runtime) else model.runtime
     if runtime is not None and not any(ITEMS in each.name for each in runtime.executor.outputs):
@@ -168,6 +182,15 @@ def _array(name: str, value: Any) -> np.ndarray:
     if array.dtype.kind in "OUSM":
         raise ShapeError(f"input {name} cannot take values of type {array.dtype}")
     return array
+
+
+def _arrays(name: str, value: Any, kind: str) -> dict[str, np.ndarray]:
+    """The arrays that an input of a kind such as "tensor(float)" is given as."""
+    if kind.startswith(("seq", "optional")):
+        return _listed(name, value)
+    if kind == "tensor(string)":
+        return {name: np.asarray(value, dtype=object)}
+    return {name: _array(name, value)}
 
 
 def _listed(name: str, value: Any) -> dict[str, np.ndarray]:

@@ -1,0 +1,72 @@
+"""Runs a plan: host-side functions and programs in order, over values by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from llmc.errors import LlmcError, ShapeError
+from llmc.ir.plan import HostStep, Plan, ProgramStep
+from llmc.runtime.host_functions import HOST_FUNCTIONS
+from llmc.runtime.jit import typed_part
+from llmc.runtime.staged import StagedModel
+
+Array = np.ndarray[Any, Any]
+
+
+class PlannedModel:
+    """A model that computes with text. Not thread-safe.
+
+    Its programs are compiled when the types and shapes of their inputs are first met.
+    """
+
+    runtime = None  # there is no single program to ask
+
+    def __init__(self, plan: Plan, target: str, options: Mapping[str, Any]) -> None:
+        self.plan, self.target, self.options = plan, target, dict(options)
+        self._programs: dict[tuple[Any, ...], StagedModel] = {}
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """All outputs by name. ShapeError where the inputs do not fit."""
+        values: dict[str, Array] = {**self.plan.constants, **feeds}
+        for number, step in enumerate(self.plan.steps):
+            inputs = [_value(values, name) for name in step.inputs]
+            if isinstance(step, HostStep):
+                results = _on_host(step, inputs)
+                values.update(zip(step.outputs, results, strict=False))
+            else:
+                given = dict(zip(step.inputs, inputs, strict=True))
+                values.update(self._program(number, step, given).run(given))
+        return {name: _value(values, name) for name in self.plan.outputs}
+
+    def _program(
+        self, number: int, step: ProgramStep, given: Mapping[str, Any]
+    ) -> StagedModel:
+        key = (number, *((array.dtype, array.shape) for array in given.values()))
+        if key not in self._programs:
+            model = typed_part(step.model, given)
+            self._programs[key] = StagedModel(model, self.target, self.options)
+        return self._programs[key]
+
+    def close(self) -> None:
+        """Stop the threads of all programs."""
+        for program in self._programs.values():
+            program.close()
+
+
+def _value(values: Mapping[str, Array], name: str) -> Any:
+    """A value by name, None for an input that is left out."""
+    if name and name not in values:
+        raise ShapeError(f"missing input {name}")
+    return values[name] if name else None
+
+
+def _on_host(step: HostStep, inputs: list[Any]) -> list[Array]:
+    try:
+        return HOST_FUNCTIONS[step.op](inputs, step.attributes)
+    except LlmcError:
+        raise
+    except (ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        raise ShapeError(f"node '{step.name}' ({step.op}): {error}") from error
