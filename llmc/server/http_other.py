@@ -62,7 +62,7 @@ class Other:
                      for each in given])
         future = asyncio.wrap_future(embedder.submit(rows))
         watcher = asyncio.create_task(until_gone(http))
-        watcher.add_done_callback(lambda _: future.cancel())
+        watcher.add_done_callback(lambda task: task.cancelled() or future.cancel())
         try:
             vectors = await future
         except asyncio.CancelledError:
