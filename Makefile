@@ -33,7 +33,7 @@ test-gpu: $(VENV)/dev   ## what needs an NVIDIA GPU; one process, for they share
 	$(BIN)/python -m pytest -q -m gpu
 
 lint: $(VENV)/dev
-	$(BIN)/ruff check llmc tests examples benchmarks
+	$(BIN)/ruff check llmc tests examples benchmarks tools
 	$(BIN)/mypy
 
 bench: $(BIN)/llmc

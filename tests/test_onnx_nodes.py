@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import pytest
+
 from tests.onnx_cases import SUITES, Case, cases, not_passing
 
 NODES = cases("node")

@@ -21,13 +21,12 @@ from collections import Counter
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.onnx_cases import NOT_PASSING, SUITES, Case, cases
 
 SECONDS = 60
-PAGE = ROOT / "docs" / "onnx.md"
+PAGE = Path(__file__).parents[1] / "docs" / "onnx.md"
 PASS = "pass"
 
 # Family -> operators; whatever is in none is "other".

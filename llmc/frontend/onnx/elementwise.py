@@ -169,20 +169,6 @@ def identity(call: Call) -> Result:
     return call.value(0)
 
 
-@converter("Dropout", inputs=(1, 3))
-def dropout(call: Call) -> Result:
-    """The input itself, and a mask of ones; dropping something needs a generator of numbers that
-    no two runtimes share."""
-    training = call.has(2) and bool(call.known(2, "training_mode"))
-    ratio = call.known(1, "ratio") if training and call.has(1) else 0.5
-    if training and float(ratio) != 0:
-        raise call.error(f"training mode with a ratio of {float(ratio)} is not supported")
-    x = call.value(0)
-    if len(call.node.output) < 2:
-        return x
-    return x, call.full(1, call.tensor(x).shape, bool_)
-
-
 @converter("Clip", inputs=(1, 3))
 def clip(call: Call) -> Result:
     x = call.input(0)

@@ -19,6 +19,7 @@ from llmc.errors import GraphError, ModelError, ShapeError, ValueNeeded
 from llmc.frontend.model import ImportedModel, StoredTensor
 from llmc.frontend.onnx import (  # noqa: F401 - importing a group registers its converters
     attention,
+    bits,
     casts,
     contrib,
     contrib_attention,
@@ -26,13 +27,18 @@ from llmc.frontend.onnx import (  # noqa: F401 - importing a group registers its
     contrib_quantized,
     control,
     convolution,
+    determinant,
     elementwise,
     images,
+    losses,
+    machine_learning,
     matmul,
     movement,
     normalization,
     pooling,
     quantization,
+    random,
+    rearrange,
     recurrent,
     reduction,
     resize,
@@ -41,6 +47,9 @@ from llmc.frontend.onnx import (  # noqa: F401 - importing a group registers its
     sequences,
     shape,
     shape_array,
+    signal,
+    training,
+    trigonometry,
 )
 from llmc.frontend.onnx.builder import Builder
 from llmc.frontend.onnx.call import Call

@@ -124,3 +124,58 @@ def test_a_value_that_decides_shapes_is_asked_for_and_then_used():
     np.testing.assert_array_equal(run(body, given, values={"twice": twice})["y"], np.ones(4))
     with pytest.raises(ShapeError, match="tensor 'twice'"):
         run(body, given, values={"twice": np.float32(4)})
+
+
+# ---- random numbers ------------------------------------------------------------------------------
+
+
+def draw(operator, given=None, dtype="float"):
+    names = ", ".join(given or {})
+    declared = ", ".join(f"float[{','.join(map(str, a.shape))}] {n}"
+                         for n, a in (given or {}).items())
+    return run(f"g ({declared}) => ({dtype}[] y) {{ y = {operator} ({names}) }}", given or {})["y"]
+
+
+def test_uniform_numbers():
+    x = draw("RandomUniform <shape = [300, 33], low = -1.0, high = 3.0, seed = 1.0>")
+    assert x.shape == (300, 33)
+    assert x.dtype == np.float32
+    assert x.min() >= -1
+    assert x.max() < 3
+    counts, _ = np.histogram(x, 16, (-1, 3))
+    assert (abs(counts / x.size - 1 / 16) < 0.01).all()
+    assert abs(np.corrcoef(x[:-1].ravel(), x[1:].ravel())[0, 1]) < 0.03
+    other = draw("RandomUniform <shape = [300, 33], low = -1.0, high = 3.0, seed = 2.0>")
+    assert abs(np.corrcoef(x.ravel(), other.ravel())[0, 1]) < 0.03
+
+
+def test_normal_numbers_like_another_tensor():
+    like = np.zeros((100, 77), np.float32)
+    x = draw("RandomNormalLike <mean = 2.0, scale = 3.0>", {"x": like}).astype(np.float64)
+    assert x.shape == like.shape
+    assert abs(x.mean() - 2) < 0.15
+    assert abs(x.std() - 3) < 0.15
+    assert abs(((x - 2) ** 4).mean() / 81 - 3) < 0.4  # a normal distribution's kurtosis
+
+
+def test_drawn_with_probabilities():
+    share = np.repeat(np.array([0, 0.25, 0.75, 1], np.float32)[:, None], 2000, 1)
+    drawn = draw("Bernoulli", {"x": share})
+    assert set(np.unique(drawn)) == {0, 1}
+    np.testing.assert_allclose(drawn.mean(1), [0, 0.25, 0.75, 1], atol=0.04)
+    weights = np.log(np.array([[0.1, 0.2, 0.7], [0.5, 0.5, 1e-30]], np.float32))
+    chosen = draw("Multinomial <sample_size = 3000, dtype = 7>", {"x": weights}, "int64")
+    assert chosen.dtype == np.int64
+    counts = np.stack([np.bincount(row, minlength=3) for row in chosen]) / 3000
+    np.testing.assert_allclose(counts, [[0.1, 0.2, 0.7], [0.5, 0.5, 0]], atol=0.04)
+
+
+@pytest.mark.parametrize("ratio", [0, 0.25])
+def test_dropped_in_training(ratio):
+    x = RNG.standard_normal((50, 70), np.float32)
+    body = """g (float[50,70] x, float r, bool t) => (float[] y, bool[] mask) {
+        y, mask = Dropout <seed = 3> (x, r, t) }"""
+    values = {"r": np.float32(ratio), "t": np.array(True)}
+    got = run(body, {"x": x, **values}, values=values)
+    assert abs(got["mask"].mean() - 1 + ratio) < 0.03
+    np.testing.assert_allclose(got["y"], x * got["mask"] / np.float32(1 - ratio), rtol=1e-6)
