@@ -209,30 +209,30 @@ def _draw(row: np.ndarray, best: int, sampling: Sampling, uniform: float) -> int
     temperature = max(sampling.temperature, float(np.finfo(np.float32).tiny))
     row -= row[best]
     with np.errstate(over="ignore"):  # a tiny temperature: all others are infinitely worse
-        row /= np.float32(temperature)
+        row *= np.float32(1 / temperature)
     weights = np.exp(row, out=row)
     if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
         return _draw_filtered(weights, sampling, uniform)
-    return _draw_all(weights, uniform)
+    return _find(weights, uniform)[0]
 
 
-def _draw_all(weights: np.ndarray, uniform: float) -> int:
-    """The token at which the running sum of weights exceeds a share of their total; which block it
-    is in is found first."""
-    sums = np.add.reduceat(weights, np.arange(0, len(weights), BLOCK))
-    ends = np.cumsum(sums, dtype=np.float64)
-    target = uniform * ends[-1]
-    block = int(ends.searchsorted(target, "right"))
-    before = ends[block - 1] if block else 0.0
+def _find(weights: np.ndarray, share: float, total: float | None = None) -> tuple[int, float]:
+    """Where the running sum of weights first exceeds a share of `total` (default: of all), and the
+    sum up to there. Blocks are summed first, for running sums are slow."""
+    ends = np.add.reduceat(weights, np.arange(0, len(weights), BLOCK)).cumsum(dtype=np.float64)
+    target = share * (ends[-1] if total is None else total)
+    block = min(int(ends.searchsorted(target, "right")), len(ends) - 1)
+    before = float(ends[block - 1]) if block else 0.0
     inside = weights[block * BLOCK:(block + 1) * BLOCK]
-    place = int(np.cumsum(inside, dtype=np.float64).searchsorted(target - before, "right"))
-    # sums of blocks are rounded otherwise than running sums: the last that weighs anything
-    return block * BLOCK + min(place, int(np.flatnonzero(inside)[-1]))
+    running = inside.cumsum(dtype=np.float64)
+    # rounded otherwise than its block's sum, it may stay below: then the last that weighs anything
+    place = min(int(running.searchsorted(target - before, "right")), int(inside.nonzero()[0][-1]))
+    return block * BLOCK + place, before + float(running[place])
 
 
 def _draw_filtered(weights: np.ndarray, sampling: Sampling, uniform: float) -> int:
-    """The same among those that the filters keep, the likeliest first (of equals the first): only
-    weights are sorted, and only those that can be kept."""
+    """A token in proportion to its weight among those that the filters keep, the likeliest first
+    (of equals the first): only weights are sorted, and only those that can be kept."""
     kept = weights
     if 0 < sampling.top_k < len(kept):
         kept = np.partition(kept, len(kept) - sampling.top_k)[-sampling.top_k:]
@@ -244,14 +244,13 @@ def _draw_filtered(weights: np.ndarray, sampling: Sampling, uniform: float) -> i
         least = np.float32((1 - sampling.top_p) / sampling.top_p * wanted / len(kept))
         kept = kept[kept >= least * np.float32(1 - 1e-6)]
     kept = np.sort(kept)[::-1]
-    running = np.cumsum(kept, dtype=np.float64)
-    count = len(kept)
     if sampling.top_p < 1:
-        count = min(count, int(running.searchsorted(wanted)) + 1)
-    place = int(running.searchsorted(uniform * running[count - 1], "right"))
-    value = kept[min(place, count - 1)]
+        place, wanted = _find(kept, 1.0, wanted)
+        kept = kept[:place + 1]
+    place, _ = _find(kept, uniform, wanted)
+    value = kept[place]
     equals = np.flatnonzero(weights == value)
-    return int(equals[min(place, count - 1) - int((-kept).searchsorted(-value))])
+    return int(equals[place - int((-kept).searchsorted(-value))])
 
 
 _MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)
