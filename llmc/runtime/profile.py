@@ -26,7 +26,7 @@ Shape = tuple[int, ...]
 
 FORMAT = 2
 CAPACITY = 1024  # cells
-HALF_LIFE = 600.0  # seconds
+HALF_LIFE = 180.0  # seconds
 
 
 class Cell:

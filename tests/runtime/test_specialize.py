@@ -298,8 +298,9 @@ def test_a_short_run_starts_no_process(embedded_artifact: Path, cache: Path,
         assert specializer.attempt is None
 
 
+@pytest.mark.parametrize("seconds", [3.0, pytest.param(60.0, marks=pytest.mark.slow)])
 def test_threads_get_the_same_results_while_variants_come_and_go(embedded_artifact: Path,
-                                                                 cache: Path):
+                                                                 cache: Path, seconds: float):
     """4 threads, random shapes, code promoted and evicted all the time."""
     lengths = (1, 2, 3, 5, 8, 9, 16, 17, 33)
     with llmc.Runtime(embedded_artifact, threads=1) as plain:
@@ -323,7 +324,7 @@ def test_threads_get_the_same_results_while_variants_come_and_go(embedded_artifa
         for sender in senders:
             sender.start()
         choice = random.Random(9)
-        deadline = time.monotonic() + 4
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             shape = choice.choice(list(live))
             if shape in specializer.promoted:
