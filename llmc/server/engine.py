@@ -416,7 +416,7 @@ class Engine:
         """Put the step's events into their streams and wake who reads them: by a thread of its own,
         while the next step runs. (Waking another thread would let that go first.)"""
         told, self._told = self._told, []
-        if self._teller.is_alive():
+        if told and self._teller.is_alive():
             self._tidings.put(told)
         elif told:
             self._hand_out(told)
