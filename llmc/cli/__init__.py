@@ -12,7 +12,7 @@ from llmc import knobs
 from llmc.errors import LlmcError
 
 COMMANDS = ("generate", "compile", "run", "bench", "inspect", "capture", "compare",
-            "devices", "cache", "profile", "serve", "bench_serve")
+            "devices", "cache", "profile", "serve", "bench-serve")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
                "an example for each command.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
-        importlib.import_module(f"llmc.cli.{name}").add(subparsers)
+        importlib.import_module(f"llmc.cli.{name.replace('-', '_')}").add(subparsers)
     return parser
 
 
