@@ -12,6 +12,7 @@ from llmc.ir.graph import Graph, Node
 from llmc.ir.ops import make
 from llmc.passes.match import is_last_axis, uniform_value, without_cast
 from llmc.passes.raise_attention import ATTENTION_RULES
+from llmc.passes.raise_masks import MASK_RULES
 from llmc.passes.raise_quantized import QUANTIZED_RULES
 from llmc.passes.rewrite import Rule, rewrite, rule
 
@@ -209,5 +210,5 @@ def raise_softmax(node: Node) -> Node | None:
 
 RAISE_RULES: list[Rule] = [
     raise_rms_norm, raise_layer_norm, raise_gelu, raise_tanh_gelu, raise_sigmoid, raise_silu,
-    raise_softmax, *ATTENTION_RULES, *QUANTIZED_RULES,
+    raise_softmax, *ATTENTION_RULES, *MASK_RULES, *QUANTIZED_RULES,
 ]
