@@ -233,9 +233,8 @@ def multi_head_attention(call: Call) -> Result:
 
 def separate_heads(call: Call) -> Heads:
     """q, k and v [b, heads, length, size] with their biases, from any of the packed forms."""
-    heads, query, key, value = int(call.required("num_heads")), call.input(0), *map(
-        call.optional, (1, 2)
-    )
+    heads, query = int(call.required("num_heads")), call.input(0)
+    key, value = call.optional(1), call.optional(2)
     if query.rank == 5:  # [b, s, heads, 3, d]
         parts = unpacked_heads(call, query, 3)
     elif key is None:
@@ -244,13 +243,11 @@ def separate_heads(call: Call) -> Heads:
         parts = [four_axes(call, query, heads), *unpacked_heads(call, key, 2)]
     elif value is None:
         raise call.error("the value is missing")
+    elif key.rank == 4:  # keys and values are heads already, and have their biases
+        [own] = biased(call, [four_axes(call, query, heads)])
+        return call.transpose(own, (0, 2, 1, 3)), key, value
     else:
-        parts = [four_axes(call, query, heads), *(
-            each if each.rank == 4 else four_axes(call, each, heads) for each in (key, value)
-        )]
-        if key.rank == 4:  # keys and values are heads already, and have their biases
-            parts[0] = biased(call, parts[:1])[0]
-            return call.transpose(parts[0], (0, 2, 1, 3)), parts[1], parts[2]
+        parts = [four_axes(call, each, heads) for each in (query, key, value)]
     q, k, v = (call.transpose(each, (0, 2, 1, 3)) for each in biased(call, parts))
     return q, k, v
 
