@@ -35,6 +35,8 @@ def run(arguments) -> int:
         raise ModelError(f"{arguments.file}: {reason}; `llmc cache ls` lists those there are")
     rows = [Row(profile, heat) for heat in profile.hottest()]
     print(histogram(rows, profile.names, max(1, arguments.top)))
+    for (low, high), verdict in sorted(profile.ranges.items()):
+        print(f"code for {low} to {high} tokens: {verdict.state} {verdict.gain:+.1%}")
     if arguments.html:
         arguments.html.write_text(page(rows, profile.names))
     return 0
@@ -59,7 +61,7 @@ class Row:
     @property
     def tier(self) -> str:
         """The best tier that ran this shape."""
-        if any("=" in name for name in self.variants):
+        if any("=" in name and ".." not in name for name in self.variants):
             return "exact"
         return "generic" if self.variants == ["generic"] else "ranged"
 

@@ -46,6 +46,19 @@ class Variant(Described):
         self.scratch = parse_dim(info.scratch, symbols)
         self.library = load_object(code)
         self.step = self.library.function("llmc_step", ctypes.c_int32, ctypes.c_void_p)
+        self._sizes: dict[tuple[int | None, ...], tuple[int, int]] = {}
+
+    def sizes(self, values: Mapping[str, int]) -> tuple[int, int]:
+        """Bytes of the arena, and of a worker's scratch; remembered, as dims take long to evaluate
+        beside the step of a small model."""
+        key = tuple(map(values.get, self.info.key))
+        found = self._sizes.get(key)
+        if found is None:
+            if len(self._sizes) >= MEMO_SHAPES:
+                self._sizes.clear()
+            found = evaluate(self.arena, values), evaluate(self.scratch, values)
+            self._sizes[key] = found
+        return found
 
 
 class Executor:
@@ -181,8 +194,9 @@ class Executor:
 
     def _call(self, variant: Variant, values: Mapping[str, int], given: Sequence[np.ndarray],
               results: Mapping[str, np.ndarray]) -> None:
-        self._arena = _at_least(self._arena, evaluate(variant.arena, values))
-        self._scratch = _at_least(self._scratch, evaluate(variant.scratch, values) * self.threads)
+        arena, scratch = variant.sizes(values)
+        self._arena = _at_least(self._arena, arena)
+        self._scratch = _at_least(self._scratch, scratch * self.threads)
         symbols = np.array([values.get(info.name, info.low)
                             for info in self.artifact.manifest.symbols], np.int64)
         inputs = _pointer_table([array.ctypes.data for array in given])

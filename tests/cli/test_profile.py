@@ -36,6 +36,17 @@ def test_the_histogram_shows_shapes_tiers_and_verdicts(llmc_command, saved: Path
     assert lines[-1].startswith("time by tier: exact 81.0%, ranged 9.0%, generic 10.0%")
 
 
+def test_code_for_a_range_is_of_the_ranged_tier(llmc_command, tmp_path: Path):
+    profile = Profile(("tokens", "rows"))
+    profile.observe((9, 1), "tokens=9..13", 0.010)
+    profile.ranges[9, 13] = Verdict("kept", 0.07, 1.0)
+    path = tmp_path / "model.json"
+    profile.save(path)
+    lines = llmc_command("profile", "show", path).out.splitlines()
+    assert "ranged" in lines[1]
+    assert lines[-1] == "code for 9 to 13 tokens: kept +7.0%"
+
+
 def test_the_rest_is_summed_up(llmc_command, saved: Path):
     assert "2 more shapes" in llmc_command("profile", "show", saved, "--top", 1).out
 

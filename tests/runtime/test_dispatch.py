@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import pytest
 
 from llmc.errors import ShapeError
+from llmc.ir.dims import evaluate
 from llmc.runtime.artifact import VariantInfo
 from llmc.runtime.dispatch import MEMO_SHAPES, WARM_PAIRS, Dispatch, DispatchTable, Trial
 from llmc.runtime.profile import Profile
@@ -197,3 +198,14 @@ def test_calls_are_counted_by_shape_and_variant():
 def test_the_table_prints_its_tiers():
     lines = str(DispatchTable(make(GENERIC, FEW, TWO))).splitlines()
     assert [line.split()[0] for line in lines] == ["exact", "ranged", "generic"]
+
+
+def test_memory_of_a_step_is_as_its_sizes_say(embedded_runtime):
+    """Remembered or not: arena and scratch, for shapes in any order."""
+    symbols = embedded_runtime.executor.symbols
+    for variant in embedded_runtime.executor.variants:
+        for number in (1, 3, 1, 2, 3):
+            sizes = dict.fromkeys(symbols, number)
+            for _ in range(2):
+                assert variant.sizes(sizes) == (evaluate(variant.arena, sizes),
+                                                evaluate(variant.scratch, sizes))
