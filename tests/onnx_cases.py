@@ -56,7 +56,7 @@ def cases(suite: str) -> list[Case]:
 
 
 def not_passing() -> set[str]:
-    """Names of the node tests that do not pass, by the list that tools/onnx_table.py writes."""
+    """Names of the tests that do not pass, by the list that tools/onnx_table.py writes."""
     return set(NOT_PASSING.read_text().split())
 
 

@@ -50,11 +50,11 @@ def test_all(case: Case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [case for suite in SUITES[1:] for case in cases(suite)],
                          ids=lambda case: case.name)
-def test_models_of_pytorch(case: Case):
-    if case.suite == "simple":
-        pytest.skip("strings, sequences and gradients: docs/onnx.md has the count")
+def test_other_suites(case: Case):
+    if case.name in FAILING:
+        pytest.xfail("see tests/onnx_not_passing.txt")
     case.run()
 
 
 def test_the_list_of_what_fails_names_tests():
-    assert {case.name for case in NODES} >= FAILING
+    assert {case.name for suite in SUITES for case in cases(suite)} >= FAILING

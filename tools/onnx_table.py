@@ -4,8 +4,8 @@
 
 Every test compiles its model and runs the code in a worker process (LLMC_NO_INTERPRET=1: NumPy may
 not stand in for it), with the test's own tolerance; one that takes over a minute or ends its
-process has failed. Prints what fails and why; --write puts the tables into docs/onnx.md and the
-names of the node tests that fail into tests/onnx_not_passing.txt.
+process has failed. Prints what fails and why; --write (of all suites) puts the tables into
+docs/onnx.md and the names of the tests that fail into tests/onnx_not_passing.txt.
 """
 
 from __future__ import annotations
@@ -179,13 +179,13 @@ def main() -> None:
             if outcome != PASS:
                 print(f"{case.suite} {case.name}: {outcome}")
     print(tables(scores))
-    if options.write:
+    if options.write and set(scores) == set(SUITES):
         page = PAGE.read_text()
         PAGE.write_text(re.sub(r"(?<=<!-- tables -->\n).*?(?=<!-- end -->)",
                                lambda _: tables(scores) + "\n", page, flags=re.DOTALL))
-        if "node" in scores:
-            failed = [case.name for case, outcome in scores["node"].items() if outcome != PASS]
-            NOT_PASSING.write_text("".join(f"{name}\n" for name in failed))
+        failed = [case.name for results in scores.values() for case, outcome in results.items()
+                  if outcome != PASS]
+        NOT_PASSING.write_text("".join(f"{name}\n" for name in failed))
 
 
 if __name__ == "__main__":

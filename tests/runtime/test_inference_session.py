@@ -160,3 +160,17 @@ def test_a_shape_that_is_an_input():
         session.run(None, {"x": x})
     with pytest.raises(llmc.ShapeError, match="tensor 'shape': its value is float32"):
         session.run(None, {"x": x, "shape": shape.astype(np.float32)})
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path: Path):
+    """A file, bytes, and a shape that a computed value decides."""
+    (tmp_path / "linear.onnx").write_bytes(linear())
+    for source in (tmp_path / "linear.onnx", linear()):
+        session = llmc.InferenceSession(source, providers=["CUDAExecutionProvider"],
+                                        cache_dir=tmp_path / "cache")
+        assert session.get_providers() == ["CUDAExecutionProvider"]
+        np.testing.assert_allclose(session.run(["y"], {"x": X})[0], Y, rtol=1e-6)
+    session = llmc.InferenceSession(sliced(), providers=["CUDAExecutionProvider"])
+    x = np.full((4, 3), 0.2, np.float32)
+    np.testing.assert_array_equal(session.run(None, {"x": x})[0], x[:2])
