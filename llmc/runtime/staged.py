@@ -57,7 +57,8 @@ class StagedModel:
     shapes; one whose shapes depend on no values is one stage. Not thread-safe."""
 
     def __init__(self, source: Path | bytes, target: str, options: Mapping[str, Any]) -> None:
-        self.source, self.target, self.options = source, target, dict(options)
+        self.source, self.target = source, target
+        self.options = {"specialize": "none", **options}  # its programs are for values already
         self.root = self._compile({})
 
     @property
