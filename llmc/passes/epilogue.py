@@ -19,7 +19,8 @@ def absorb_epilogue(partition: Partition, group: Group) -> None:
     """
     members = set(group.nodes)
     best = set(members)
-    fits = _matmul_epilogue(group.core) if group.core.op in PRODUCTS else _row_epilogue(group.core)
+    is_product = group.core.op in PRODUCTS
+    fits = _matmul_epilogue(partition, group.core) if is_product else _row_epilogue(group.core)
     rejected: set[Node] = set()
     while True:
         node = _next_user(partition, members, rejected)
@@ -54,12 +55,14 @@ def _is_free_to_join(partition: Partition, group: Group, members: set[Node], nod
                    for other in others for member in members)
 
 
-def _matmul_epilogue(matmul: Node) -> Callable[[Node, set[Node]], bool]:
+def _matmul_epilogue(partition: Partition, matmul: Node) -> Callable[[Node, set[Node]], bool]:
     full = matmul.shape
+    # A weight is packed for its parts; another product with it may not have these.
+    divisible = len(partition.users[matmul.inputs[1]]) == 1
 
     def fits(node: Node, members: set[Node]) -> bool:
         if node.op == "slice":
-            return _is_part(node, full)
+            return divisible and _is_part(node, full)
         if node.op not in ELEMENTWISE or node.shape[:-1] != full[:-1]:
             return False
         return all(each.shape == node.shape for each in node.inputs if each in members)

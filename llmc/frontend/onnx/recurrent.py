@@ -140,17 +140,21 @@ def gru_step(cell: Cell, x: Node, states: Sequence[Node], operands: Sequence[Nod
 
 def lstm_step(cell: Cell, x: Node, states: Sequence[Node], operands: Sequence[Node]) -> list[Node]:
     """i, o, f, c of the input, the hidden state and, through peepholes, the cell state."""
-    (hidden, memory), (weight, peepholes) = states, operands
+    hidden, memory = states
+    weight, *given = operands
     f, g, h = cell.activations
-    i, o, forget, new = cell.gates(cell.add(x, cell.product(hidden, weight)), 4)
-    p_i, p_o, p_f = cell.gates(peepholes, 3)
-    i = f(cell.add(i, cell.mul(p_i, memory)))
-    if cell.call.attribute("input_forget", 0):
-        kept = cell.rest(i)
-    else:
-        kept = f(cell.add(forget, cell.mul(p_f, memory)))
+    products = cell.gates(x, 4), cell.gates(cell.product(hidden, weight), 4)
+    i, o, forget, new = (cell.add(a, b) for a, b in zip(*products, strict=True))
+    peepholes = cell.gates(given[0], 3) if given else []
+    if peepholes:
+        i = cell.add(i, cell.mul(peepholes[0], memory))
+        forget = cell.add(forget, cell.mul(peepholes[2], memory))
+    i = f(i)
+    kept = cell.rest(i) if cell.call.attribute("input_forget", 0) else f(forget)
     memory = cell.add(cell.mul(kept, memory), cell.mul(i, g(new)))
-    o = f(cell.add(o, cell.mul(p_o, memory)))
+    if peepholes:
+        o = cell.add(o, cell.mul(peepholes[1], memory))
+    o = f(o)
     return [cell.mul(o, h(memory)), memory]
 
 
@@ -233,8 +237,7 @@ def one_direction(one: Cell, x: Node, direction: int, gates: int, reverse: bool)
     if gates == 4:
         states.append(initial(call, 6, direction, (batch, hidden), x))
         peepholes = part(call, 7, direction)
-        peepholes = call.full(0, (3 * hidden,), x.dtype) if peepholes is None else peepholes
-        operands.append(call.unsqueeze(peepholes, [0]))
+        operands += [] if peepholes is None else [call.unsqueeze(peepholes, [0])]
     known = [products, *operands, *([] if lengths is None else [call.unsqueeze(lengths, [1])])]
     steps = known_extent(call, x.shape[0], "steps")
     last_states, (outputs,) = repeated(
