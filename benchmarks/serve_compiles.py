@@ -4,7 +4,8 @@ and of the same server that never compiles.
 
     serve_compiles.py [--shape 110m] [--clients 2,3,5,6,7,8] [--seconds 20]
 
-Every client count is a shape that the server has not seen. The two servers take turns. After that
+Every client count is a shape that the server has not seen, for which it compiles after 50 calls,
+whether that pays or not. The two servers take turns. After that
 the compiling server starts again with the same profile directory: what it has ready then.
 """
 
@@ -53,7 +54,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         model = str(make_model(arguments.shape, Path(directory) / "model"))
         plain = ["--threads", str(arguments.threads), "--max-context", "1024"]
-        lazy = [*plain, "--specialize", "lazy", "--profile-dir", f"{directory}/profile"]
+        lazy = [*plain, "--promote-after", "50", "--profile-dir", f"{directory}/profile"]
         ratios = []
         with server_of(model, lazy) as busy, server_of(
                 model, [*plain, "--specialize", "none"]) as calm:
