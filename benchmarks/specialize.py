@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What specialisation gains and costs: replays traces under several strategies, interleaved.
 
-    specialize.py MODEL [--target host|nvptx] [--only trace,search,...] [--json] [--quick]
+    specialize.py MODEL [--target host|nvptx] [--only trace,search,...] [--search] [--json]
 
 trace      requests with three hot shapes and a long tail, under: generic (the artifact's own
            variants), eager (exact code of the hot shapes before the first request, twice: the
