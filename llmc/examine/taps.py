@@ -24,10 +24,10 @@ from llmc.ir.interpret import bind_symbols
 from llmc.runtime.artifact import Artifact
 from llmc.runtime.executor import Executor
 from llmc.runtime.pages import PAGE
+from llmc.runtime.pools import Pools
 
 LEAVES = ("input", "parameter", "state", "constant", "iota", "dim", "layer", "table")
 STATE_OPS = ("cache_append",)
-POOL = "pool_pages"
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -58,7 +58,7 @@ class TappedModel:
             executor = self._executor(path)
             try:
                 if executor.states:
-                    executor.allocate_states({POOL: self._pool_pages()})
+                    executor.allocate_states(Pools(self._pool_pages(), 1).symbols())
                 results = executor.run(dict(self.inputs))
             finally:
                 executor.close()

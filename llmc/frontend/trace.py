@@ -461,3 +461,63 @@ def paged_attention(
     """q [tokens, h, d] over the paged states k and v: a token sees its sequence up to itself."""
     return apply("paged_attention", q, k, v, page_table, sequence, positions, offsets,
                   scale=scale, window=window, softcap=softcap)
+
+
+# ---- recurrences -------------------------------------------------------------------------------
+
+
+def _both(op: str, *operands: Tensor | None, **attributes: Any) -> tuple[Tensor, Tensor]:
+    """The two results of an op; operands that are None are left out."""
+    both = apply(op, *(each for each in operands if each is not None), **attributes).node
+    return Tensor(make_node("get", both, index=0)), Tensor(make_node("get", both, index=1))
+
+
+def linear_attention(
+    state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    rule: str = "gated",
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(y [b, s, h, e], new state) of state [b, h, d, e], q, k [b, s, h, d], v [b, s, h, e]."""
+    return _both("linear_attention", state, q, k, v, decay, beta, rule=rule, scale=scale)
+
+
+def slot_linear_attention(
+    state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    offsets: Tensor,
+    positions: Tensor,
+    decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    rule: str = "gated",
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(y [tokens, h, e], new state) of packed tokens; each sequence has its slot of the state."""
+    return _both("slot_linear_attention", state, q, k, v, slots, offsets, positions, decay, beta,
+                 rule=rule, scale=scale)
+
+
+def slot_conv(
+    state: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    slots: Tensor,
+    offsets: Tensor,
+    positions: Tensor,
+    sequence: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "none",
+) -> tuple[Tensor, Tensor]:
+    """(y [tokens, c], new state): x's channels, each over its sequence's last tokens."""
+    return _both("slot_conv", state, x, weight, slots, offsets, positions, sequence, bias,
+                 activation=activation)

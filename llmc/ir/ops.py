@@ -2,7 +2,7 @@
 
 Each op has its type rule, NumPy reference and (composites) decomposition in one place, the file of
 its group: ops_leaves, ops_structure, ops_elementwise, ops_movement, ops_reduce, ops_matmul,
-ops_attention, ops_experts.
+ops_attention, ops_experts, ops_recurrent.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from llmc.ir import (
     ops_leaves,
     ops_matmul,
     ops_movement,
+    ops_recurrent,
     ops_reduce,
     ops_structure,
 )
@@ -21,6 +22,7 @@ from llmc.ir.ops_attention import PAGE
 from llmc.ir.ops_core import OPS, Context, Op, broadcast_shape, make, promote, same_dim, same_shape
 from llmc.ir.ops_elementwise import BINARY, ELEMENTWISE, UNARY, cast
 from llmc.ir.ops_leaves import CONSTANT_BYTES, constant, constant_value
+from llmc.ir.ops_recurrent import RECURRENT, SLOT_OPS, updated_state
 
 for _group in (
     ops_leaves,
@@ -31,6 +33,7 @@ for _group in (
     ops_matmul,
     ops_attention,
     ops_experts,
+    ops_recurrent,
 ):
     OPS.update((op.name, op) for op in _group.TABLE)
 
@@ -43,6 +46,8 @@ __all__ = [
     "LEAVES",
     "OPS",
     "PAGE",
+    "RECURRENT",
+    "SLOT_OPS",
     "UNARY",
     "Context",
     "Op",
@@ -54,4 +59,5 @@ __all__ = [
     "promote",
     "same_dim",
     "same_shape",
+    "updated_state",
 ]

@@ -4,7 +4,7 @@ from typing import NoReturn
 
 from llmc.errors import GraphError
 from llmc.ir.graph import Graph, Node, format_type, origin_of
-from llmc.ir.ops import OPS, make
+from llmc.ir.ops import OPS, make, updated_state
 from llmc.ir.text import format_lines
 
 _CONTEXT_LINES = 5
@@ -126,9 +126,10 @@ class _Verifier:
 
 def overwritten(node: Node) -> Node | None:
     """The state value whose memory the node's result takes over, if the node is an update: a
-    cache_append, or a fusion (read by `get`, if it has several results) with one inside."""
-    if node.op == "cache_append":
-        return node.inputs[0]
+    cache_append, the second result of a slot op, or a fusion (read by `get`, if it has several
+    results) with one inside."""
+    if (old := updated_state(node)) is not None:
+        return old
     if node.op == "fusion":
         return _overwritten_by_body(node, 0) if len(node.bodies[0].outputs) == 1 else None
     if node.op == "get" and node.inputs[0].op == "fusion":

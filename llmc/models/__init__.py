@@ -8,7 +8,13 @@ from typing import Any, Literal
 
 from llmc.ir.dims import Dim
 from llmc.models.bert import BertConfig, bert, bert_for_masked_lm
-from llmc.models.common import CAUSAL_INPUTS, ENCODER_INPUTS, ModelConfig, Step
+from llmc.models.common import (
+    CAUSAL_INPUTS,
+    ENCODER_INPUTS,
+    SLOT_INPUTS,
+    ModelConfig,
+    Step,
+)
 from llmc.models.config import ConfigFile
 from llmc.models.distilbert import DistilBertConfig, distilbert, distilbert_for_masked_lm
 from llmc.models.gemma import GemmaConfig, gemma
@@ -17,6 +23,7 @@ from llmc.models.gemma3 import Gemma3Config, gemma3
 from llmc.models.gpt2 import GPT2Config, gpt2
 from llmc.models.gpt_neox import GPTNeoXConfig, gpt_neox
 from llmc.models.llama import LlamaConfig, llama
+from llmc.models.mamba2 import Mamba2Config, mamba2
 from llmc.models.mistral import MistralConfig, mistral
 from llmc.models.mixtral import MixtralConfig, mixtral
 from llmc.models.olmo2 import Olmo2Config, olmo2
@@ -27,6 +34,7 @@ from llmc.models.qwen3_moe import Qwen3MoeConfig, qwen3_moe
 from llmc.models.roberta import RobertaConfig, roberta, roberta_for_masked_lm
 from llmc.models.smollm3 import SmolLM3Config, smollm3
 from llmc.models.starcoder2 import Starcoder2Config, starcoder2
+from llmc.models.zamba2 import Zamba2Config, zamba2
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,8 @@ class Family:
     """How a checkpoint of one architecture becomes a graph.
 
     `read_config` checks its config.json; `build(config, step)` is the model as a function to
-    trace, over the step inputs of `kind` but those `unread`. Tensor names may lack `prefix`.
+    trace, over the step inputs of `kind` but those `unread`, and of the slots of states if
+    `recurrent`. Tensor names may lack `prefix`.
     """
 
     kind: Literal["causal_lm", "encoder"]
@@ -42,11 +51,13 @@ class Family:
     build: Callable[[Any, Step], dict[str, Any]]
     prefix: str
     unread: tuple[str, ...] = ()
+    recurrent: bool = False
 
     @property
     def inputs(self) -> Mapping[str, tuple[Dim, ...]]:
         """Name -> shape of the step's inputs, all i32."""
         inputs = CAUSAL_INPUTS if self.kind == "causal_lm" else ENCODER_INPUTS
+        inputs = inputs | SLOT_INPUTS if self.recurrent else inputs
         return {name: shape for name, shape in inputs.items() if name not in self.unread}
 
 
@@ -66,6 +77,9 @@ ARCHITECTURES = {
     "Gemma3ForCausalLM": Family("causal_lm", Gemma3Config.read, gemma3, "model."),
     "GemmaForCausalLM": Family("causal_lm", GemmaConfig.read, gemma, "model."),
     "LlamaForCausalLM": Family("causal_lm", LlamaConfig.read, llama, "model."),
+    "Mamba2ForCausalLM": Family(
+        "causal_lm", Mamba2Config.read, mamba2, "backbone.", ("page_table",), recurrent=True
+    ),
     "MistralForCausalLM": Family("causal_lm", MistralConfig.read, mistral, "model."),
     "MixtralForCausalLM": Family("causal_lm", MixtralConfig.read, mixtral, "model."),
     "Olmo2ForCausalLM": Family("causal_lm", Olmo2Config.read, olmo2, "model."),
@@ -80,4 +94,7 @@ ARCHITECTURES = {
     "Starcoder2ForCausalLM": Family("causal_lm", Starcoder2Config.read, starcoder2, "model."),
     "XLMRobertaForMaskedLM": ROBERTA_FOR_MASKED_LM,
     "XLMRobertaModel": ROBERTA,
+    "Zamba2ForCausalLM": Family(
+        "causal_lm", Zamba2Config.read, zamba2, "model.", recurrent=True
+    ),
 }

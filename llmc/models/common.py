@@ -30,6 +30,8 @@ PACKED_INPUTS: dict[str, tuple[Dim, ...]] = {
     "offsets": (SEQUENCES + 1,),
 }
 CAUSAL_INPUTS = PACKED_INPUTS | {"page_table": (SEQUENCES, TABLE_WIDTH), "rows": (ROWS,)}
+# Of recurrent layers: where the state of each sequence is kept.
+SLOT_INPUTS: dict[str, tuple[Dim, ...]] = {"slots": (SEQUENCES,)}
 # Of each sequence: how many of its first tokens are keys, and which token is pooled.
 ENCODER_INPUTS = PACKED_INPUTS | {
     "token_types": (TOKENS,), "lengths": (SEQUENCES,), "pooled": (SEQUENCES,),

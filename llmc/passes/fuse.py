@@ -7,6 +7,7 @@
 | attention | attention, packed_attention, paged_attention | views of q, k and v |
 | reduce | norm, softmax, reduction of the last axis | elementwise on its rows, before and after |
 | map | elementwise, movement, rope, cache_append | each other, where they run over the same rows |
+| scan | linear_attention, slot_linear_attention, slot_conv | before: elementwise, views |
 | grouped_matmul | product of each group of rows | as matmul, without norms |
 | group_rows, cumsum (and cumprod), argmax, argmin, top_k, scatter | that op | nothing |
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 from llmc.ir.dtypes import i16, i32
 from llmc.ir.graph import Graph, Node
-from llmc.ir.ops import ELEMENTWISE, LEAVES
+from llmc.ir.ops import ELEMENTWISE, LEAVES, RECURRENT
 from llmc.ir.program import INTEGER_MATMUL, Capabilities
 from llmc.ir.quantized import quantized, stored_operands
 from llmc.passes.bodies import build
@@ -32,10 +33,12 @@ from llmc.passes.rewrite import with_repeats
 
 SINGLE = {"cumsum": "cumsum", "cumprod": "cumsum", "argmax": "argmax", "argmin": "argmin",
           "top_k": "top_k", "group_rows": "group_rows", "grouped_matmul": "grouped_matmul",
-          "scatter_nd": "scatter", "scatter_elements": "scatter"}
+          "scatter_nd": "scatter", "scatter_elements": "scatter",
+          **dict.fromkeys(RECURRENT, "scan")}
 STRUCTURE = frozenset({"repeat", "get", "fusion"})
 COSTLY = frozenset({"exp", "log", "sin", "cos", "tanh", "erf", "pow", "sigmoid", "silu", "softplus",
                     "gelu", "mod"})
+CHEAP = ELEMENTWISE - COSTLY
 
 
 def fuse(graph: Graph, capabilities: Capabilities) -> Graph:
@@ -53,7 +56,7 @@ def fuse(graph: Graph, capabilities: Capabilities) -> Graph:
     for group in _anchored(partition, "matmul"):
         _absorb_norm(partition, group)
     for anchor, ops in (("matmul", PROLOGUE), ("grouped_matmul", PROLOGUE), ("reduce", PROLOGUE),
-                        ("attention", VIEWS)):
+                        ("attention", VIEWS), ("scan", VIEWS | CHEAP)):
         for group in _anchored(partition, anchor):
             _absorb_prologue(partition, group, ops)
     _merge_maps(partition)

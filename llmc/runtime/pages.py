@@ -28,6 +28,7 @@ class Sequence:
 
     length: int = 0
     pages: list[int] = field(default_factory=list)
+    slot: int | None = None  # of the states of recurrent layers (see slots.py)
     _row: np.ndarray = field(default_factory=lambda: np.empty(8, np.int32), repr=False,
                              compare=False)
     _known: int = field(default=0, repr=False, compare=False)  # pages that stand in _row

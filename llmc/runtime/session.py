@@ -24,8 +24,8 @@ from llmc.runtime.executor import Executor
 from llmc.runtime.jit import cached_artifact, cached_graph
 from llmc.runtime.onnx_language_model import OnnxLanguageModel
 from llmc.runtime.padding import pad, read_dense
-from llmc.runtime.pages import PAGE
 from llmc.runtime.pages import Sequence as CachedSequence
+from llmc.runtime.pools import Pools, pool_sizes
 from llmc.runtime.progress import Progress, silent
 from llmc.runtime.rehearsal import can_rehearse, rehearse
 from llmc.runtime.sampling import Sampling, sample
@@ -190,7 +190,7 @@ class Runtime:
         if self.manifest.kind == "causal_lm":
             logit_rows = LOGIT_BYTES // (4 * max(1, self.config["vocab_size"]))
             return LanguageModel(
-                self.executor, context, self._pool_pages(context),
+                self.executor, context, self._pools(context),
                 min(CHUNK_TOKENS, self.executor.largest("tokens")),
                 max(1, min(logit_rows, self.executor.largest("rows"))),
                 self.config.get("growth_limit") or 0)
@@ -200,14 +200,10 @@ class Runtime:
             return OnnxLanguageModel(self.executor, self.manifest.token_interface, context)
         return None
 
-    def _pool_pages(self, context: int) -> int:
-        """Pages of the KV cache, by the options and this machine's memory."""
-        pages = -(-context // PAGE) * self.options.max_batch
-        values = {"pool_pages": 1}
-        per_page = sum(int(np.prod(t.concrete_shape(values))) * t.count * t.dtype.bits // 8
-                       for t in self.executor.states)
+    def _pools(self, context: int) -> Pools:
+        """Sizes of the states, by the options and this machine's memory."""
         memory = self.options.kv_memory or self.executor.state_memory()
-        return max(1, min(pages, memory // max(1, per_page)))
+        return pool_sizes(self.executor.states, context, self.options.max_batch, memory)
 
     # ---- running --------------------------------------------------------------------------
 

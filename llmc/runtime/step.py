@@ -11,6 +11,8 @@ import numpy as np
 from llmc.errors import ShapeError
 from llmc.runtime.executor import Executor
 from llmc.runtime.pages import PAGE, PagePool, Sequence
+from llmc.runtime.pools import Pools
+from llmc.runtime.slots import SlotPool
 
 GREEDY = "greedy"  # the output with the likeliest token of every row of logits
 
@@ -24,7 +26,7 @@ class Chunk(NamedTuple):
 
 
 def pack_batch(chunks: Sequences[Chunk]) -> dict[str, np.ndarray]:
-    """The step's inputs, all i32. Every chunk's pages must be reserved."""
+    """The step's inputs, all i32. Every chunk's pages (and slot) must be reserved."""
     number = len(chunks)
     counts = np.fromiter([len(chunk.tokens) for chunk in chunks], np.int32, number)
     starts = np.fromiter([chunk.sequence.length for chunk in chunks], np.int32, number)
@@ -72,22 +74,24 @@ def _check(chunks: Sequences[Chunk]) -> None:
 
 
 class LanguageModel:
-    """Steps an executor whose model has paged states.
+    """Steps an executor whose model has paged states, slot states or both.
 
     chunk_tokens: most tokens of one step of `feed`; logit_rows: most rows of logits of one;
     growth_limit: a sequence of up to that many tokens cannot grow past it in a later step (0: it
     can).
     """
 
-    def __init__(self, executor: Executor, max_context: int, pages: int, chunk_tokens: int,
+    def __init__(self, executor: Executor, max_context: int, pools: Pools, chunk_tokens: int,
                  logit_rows: int, growth_limit: int = 0):
         self.executor = executor
         self.max_context = max_context
         self.chunk_tokens = chunk_tokens
         self.logit_rows = logit_rows
         self.growth_limit = growth_limit
-        self.pool = PagePool(pages)
-        executor.allocate_states({"pool_pages": pages})
+        self.pool = PagePool(pools.pages)
+        self.slots = SlotPool(pools.slots)
+        self._inputs = {tensor.name for tensor in executor.inputs}
+        executor.allocate_states(pools.symbols())
 
     @property
     def most_tokens(self) -> int:
@@ -97,7 +101,8 @@ class LanguageModel:
     @property
     def most_sequences(self) -> int:
         """Sequences that one step can take."""
-        return self.executor.largest("sequences")
+        most = self.executor.largest("sequences")
+        return min(most, self.slots.size) if self.slots.size else most
 
     @property
     def chooses(self) -> bool:
@@ -106,31 +111,50 @@ class LanguageModel:
 
     @property
     def reuses_prefixes(self) -> bool:
-        """Whether a sequence may begin with another's pages, or go back to fewer tokens."""
-        return True
+        """Whether a sequence may begin with another's pages, or go back to fewer tokens: not where
+        layers keep their past in a slot."""
+        return self.slots.size == 0
 
     def step(self, chunks: Sequences[Chunk], output: str = "logits") -> np.ndarray:
         """Run the chunks' tokens; logits [sum of wanted, vocab] f32, in the order of the chunks
         (with output GREEDY the likeliest tokens [sum of wanted]).
 
-        A step that fails leaves every sequence as it was.
+        A step that fails leaves every sequence as it was; of a model with slot states, a sequence
+        that had tokens before can only be released.
         """
         _check(chunks)
         before = [(chunk.sequence, len(chunk.sequence.pages)) for chunk in chunks]
         try:
             for chunk in chunks:
                 self._reserve(chunk)
-            result = self.executor.run(pack_batch(chunks), want=(output,))[output]
+            result = self._run(chunks, output)
         except BaseException:
             for sequence, pages in before:
                 self.pool.keep(sequence, pages)
+                if not sequence.length:
+                    self.slots.release(sequence)
             raise
         for chunk in chunks:
             chunk.sequence.length += len(chunk.tokens)
         return result
 
+    def _run(self, chunks: Sequences[Chunk], output: str) -> np.ndarray:
+        inputs = pack_batch(chunks)
+        if self.slots.size:
+            inputs["slots"] = np.array([chunk.sequence.slot for chunk in chunks], np.int32)
+        read = {name: inputs[name] for name in self._inputs}
+        try:
+            return self.executor.run(read, want=(output,))[output]
+        except ShapeError:  # nothing has run
+            raise
+        except BaseException:
+            for chunk in chunks:
+                self.slots.lose(chunk.sequence)
+            raise
+
     def _reserve(self, chunk: Chunk) -> None:
         length = chunk.sequence.length + len(chunk.tokens)
+        self.slots.reserve(chunk.sequence)
         if length <= min(len(chunk.sequence.pages) * PAGE, self.max_context) \
                 and not self.growth_limit:
             return
@@ -165,3 +189,4 @@ class LanguageModel:
 
     def release(self, sequence: Sequence) -> None:
         self.pool.release(sequence)
+        self.slots.release(sequence)

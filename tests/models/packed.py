@@ -86,7 +86,7 @@ def packed_inputs(
 class PackedDecoder:
     """A causal model with caches for `sequences` sequences of up to `max_tokens` tokens.
 
-    Pages are dealt out in random order, and are full of NaN until something is written.
+    Pages and slots are dealt out in random order, and full of NaN until something is written.
     """
 
     def __init__(self, model: ImportedModel, sequences: int, max_tokens: int):
@@ -94,11 +94,15 @@ class PackedDecoder:
         self.parameters = parameters(model)
         self.lengths = [0] * sequences
         width = -(-max_tokens // PAGE)
-        pages = numpy.random.default_rng(0).permutation(sequences * width + 1)[1:]
+        generator = numpy.random.default_rng(0)
+        pages = generator.permutation(sequences * width + 1)[1:]
         self.page_table = pages.reshape(sequences, width).astype(numpy.int32)
+        self.slots = generator.permutation(sequences + 1)[1:].astype(numpy.int32)
+        self.names = {node["name"] for node in model.graph.inputs}
         self.states = {}
         for node in model.graph.states():
-            shape = (sequences * width + 1, *node.shape[1:])
+            count = sequences if node["kind"] == "slot" else sequences * width
+            shape = (count + 1, *node.shape[1:])
             self.states[node["name"]] = numpy.full(shape, numpy.nan, node.dtype.numpy)
 
     def step(self, sequences: Sequence[Sequence[int]]) -> list[numpy.ndarray]:
@@ -109,9 +113,11 @@ class PackedDecoder:
     def run(self, sequences: Sequence[Sequence[int]], rows: Sequence[int]) -> numpy.ndarray:
         """Logits of the wanted rows, f32[rows, vocab]."""
         inputs = packed_inputs(sequences, self.lengths)
-        inputs |= {"page_table": self.page_table, "rows": numpy.asarray(rows, numpy.int32)}
+        inputs |= {"page_table": self.page_table, "rows": numpy.asarray(rows, numpy.int32),
+                   "slots": self.slots}
         outputs, self.states = interpret_step(
-            self.model.graph, inputs, self.parameters, self.states
+            self.model.graph, {name: inputs[name] for name in self.names}, self.parameters,
+            self.states,
         )
         self.lengths = [n + len(ids) for n, ids in zip(self.lengths, sequences, strict=True)]
         assert outputs["logits"].dtype == numpy.float32

@@ -12,6 +12,7 @@ import numpy as np
 
 from llmc.errors import ShapeError
 from llmc.runtime.pages import PAGE, Sequence
+from llmc.runtime.pools import Pools
 from llmc.runtime.step import GREEDY, LanguageModel
 
 VOCABULARY = 61
@@ -113,7 +114,7 @@ class FakeRuntime:
                  growth_limit: int = 0, model: type[LanguageModel] = LanguageModel):
         self.config = {"vocab_size": VOCABULARY, "eos_token_ids": [END]}
         self.executor = FakeExecutor(chooses)
-        self.language_model = model(self.executor, context, pages, 64, 256, growth_limit)
+        self.language_model = model(self.executor, context, Pools(pages, 0), 64, 256, growth_limit)
 
     def check_ids(self, ids) -> np.ndarray:
         array = np.asarray(ids, np.int32)

@@ -31,6 +31,7 @@ KERNELS = {
     "scatter": ("single", "ScatterKernel"),
     "grouped_matmul": ("grouped", "GroupedMatmul"),
     "group_rows": ("grouped", "GroupRows"),
+    "scan": ("scan", "scan"),
 }
 
 

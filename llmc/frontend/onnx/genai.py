@@ -41,7 +41,7 @@ def read_genai_config(directory: Path) -> GenaiConfig | None:
     if not model:
         return None
     decoder = _section(model, "decoder")
-    facts = {
+    facts: dict[str, Any] = {
         "max_position_embeddings": model.get("context_length"),
         **{key: model[key] for key in ("eos_token_id", "bos_token_id", "pad_token_id")
            if key in model},

@@ -10,7 +10,7 @@ from llmc.ir.dims import bounds, product
 from llmc.ir.dtypes import dtype
 from llmc.ir.graph import Graph, Node, TensorType
 from llmc.ir.layouts import RowBlocks, Rows
-from llmc.ir.ops import make
+from llmc.ir.ops import make, updated_state
 from llmc.ir.program import Buffer, Capabilities, Loop, Stage, Step, Weight
 from llmc.ir.quantized import stored_operands
 from llmc.ir.views import source_of, view_of
@@ -30,15 +30,15 @@ from llmc.passes.lower.memory import readers
 from llmc.passes.lower.outputs import rename_stage
 from llmc.passes.lower.weights import (
     anchor_of,
+    first_state,
     state_layouts,
     tied_sources,
-    updated_state,
     weight_uses,
 )
 from llmc.passes.match import ATTENTION
 
 STAGE_KINDS = {"map", "reduce", "matmul", "dense_matmul", "attention", "cumsum", "argmax", "argmin",
-               "top_k", "scatter", "group_rows", "grouped_matmul"}
+               "top_k", "scatter", "scan", "group_rows", "grouped_matmul"}
 
 
 class Lowering:
@@ -200,8 +200,8 @@ class Lowering:
         """Buffers of the results: new ones in the arena, or the state that is updated in place."""
         results = []
         for index, (name, value) in enumerate(body.outputs):
-            if value.op == "cache_append":
-                home = operands[body.inputs.index(updated_state(value))]
+            if updated_state(value) is not None:
+                home = operands[body.inputs.index(first_state(value))]
             else:
                 label = node["name"] if len(body.outputs) == 1 else name
                 home = self._new_buffer(label, value.tensor_type, "arena")

@@ -130,11 +130,11 @@ def root_state(node: Node) -> Node:
         fusion = node.inputs[0] if node.op == "get" else node
         body = fusion.bodies[0]
         value = body.outputs[index][1]
-        node = fusion.inputs[body.inputs.index(updated_state(value))]
+        node = fusion.inputs[body.inputs.index(first_state(value))]
     return node
 
 
-def updated_state(value: Node) -> Node:
+def first_state(value: Node) -> Node:
     """The body input that a chain of updates (cache_append ...) starts from."""
     while value.op != "input":
         value = value.inputs[0]
