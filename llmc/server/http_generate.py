@@ -66,7 +66,8 @@ class Generate:
             running = stack.enter_context(
                 Running(self._host, engine, self._waker, self._metrics, requests))
             watcher = asyncio.create_task(until_gone(http))
-            watcher.add_done_callback(lambda task: task.cancelled() or running.abandon())
+            watcher.add_done_callback(
+                lambda task: None if task.cancelled() else running.abandon())
             stack.callback(watcher.cancel)
             stack.callback(lambda: answer.fields.update(_summary(running)))
             batches = running.batches()
