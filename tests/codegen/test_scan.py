@@ -107,7 +107,7 @@ def test_convolution(channels, taps, dtype, bias, activation):
     arrays["sequence"] = np.repeat(np.arange(4), np.diff(OFFSETS)).astype(np.int32)
     sequence = leaf("sequence", "i32", TOKENS)
     y, new = both("slot_conv", *leaves, *where, sequence, *biases, activation=activation)
-    got = compare({"y": y, "state": new}, arrays, ("state",), workers=2, scale=None)
+    got = compare({"y": y, "state": new}, arrays, ("state",), workers=2)
     assert np.isnan(got["state"][[2, 5]].astype(np.float32)).all()
 
 
