@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= auto
 
-.PHONY: demo test test-all test-gpu lint bench clean
+.PHONY: demo test test-all test-gpu bench-gpu lint bench clean
 
 $(BIN)/llmc: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "llmc needs Python 3.11 or newer: make PYTHON=python3.12 ..."'
@@ -31,6 +31,10 @@ test-all: $(VENV)/dev   ## everything
 test-gpu: $(VENV)/dev   ## what needs an NVIDIA GPU; one process, for they share its memory
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cuda]'
 	$(BIN)/python -m pytest -q -m gpu
+
+bench-gpu: $(VENV)/dev   ## figures of this machine's GPU, beside torch's where it is there
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cuda]'
+	$(BIN)/python benchmarks/gpu.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check llmc tests examples benchmarks tools

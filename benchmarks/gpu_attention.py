@@ -9,10 +9,12 @@ caches of decode are rotated, so that they come from memory.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -137,10 +139,10 @@ def peer(torch, batch, queries, keys, heads, kv_heads, size, causal, count: int)
             q, k, v, is_causal=causal, enable_gqa=heads != kv_heads) for k, v in caches])
 
 
-def time_prefill(torch, device, only: str) -> None:
+def time_prefill(torch, device, only: str) -> Iterator[dict]:
+    """Each case: its name, microseconds of ours and of torch's, TFLOP/s, share of torch's speed."""
     for heads, kv_heads, size in ((32, 8, 128), (32, 8, 64)):
         stage = paged_stage(heads, kv_heads, size, few=False)
-        registers = {name: report.registers for name, report in stage.reports.items()}
         for length in (512, 2048, 8192, 16384):
             name = f"prefill {heads}/{kv_heads} x {size}, {length}"
             if only not in name:
@@ -149,11 +151,16 @@ def time_prefill(torch, device, only: str) -> None:
             ours = graph_time(torch, [each.run for each in loaded])
             theirs = peer(torch, 1, length, length, heads, kv_heads, size, True, 3)
             flops = 2 * length * length * size * heads
-            print(f"{name}: {ours:.1f} us {flops / ours / 1e6:.0f} TFLOP/s; torch {theirs:.1f} us "
-                  f"{flops / theirs / 1e6:.0f}; {theirs / ours:.2f} of it {registers}", flush=True)
+            yield row(name, ours, theirs, teraflops=round(flops / ours / 1e6))
 
 
-def time_decode(torch, device, only: str) -> None:
+def row(name: str, ours: float, theirs: float, **figures: float) -> dict:
+    return {"case": name, "microseconds": round(ours, 2), "torch": round(theirs, 2),
+            "share": round(theirs / ours, 3), **figures}
+
+
+def time_decode(torch, device, only: str) -> Iterator[dict]:
+    """The same of decode steps, with GB/s of cache."""
     for heads, kv_heads, size, batch, context in (
             (32, 8, 64, 1, 1024), (32, 8, 128, 1, 1024), (32, 8, 128, 1, 16384),
             (32, 8, 128, 1, 131072), (32, 8, 128, 8, 1024), (32, 8, 128, 32, 1024),
@@ -168,8 +175,7 @@ def time_decode(torch, device, only: str) -> None:
                       count)
         ours = graph_time(torch, [each.run for each in loaded])
         theirs = peer(torch, batch, 1, context, heads, kv_heads, size, False, count)
-        print(f"{name}: {ours:.2f} us {moved / ours / 1e3:.0f} GB/s; torch {theirs:.2f} us; "
-              f"{theirs / ours:.2f} of it", flush=True)
+        yield row(name, ours, theirs, gigabytes=round(moved / ours / 1e3))
 
 
 def main() -> int:
@@ -184,8 +190,9 @@ def main() -> int:
         import torch
 
         torch.cuda.init()
-        time_decode(torch, device, options.only)
-        time_prefill(torch, device, options.only)
+        for times in (time_decode, time_prefill):
+            for each in times(torch, device, options.only):
+                print(json.dumps(each), flush=True)
     return 1 if wrong else 0
 
 

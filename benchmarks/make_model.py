@@ -1,20 +1,23 @@
 #!/usr/bin/env python3
 """Write a Llama- or BERT-shaped checkpoint with seeded random weights, for benchmarks.
 
-    make_model.py --shape 1b|8b|110m|bert-base [--layers N] [--dtype bf16|f32] OUT
+    make_model.py --shape 1b|8b|110m|bert-base [--layers N] [--dtype bf16|f32] [--tiled] OUT
 
 Weights are normal with a standard deviation of 0.02, norms near 1. The tokenizer is that of the
-embedded model with made-up words for the rest of the vocabulary: its text means nothing.
+embedded model with made-up words for the rest of the vocabulary: its text means nothing. --tiled
+repeats one block of such values in every tensor, for which seconds are enough at any size.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import struct
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -35,6 +38,8 @@ BERT = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
         "intermediate_size": 3072, "vocab_size": 30522, "max_position_embeddings": 512,
         "type_vocab_size": 2, "hidden_act": "gelu", "layer_norm_eps": 1e-12}
 DTYPES = {"bf16": ("BF16", ml_dtypes.bfloat16), "f32": ("F32", np.float32)}
+BLOCK = 1 << 24  # values made at once
+WRITERS = 8
 TOKENIZER = Path(__file__).parent.parent / "llmc" / "data" / "stories260K"
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
@@ -88,7 +93,7 @@ def layer_norm(name: str, size: int) -> Shapes:
     yield name + ".bias", (size,)
 
 
-def write_safetensors(path: Path, tensors: Shapes, dtype: str, seed: int) -> None:
+def write_safetensors(path: Path, tensors: Shapes, dtype: str, seed: int, tiled: bool) -> None:
     """Header first (sizes are known), then one tensor at a time."""
     code, numpy_dtype = DTYPES[dtype]
     shapes, header, offset = list(tensors), {}, 0
@@ -101,30 +106,59 @@ def write_safetensors(path: Path, tensors: Shapes, dtype: str, seed: int) -> Non
     random = np.random.Generator(np.random.SFC64(seed))
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
+        if tiled:
+            file.truncate(file.tell() + offset)
+            write_tiled(file, random, header, numpy_dtype)
+            return
         for name, shape in shapes:
             for part in random_parts(random, name, shape):
                 file.write(part.astype(numpy_dtype).tobytes())
 
 
+def write_tiled(file, random: np.random.Generator, header: dict, numpy_dtype) -> None:
+    """Every tensor is one block of random values again and again; several threads write."""
+    start = file.tell()
+    file.flush()
+    blocks = {name: next(random_parts(random, name, (BLOCK,))).astype(numpy_dtype).view(np.uint8)
+              for name in ("weight", "norm.weight")}
+
+    def write(name: str) -> None:
+        block = blocks["norm.weight" if is_norm(name) else "weight"]
+        begin, end = header[name]["data_offsets"]
+        for at in range(begin, end, block.size):
+            part = memoryview(block)[:min(block.size, end - at)]
+            while part:  # a call may write less than it is given
+                written = os.pwrite(file.fileno(), part, start + at)
+                part, at = part[written:], at + written
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        list(pool.map(write, header))
+
+
 def random_parts(random: np.random.Generator, name: str, shape: tuple[int, ...]):
     """A tensor's values in parts of at most 64 MiB."""
     rest = int(np.prod(shape))
-    mean = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
+    mean = 1.0 if is_norm(name) else 0.0
     while rest:
-        count = min(rest, 1 << 24)
+        count = min(rest, BLOCK)
         yield random.standard_normal(count, np.float32) * np.float32(0.02) + np.float32(mean)
         rest -= count
 
 
+def is_norm(name: str) -> bool:
+    """Whether a tensor's values are near 1."""
+    return "norm" in name.lower() and name.endswith("weight")
+
+
 def make_model(shape: str, output: Path, dtype: str = "bf16", layers: int | None = None,
-               seed: int = 0) -> Path:
+               seed: int = 0, tiled: bool = False) -> Path:
     """Write the checkpoint directory; returns it."""
     config = dict(BERT if shape == "bert-base" else LLAMA[shape])
     config["num_hidden_layers"] = layers or config["num_hidden_layers"]
     bert = shape == "bert-base"
     output.mkdir(parents=True, exist_ok=True)
     tensors = bert_tensors(config) if bert else llama_tensors(config)
-    write_safetensors(output / "model.safetensors", tensors, dtype, seed)
+    write_safetensors(output / "model.safetensors", tensors, dtype, seed, tiled)
     common = {"torch_dtype": {"bf16": "bfloat16", "f32": "float32"}[dtype]}
     if bert:
         common |= {"architectures": ["BertModel"], "model_type": "bert"}
@@ -153,9 +187,10 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=None)
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tiled", action="store_true", help="repeat one block of values")
     arguments = parser.parse_args()
     make_model(arguments.shape, arguments.output, arguments.dtype, arguments.layers,
-               arguments.seed)
+               arguments.seed, arguments.tiled)
     return 0
 
 

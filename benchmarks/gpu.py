@@ -1,0 +1,417 @@
+#!/usr/bin/env python3
+"""What the GPU target reaches on this machine; every part prints one line of JSON.
+
+    gpu.py [--parts bandwidth,compile-1b,...] [--seconds N] [--work DIRECTORY] [--output FILE]
+
+bandwidth            bytes per second at which a kernel reads memory: the ceiling of decoding
+compile-1b, -8b      a checkpoint of that shape, compiled for this GPU with nothing cached
+start-1b             start of a process to its first token, weights in the page cache
+model-1b, -8b        decoding at context 1024 (ms a token by the clock and by the GPU's events,
+                     share of the bandwidth, host's time, GPU busy) and 2048 tokens at once
+matmul               products of the 8B layers beside torch.mm (cuBLAS)
+attention-prefill,   attention alone beside torch's FLASH_ATTENTION
+attention-decode
+
+A part is a process of its own with a limit in seconds: one that fails says so in its line, and the
+others go on. start and model need the artifact that compile left in --work (by default a directory
+that is gone afterwards). Results are merged into benchmarks/results/<device>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import make_model  # noqa: E402
+
+CONTEXT = 1024  # tokens behind the middle one of those that are timed
+WARM, TIMED = 32, 128  # tokens of a decode run
+PROMPT = 2048
+BANDWIDTH_BYTES = 4 << 30
+MODEL_BYTES = 45 << 30
+READ_BLOCKS, READ_THREADS, READS = 8, 256, 8  # blocks of a multiprocessor; 16-byte loads of a turn
+
+# Reads `turns` times READS pieces of 16 bytes a thread, all threads side by side.
+READ_PTX = """
+.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry read(.param .u64 base, .param .u64 turns)
+{{
+  .reg .pred %p<3>;
+  .reg .b32 %r<8>, %v<{values}>;
+  .reg .b64 %at, %turns, %step, %wide;
+  ld.param.u64 %at, [base];
+  ld.param.u64 %turns, [turns];
+  mov.u32 %r1, %ctaid.x;
+  mov.u32 %r2, %ntid.x;
+  mov.u32 %r3, %tid.x;
+  mov.u32 %r4, %nctaid.x;
+  mad.lo.u32 %r5, %r1, %r2, %r3;
+  mul.wide.u32 %wide, %r5, 16;
+  cvta.to.global.u64 %at, %at;
+  add.u64 %at, %at, %wide;
+  mul.lo.u32 %r6, %r4, %r2;
+  mul.wide.u32 %step, %r6, 16;
+  mov.u32 %r7, 0;
+LOOP:
+{loads}
+{joins}
+  sub.u64 %turns, %turns, 1;
+  setp.ne.u64 %p1, %turns, 0;
+  @%p1 bra LOOP;
+  setp.eq.u32 %p2, %r7, 0x12345678;
+  @%p2 st.global.u32 [%at], %r7;
+  ret;
+}}
+"""
+
+
+def read_ptx() -> str:
+    """PTX of the kernel `read`. What it reads is joined and, so that it must be read, might be
+    stored."""
+    loads, joins = [], []
+    for number in range(READS):
+        values = [f"%v{4 * number + i}" for i in range(4)]
+        loads += [f"  ld.global.nc.L1::no_allocate.v4.u32 {{{', '.join(values)}}}, [%at];",
+                  "  add.u64 %at, %at, %step;"]
+        joins += [f"  xor.b32 %r7, %r7, {value};" for value in values]
+    return READ_PTX.format(values=4 * READS, loads="\n".join(loads), joins="\n".join(joins))
+
+
+class Event:
+    """A point of the GPU's stream, with its time."""
+
+    def __init__(self, device: Any):
+        from llmc.runtime.cuda_device import call
+
+        self._event = call("cuEventCreate", 0)
+        call("cuEventRecord", self._event, device.stream)
+
+    def until(self, later: Event) -> float:
+        """Seconds; both must have passed."""
+        from llmc.runtime.cuda_device import call
+
+        return call("cuEventElapsedTime", self._event, later._event) / 1e3
+
+
+def read_bandwidth(device: Any) -> float:
+    """Bytes per second at which all multiprocessors together read memory."""
+    from llmc.runtime.cuda_device import Memory, Module, _driver, call, launch
+
+    attribute = _driver().CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+    blocks = READ_BLOCKS * call("cuDeviceGetAttribute", attribute, call("cuDeviceGet", 0))
+    turns = BANDWIDTH_BYTES // (blocks * READ_THREADS * READS * 16)
+    module = Module(read_ptx().encode(), "read")
+    function = module.function("read", 0)
+    memory = Memory(device, BANDWIDTH_BYTES, "bandwidth")
+    memory.clear(device, 0x5A)
+    seconds = []
+    for _ in range(12):
+        begin = Event(device)
+        launch(device, function, blocks, READ_THREADS, 0, memory.address, turns)
+        end = Event(device)
+        device.wait()
+        seconds.append(begin.until(end))
+    memory.close()
+    module.close()
+    return turns * blocks * READ_THREADS * READS * 16 / statistics.median(seconds[2:])
+
+
+def open_device() -> Any:
+    from llmc.runtime.cuda_device import Device
+
+    return Device()
+
+
+def bandwidth_part(work: Path) -> dict[str, Any]:
+    return {"gigabytes": round(read_bandwidth(open_device()) / 1e9)}
+
+
+# ---- compiling and starting ---------------------------------------------------------------------
+
+
+def compile_part(shape: str, work: Path) -> dict[str, Any]:
+    """Seconds of a compile; leaves SHAPE.llmc and not its checkpoint."""
+    from llmc.codegen.target import Target
+    from llmc.driver import compile_model
+
+    checkpoint = work / shape
+    started = time.perf_counter()
+    make_model.make_model(shape, checkpoint, tiled=True)
+    made = time.perf_counter()
+    compiled = compile_model(checkpoint, Target.parse(f"nvptx:{open_device().architecture}"))
+    seconds = time.perf_counter() - made
+    compiled.write(work / f"{shape}.llmc")
+    shutil.rmtree(checkpoint)
+    return {"seconds": round(seconds, 1), "variants": list(compiled.codes),
+            "phases": {name: round(value, 1) for name, value in compiled.timings.items()},
+            "checkpoint_seconds": round(made - started, 1)}
+
+
+FIRST_TOKEN = """
+import sys, time
+import llmc
+loaded = time.time()
+with llmc.Runtime(sys.argv[1], target="nvptx", max_context=4096) as runtime:
+    ready = time.time()
+    next(runtime.generate([1] * 8, 1, ignore_eos=True))
+    print(loaded, ready, time.time())
+"""
+
+
+def start_part(shape: str, work: Path) -> dict[str, Any]:
+    """Seconds from the start of a process; the second one, for which everything is in memory."""
+    for _ in range(2):
+        started = time.time()
+        output = subprocess.run(
+            [sys.executable, "-c", FIRST_TOKEN, str(work / f"{shape}.llmc")], check=True,
+            capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)}).stdout
+    imported, ready, token = (float(text) - started for text in output.split())
+    return {"imported": round(imported, 2), "loaded": round(ready, 2),
+            "first_token": round(token, 2)}
+
+
+# ---- a model's steps ----------------------------------------------------------------------------
+
+
+def decode_bytes(shape: str) -> int:
+    """Bytes that a decode step at CONTEXT must read: every weight that is multiplied by, and the
+    cache."""
+    config = make_model.LLAMA[shape]
+    tensors = dict(make_model.llama_tensors(config))
+    if not config["tie_word_embeddings"]:
+        del tensors["model.embed_tokens.weight"]  # one row is read
+    cache = (2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
+             * CONTEXT)
+    return 2 * (cache + sum(int(np.prod(shape)) for shape in tensors.values()))
+
+
+class Timeline:
+    """Events round every step that an executor runs, from now on until `stop`."""
+
+    def __init__(self, executor: Any):
+        self.steps: list[tuple[Event, Event]] = []
+        self._executor, self._run = executor, executor._run
+        executor._run = self._timed
+
+    def _timed(self, *arguments: Any) -> None:
+        begin = Event(self._executor.device)
+        self._run(*arguments)
+        self.steps.append((begin, Event(self._executor.device)))
+
+    def stop(self) -> list[float]:
+        """Seconds of each step."""
+        self._executor._run = self._run
+        self._executor.device.wait()
+        return [begin.until(end) for begin, end in self.steps]
+
+    def busy(self) -> float:
+        """Share of the time from the first step's begin to the last one's end in which one ran."""
+        running = sum(begin.until(end) for begin, end in self.steps)
+        return running / self.steps[0][0].until(self.steps[-1][1])
+
+
+def decode(runtime: Any, timeline: bool) -> tuple[float, Timeline | None]:
+    """Seconds a token by the clock, greedy, one sequence; and its steps' events if they are
+    wanted."""
+    prompt = np.random.default_rng(0).integers(3, 32000, CONTEXT - WARM - TIMED // 2)
+    tokens = runtime.generate(prompt, WARM + TIMED, ignore_eos=True)
+    for _ in range(WARM):
+        next(tokens)
+    events = Timeline(runtime.executor) if timeline else None
+    started = time.perf_counter()
+    for _ in range(TIMED):
+        next(tokens)
+    seconds = (time.perf_counter() - started) / TIMED
+    tokens.close()
+    return seconds, events
+
+
+def prefill(runtime: Any) -> tuple[float, float]:
+    """Seconds of one step of PROMPT tokens, by the clock and by events."""
+    from llmc.runtime.pages import Sequence as CachedSequence
+    from llmc.runtime.step import GREEDY, Chunk
+
+    ids = np.random.default_rng(1).integers(3, 32000, PROMPT).astype(np.int32)
+    walls = []
+    events = Timeline(runtime.executor)
+    for _ in range(12):
+        sequence = CachedSequence()
+        started = time.perf_counter()
+        runtime.step([Chunk(sequence, ids, 1)], GREEDY)
+        walls.append(time.perf_counter() - started)
+        runtime.release(sequence)
+    return statistics.median(walls[3:]), statistics.median(events.stop()[3:])
+
+
+def model_part(shape: str, work: Path) -> dict[str, Any]:
+    import llmc
+
+    started = time.perf_counter()
+    runtime = llmc.Runtime(work / f"{shape}.llmc", target="nvptx", max_context=4096,
+                           specialize="none")
+    loading = time.perf_counter() - started
+    bandwidth = read_bandwidth(runtime.executor.device)
+    decode(runtime, False)
+    wall = min(decode(runtime, False)[0] for _ in range(3))
+    _, events = decode(runtime, True)
+    assert events is not None
+    steps = statistics.median(events.stop())
+    own = decode_bytes(shape) / bandwidth
+    clock, device = prefill(runtime)
+    result = {
+        "load_seconds": round(loading, 2), "bandwidth_gigabytes": round(bandwidth / 1e9),
+        "decode": {"milliseconds": round(wall * 1e3, 3), "events_ms": round(steps * 1e3, 3),
+                   "share_of_bandwidth": round(own / wall, 3),
+                   "events_share": round(own / steps, 3),
+                   "host_microseconds": round((wall - steps) * 1e6, 1),
+                   "gpu_busy": round(events.busy(), 3)},
+        "prefill": {"tokens": PROMPT, "milliseconds": round(clock * 1e3, 2),
+                    "events_ms": round(device * 1e3, 2),
+                    "tokens_per_second": round(PROMPT / clock),
+                    "events_tokens_per_second": round(PROMPT / device)}}
+    runtime.close()
+    return result
+
+
+# ---- kernels alone ------------------------------------------------------------------------------
+
+
+def matmul_part(work: Path) -> dict[str, Any]:
+    """Products of the 8B layers, beside torch's."""
+    from concurrent.futures import ProcessPoolExecutor
+
+    import gpu_matmul
+
+    cases = [gpu_matmul.Case(name, "bf16", k, n, rows)
+             for name, (k, n) in gpu_matmul.SHAPES["8b"].items() for rows in gpu_matmul.ROWS]
+    with ProcessPoolExecutor(min(12, os.cpu_count() or 1)) as pool:  # before there is a context
+        built = list(pool.map(gpu_matmul.build, cases, ["sm_90a"] * len(cases)))
+    import torch
+
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    results = [gpu_matmul.measure(case, each, 5) for case, each in zip(cases, built, strict=True)]
+    shares = {f"{each['case']} {each['rows']}": each["share"] for each in results}
+    return {"geometric_mean": round(statistics.geometric_mean(shares.values()), 3),
+            "least": min(shares.values()), "shares": shares,
+            "microseconds": {name: each["microseconds"]
+                             for name, each in zip(shares, results, strict=True)}}
+
+
+def attention_part(kind: str, work: Path) -> dict[str, Any]:
+    import gpu_attention
+    import torch
+
+    device = gpu_attention.Device()
+    torch.cuda.init()
+    times = {"prefill": gpu_attention.time_prefill, "decode": gpu_attention.time_decode}[kind]
+    results = {each["case"]: each for each in times(torch, device, "")}
+    shares = {name: each["share"] for name, each in results.items()}
+    return {"geometric_mean": round(statistics.geometric_mean(shares.values()), 3),
+            "least": min(shares.values()), "shares": shares,
+            "microseconds": {name: each["microseconds"] for name, each in results.items()}}
+
+
+# ---- all parts ----------------------------------------------------------------------------------
+
+PARTS: dict[str, tuple[Callable[[Path], dict[str, Any]], int]] = {  # most seconds of each
+    "bandwidth": (bandwidth_part, 30),
+    "compile-1b": (lambda work: compile_part("1b", work), 60),
+    "start-1b": (lambda work: start_part("1b", work), 40),
+    "model-1b": (lambda work: model_part("1b", work), 60),
+    "compile-8b": (lambda work: compile_part("8b", work), 120),
+    "model-8b": (lambda work: model_part("8b", work), 90),
+    "matmul": (matmul_part, 75),
+    "attention-prefill": (lambda work: attention_part("prefill", work), 60),
+    "attention-decode": (lambda work: attention_part("decode", work), 60),
+}
+
+
+def run_part(name: str, work: Path, left: float) -> dict[str, Any]:
+    """A part's result, from a process of its own; {"failed": its last words} if it has none."""
+    limit = min(PARTS[name][1], left)
+    if limit < 1:
+        return {"failed": "no time was left"}
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, __file__, "--inside", name, "--work", str(work)], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        output, errors = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
+        process.communicate()
+        return {"failed": f"no result after {limit:.0f} s"}
+    if process.returncode:
+        return {"failed": " | ".join((errors or output).splitlines()[-6:])[-900:]}
+    return json.loads(output.splitlines()[-1]) | {
+        "part_seconds": round(time.perf_counter() - started, 1)}
+
+
+def make_directory() -> Path:
+    """For some 40 GB of models: in memory if it has the room."""
+    memory = Path("/dev/shm")
+    roomy = memory.is_dir() and shutil.disk_usage(memory).free > MODEL_BYTES
+    return Path(tempfile.mkdtemp(prefix="llmc-bench-", dir=memory if roomy else None))
+
+
+def record(path: Path, device: dict[str, str], name: str, result: dict[str, Any]) -> None:
+    """Put a part's result beside those that the file has."""
+    found = json.loads(path.read_text()) if path.is_file() else {"parts": {}}
+    found |= {"device": device, "parts": found["parts"] | {name: result}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--seconds", type=float, default=300, help="for all parts together")
+    parser.add_argument("--work", type=Path, help="where models are left")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--inside", choices=list(PARTS), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.inside:
+        print(json.dumps(PARTS[options.inside][0](options.work)))
+        return 0
+    if unknown := set(options.parts.split(",")) - set(PARTS):
+        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    device = open_device()
+    facts = {"name": device.name, "architecture": device.architecture, "driver": device.cuda}
+    output = options.output or ROOT / "benchmarks/results" / (
+        device.name.lower().replace(" ", "-") + ".json")
+    work = options.work or make_directory()
+    work.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + options.seconds
+    failed = 0
+    try:
+        for name in options.parts.split(","):
+            result = run_part(name, work, end - time.monotonic())
+            print(json.dumps({"part": name} | result), flush=True)
+            record(output, facts, name, result)
+            failed += "failed" in result
+    finally:
+        if options.work is None:
+            shutil.rmtree(work, ignore_errors=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
