@@ -30,6 +30,7 @@ from llmc.frontend.onnx import (  # noqa: F401 - importing a group registers its
     determinant,
     elementwise,
     images,
+    linear_attention,
     losses,
     machine_learning,
     matmul,

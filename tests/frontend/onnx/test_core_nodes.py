@@ -17,6 +17,7 @@ OPERATORS = frozenset("""
     Attention FlexAttention RMSNormalization LayerNormalization RotaryEmbedding Softmax LogSoftmax
     LpNormalization Gelu SwiGLU TensorScatter Swish MeanVarianceNormalization QuantizeLinear
     DequantizeLinear DynamicQuantizeLinear QLinearMatMul MatMulInteger Cast CastLike BitCast
+    LinearAttention CausalConvWithState
 """.split())
 SAMPLE = 29  # of the tests, every so many are run in the quick suite
 
