@@ -184,6 +184,20 @@ class Artifact:
         """All of weights.bin, as bytes."""
         return self._mapping
 
+    def read_weights(self, start: int, target: np.ndarray) -> None:
+        """Fill an array of bytes with those of weights.bin from `start` on; ModelError if they are
+        not there. For what is read once: the mapping's pages come one by one, which is slower."""
+        rest = target.data
+        try:
+            with open(self.directory / WEIGHTS, "rb", buffering=0) as file:
+                file.seek(start)
+                while rest and (count := file.readinto(rest)):
+                    rest = rest[count:]
+        except OSError as error:
+            raise ModelError(f"{self.directory / WEIGHTS}: {error.strerror or error}") from None
+        if rest:
+            raise ModelError(f"{self.directory / WEIGHTS} ends too early: compile the model again")
+
     def weight_data(self, weight: WeightInfo, copy: int = 0) -> np.ndarray:
         """The packed bytes of one copy."""
         start = weight.offsets[copy]

@@ -7,7 +7,8 @@ says what was found and what helps.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -15,7 +16,8 @@ import numpy as np
 
 from llmc.errors import DeviceError
 
-STAGING_BYTES = 32 << 20  # of each of the two pinned buffers that weights pass through
+STAGING_BYTES = 8 << 20  # of each of the pinned buffers that weights pass through
+READERS = 4  # threads that fill them: one copies out of the page cache at 2 to 4 GB/s
 OVERLAPPING_DRIVER = 12030  # CUDA 12.3, the first that captures overlapping kernels in graphs
 OLDEST_DRIVER = 12000  # CUDA 12.0, the first that reads the PTX we write
 # CUDA version of a driver -> the newest PTX it reads; later drivers read at least as much.
@@ -130,6 +132,13 @@ def _version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
+def event(timed: bool = False) -> Any:
+    """A new event; only timed ones tell the time between them."""
+    flags = _driver().CUevent_flags
+    return call("cuEventCreate",
+                flags.CU_EVENT_DEFAULT if timed else flags.CU_EVENT_DISABLE_TIMING)
+
+
 class Memory:
     """Device memory; freed with the object. DeviceError says what was asked for."""
 
@@ -169,24 +178,57 @@ class PinnedMemory:
             self.address = 0
 
 
+class Upload:
+    """Bytes on their way to the device, from the moment this is made until `wait` returns.
+
+    Several threads read pieces into pinned buffers, two each, from which they are copied: reading,
+    copying and what the caller does meanwhile overlap. read(start, target) fills an array with the
+    bytes from `start` on; any thread calls it.
+    """
+
+    def __init__(self, device: Device, size: int, read: Callable[[int, np.ndarray], None],
+                 address: int):
+        self._device, self._size, self._read, self._address = device, size, read, address
+        self._count = max(1, min(READERS, -(-size // STAGING_BYTES)))
+        self._pool = ThreadPoolExecutor(self._count)
+        self._readers = [self._pool.submit(self._run, number) for number in range(self._count)]
+
+    def wait(self) -> None:
+        """Until all of it is on the device; raises what stopped a reader."""
+        self._pool.shutdown()
+        for reader in self._readers:
+            reader.result()
+
+    def _run(self, number: int) -> None:
+        """Every piece whose number is this one, modulo the number of readers."""
+        device = self._device
+        device.use()
+        starts = range(number * STAGING_BYTES, self._size, self._count * STAGING_BYTES)
+        buffers = [PinnedMemory(min(STAGING_BYTES, self._size)) for _ in starts[:2]]
+        events = [event() for _ in buffers]
+        try:
+            for turn, start in enumerate(starts):
+                buffer, copied = buffers[turn % 2], events[turn % 2]
+                call("cuEventSynchronize", copied)
+                part = buffer.array[:min(STAGING_BYTES, self._size - start)]
+                self._read(start, part)
+                call("cuMemcpyHtoDAsync", self._address + start, buffer.address, part.size,
+                     device.stream)
+                call("cuEventRecord", copied, device.stream)
+        finally:
+            device.wait()
+            for each in events:
+                call("cuEventDestroy", each)
+            for buffer in buffers:
+                buffer.close()
+
+
 def upload(device: Device, source: np.ndarray, address: int) -> None:
-    """Copy bytes to the device, through two pinned buffers: reading a file and copying overlap."""
-    buffers = [PinnedMemory(min(STAGING_BYTES, source.size)) for _ in range(2)]
-    events = [call("cuEventCreate", 0) for _ in buffers]
-    try:
-        for number, start in enumerate(range(0, source.size, STAGING_BYTES)):
-            buffer, event = buffers[number % 2], events[number % 2]
-            call("cuEventSynchronize", event)
-            part = source[start:start + STAGING_BYTES]
-            buffer.array[:part.size] = part
-            call("cuMemcpyHtoDAsync", address + start, buffer.address, part.size, device.stream)
-            call("cuEventRecord", event, device.stream)
-        device.wait()
-    finally:
-        for event in events:
-            call("cuEventDestroy", event)
-        for buffer in buffers:
-            buffer.close()
+    """Copy bytes to the device and wait until they are there."""
+    def read(start: int, target: np.ndarray) -> None:
+        target[:] = source[start:start + target.size]
+
+    Upload(device, source.size, read, address).wait()
 
 
 class Module:

@@ -26,6 +26,7 @@ from llmc.runtime.cuda_device import (
     Memory,
     Module,
     PinnedMemory,
+    Upload,
     call,
     choose_architecture,
     launch,
@@ -118,15 +119,18 @@ class CudaExecutor(Executor):
         self._describe(artifact)
         self.architecture, form = choose_architecture(self.device, _available(artifact))
         self._retired: deque[DeviceVariant] = deque()
-        self.dispatch = self._dispatch((
-            DeviceVariant(info, self.symbols,
-                          artifact.variant_file(info, f"{self.architecture}.{form}"),
-                          artifact.variant_file(info, f"{self.architecture}.json"))
-            for info in artifact.manifest.variants), {"table_width": CONTEXT_RANGES})
+        size = artifact.packed_weights().size
+        self._weights = Memory(self.device, size, "weights")
+        weights = Upload(self.device, size, artifact.read_weights, self._weights.address)
+        try:  # code is loaded meanwhile
+            self.dispatch = self._dispatch((
+                DeviceVariant(info, self.symbols,
+                              artifact.variant_file(info, f"{self.architecture}.{form}"),
+                              artifact.variant_file(info, f"{self.architecture}.json"))
+                for info in artifact.manifest.variants), {"table_width": CONTEXT_RANGES})
+        finally:
+            weights.wait()
         self.threads = 0
-        packed = artifact.packed_weights()
-        self._weights = Memory(self.device, packed.size, "weights")
-        upload(self.device, packed, self._weights.address)
         addresses = [self._weights.address + offset for weight in artifact.manifest.weights
                      for offset in weight.offsets]
         self._weight_table = self._table(addresses)

@@ -191,3 +191,14 @@ def test_weights_are_mapped_not_copied(embedded_artifact: Path):
     assert not data.flags.owndata
     assert data.ctypes.data == artifact.weight_addresses()[0]
     assert np.any(data)
+
+
+def test_weights_are_read_as_they_are_mapped(copy: Path):
+    artifact = Artifact(copy)
+    whole = artifact.packed_weights()
+    for start, size in ((0, 1), (17, 1000), (whole.size - 33, 33), (0, whole.size)):
+        part = np.empty(size, np.uint8)
+        artifact.read_weights(start, part)
+        assert np.array_equal(part, whole[start:start + size])
+    with pytest.raises(ModelError, match="ends too early"):
+        artifact.read_weights(whole.size - 1, np.empty(2, np.uint8))

@@ -1,8 +1,11 @@
 """The runtime on GPUs: choosing code and refusing without a GPU, goldens and graphs with one."""
 
+import ctypes
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from safetensors.numpy import load_file
 import llmc
 from llmc import cli
 from llmc.errors import DeviceError
+from llmc.runtime import cuda_device
 from llmc.runtime.cuda_device import Device, choose_architecture
 from llmc.runtime.targets import resolve_target
 
@@ -80,6 +84,46 @@ def test_auto_says_what_it_chose(capsys):
     chosen = resolve_target("auto")
     assert chosen == "host" if why_no_gpu() else chosen.startswith("nvptx:sm_")
     assert capsys.readouterr().err.startswith("llmc: target auto: ")
+
+
+class CopyingDriver:
+    """The driver's calls of an upload, between parts of host memory."""
+
+    def __init__(self):
+        self.memory: dict[int, Any] = {}
+
+    def __call__(self, name: str, *arguments: Any) -> Any:
+        if name == "cuMemHostAlloc":
+            buffer = ctypes.create_string_buffer(arguments[0])
+            self.memory[ctypes.addressof(buffer)] = buffer
+            return ctypes.addressof(buffer)
+        if name == "cuMemFreeHost":
+            del self.memory[arguments[0]]
+        if name == "cuMemcpyHtoDAsync":
+            ctypes.memmove(*arguments[:3])
+        return None
+
+
+@pytest.mark.parametrize("size", [0, 1, 999, 1000, 8001, 12345])
+def test_uploads_arrive_whole(monkeypatch, size):
+    driver = CopyingDriver()
+    monkeypatch.setattr(cuda_device, "call", driver)
+    monkeypatch.setattr(cuda_device, "event", lambda: 0)
+    monkeypatch.setattr(cuda_device, "STAGING_BYTES", 1000)
+    device = SimpleNamespace(use=lambda: None, wait=lambda: None, stream=0)
+    source = np.random.default_rng(0).integers(0, 256, size).astype(np.uint8)
+    there = np.zeros(size + 1, np.uint8)
+    cuda_device.upload(device, source, there.ctypes.data)
+    assert np.array_equal(there[:-1], source) and there[-1] == 0
+    assert not driver.memory
+
+    def broken(start: int, target: np.ndarray) -> None:
+        raise OSError("no more")
+
+    if size:
+        with pytest.raises(OSError, match="no more"):
+            cuda_device.Upload(device, size, broken, there.ctypes.data).wait()
+        assert not driver.memory
 
 
 # ---- with a GPU -----------------------------------------------------------------------------

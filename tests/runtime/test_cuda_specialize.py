@@ -55,6 +55,12 @@ class FakeMemory:
     def close(self) -> None: ...
 
 
+class FakeUpload:
+    def __init__(self, *_: Any): ...
+
+    def wait(self) -> None: ...
+
+
 class FakeModule:
     loaded: dict[str, FakeModule] = {}  # noqa: RUF012 (the device's books)
 
@@ -101,7 +107,8 @@ def books(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("nvJitLink is missing")
     for name, fake in {"Device": FakeDevice, "Memory": FakeMemory, "PinnedMemory": FakeMemory,
                        "Module": FakeModule, "Graph": FakeGraph, "launch": fake_launch,
-                       "upload": lambda *_: None, "call": lambda *_: 0}.items():
+                       "Upload": FakeUpload, "upload": lambda *_: None,
+                       "call": lambda *_: 0}.items():
         monkeypatch.setattr(cuda_executor, name, fake)
     monkeypatch.setattr(session, "can_rehearse", lambda _: False)  # books tell no times
     FakeModule.loaded.clear()
