@@ -181,6 +181,7 @@ rsqrt = _function("rsqrt", "1 / sqrt(x)")
 reciprocal = _function("reciprocal", "1 / x")
 sin = _function("sin", "the sine")
 cos = _function("cos", "the cosine")
+atan = _function("atan", "the inverse of the tangent")
 tanh = _function("tanh", "the hyperbolic tangent")
 erf = _function("erf", "the error function")
 floor = _function("floor", "the integer below")
@@ -195,6 +196,8 @@ not_ = _function("not", "logical for bool, bitwise for integers")
 and_ = _function("and", "logical for bool, bitwise for integers")
 or_ = _function("or", "logical for bool, bitwise for integers")
 xor = _function("xor", "logical for bool, bitwise for integers")
+shift_left = _function("shift_left", "a * 2 ** b, without the bits that fall off")
+shift_right = _function("shift_right", "floor(a / 2 ** b)")
 add = _function("add", "a + b")
 sub = _function("sub", "a - b")
 mul = _function("mul", "a * b")
@@ -228,6 +231,11 @@ def where(condition: Tensor, a: Operand, b: Operand) -> Tensor:
 def cast(x: Tensor, dtype: DType | str) -> Tensor:
     """x in another dtype; x itself if it has it."""
     return x.cast(dtype)
+
+
+def bitcast(x: Tensor, dtype: DType | str) -> Tensor:
+    """The same bits read as another dtype of the same size."""
+    return apply("bitcast", x, dtype=dtype)
 
 
 # ---- movement ----------------------------------------------------------------------------------
@@ -338,10 +346,29 @@ def cumsum(x: Tensor, axis: int, exclusive: bool = False, reverse: bool = False)
     return apply("cumsum", x, axis=axis, exclusive=exclusive, reverse=reverse)
 
 
+def cumprod(x: Tensor, axis: int, exclusive: bool = False, reverse: bool = False) -> Tensor:
+    """Products of all elements up to each (as cumsum)."""
+    return apply("cumprod", x, axis=axis, exclusive=exclusive, reverse=reverse)
+
+
 def top_k(x: Tensor, k: Dim, axis: int = -1) -> tuple[Tensor, Tensor]:
     """The k greatest values, greatest first, and their i64 indices."""
     both = apply("top_k", x, k=k, axis=axis).node
     return Tensor(make_node("get", both, index=0)), Tensor(make_node("get", both, index=1))
+
+
+def group_rows(numbers: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(order, place, starts), i32: rows sorted by their group's number, where each row went, and
+    where each group starts (at last: the end)."""
+    found = apply("group_rows", numbers, groups=groups).node
+    order, place, starts = (Tensor(make_node("get", found, index=index)) for index in range(3))
+    return order, place, starts
+
+
+def grouped_matmul(x: Tensor, w: Tensor, starts: Tensor, groups: int, parts: int = 1) -> Tensor:
+    """Row r of group g of x [r, k] times columns n of each part's g-th block of
+    w [k, parts * groups * n]: [r, parts * n]."""
+    return apply("grouped_matmul", x, w, starts, groups=groups, parts=parts)
 
 
 def routed_experts(

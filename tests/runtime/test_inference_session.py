@@ -10,6 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 
 import llmc
+from tests.runtime.test_cuda import why_no_gpu
 
 
 def linear() -> bytes:
@@ -165,6 +166,8 @@ def test_a_shape_that_is_an_input():
 @pytest.mark.gpu
 def test_on_a_gpu(tmp_path: Path):
     """A file, bytes, and a shape that a computed value decides."""
+    if reason := why_no_gpu():
+        pytest.skip(reason)
     (tmp_path / "linear.onnx").write_bytes(linear())
     for source in (tmp_path / "linear.onnx", linear()):
         session = llmc.InferenceSession(source, providers=["CUDAExecutionProvider"],
