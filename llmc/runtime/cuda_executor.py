@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from llmc.errors import LlmcError
 from llmc.ir.dims import Dim, evaluate, parse_dim
 from llmc.runtime.artifact import Artifact, VariantInfo
 from llmc.runtime.binding import Tensor
+from llmc.runtime.cuda_decode import CudaDecoder
 from llmc.runtime.cuda_device import (
     Device,
     Graph,
@@ -53,6 +55,7 @@ class DeviceVariant(Described):
         self.module = Module(code, info.name)
         described = json.loads(launches)
         steps, self.overlaps = described["steps"], described["overlaps"]
+        self.choosers: dict[str, dict[str, Any]] | None = described.get("choosers")
         functions: dict[str, Any] = {}
         self.launches: list[tuple[Any, Dim, int, int, int]] = []
         for step in steps:
@@ -141,6 +144,9 @@ class CudaExecutor(Executor):
         self._plans: dict[tuple, Plan] = {}
         self._written: Plan | None = None  # whose header the pinned block holds
         self.graph_launches = 0
+        self.moves = 0  # how often memory that steps use has moved
+        self._decoders: list[CudaDecoder] = []
+        self._idle: dict[int, list[CudaDecoder]] = {}  # by the number of sequences
 
     def _table(self, addresses: Sequence[int]) -> Memory:
         """A table of pointers in device memory."""
@@ -170,10 +176,12 @@ class CudaExecutor(Executor):
         """Unload a variant that no step will choose any more, before the next step."""
         self._retired.append(variant)
 
-    def _unload_retired(self, chosen: DeviceVariant | None = None) -> None:
+    def unload_retired(self, chosen: DeviceVariant | None = None) -> None:
         """Between steps, when the device has done what it was given. What was just chosen for a
         step goes before the next. A later variant may get the same id, so nothing may be left that
         is found by it."""
+        if not self._retired:
+            return
         self.device.wait()
         for _ in range(len(self._retired)):
             variant = self._retired.popleft()
@@ -187,6 +195,8 @@ class CudaExecutor(Executor):
             for key in [key for key in self._plans if key[0] == id(variant)]:
                 if self._plans.pop(key) is self._written:
                     self._written = None
+            for decoder in self._decoders:
+                decoder.forget(variant)
             variant.module.close()
 
     def state_memory(self) -> int:
@@ -213,6 +223,52 @@ class CudaExecutor(Executor):
         memory.clear(self.device)
         self._state_table = self._table([memory.address + offset for offset in offsets])
 
+    # ---- decoding -----------------------------------------------------------------------------
+
+    def borrow_decoder(self, count: int, most_pages: int) -> CudaDecoder | None:
+        """A decoder of `count` sequences of up to so many pages; None where the artifact has no
+        kernels that choose tokens. Give it back to `return_decoder`."""
+        self.require_open()
+        if self.choosers() is None:
+            return None
+        self.device.use()
+        idle = self._idle.get(count)
+        if idle:
+            return idle.pop()
+        decoder = CudaDecoder(self, count, most_pages)
+        self._decoders.append(decoder)
+        return decoder
+
+    def return_decoder(self, decoder: CudaDecoder) -> None:
+        """A decoder that nobody uses any more."""
+        if not self._closed:
+            self._idle.setdefault(decoder.count, []).append(decoder)
+
+    def choosers(self) -> tuple[Module, dict[str, dict[str, Any]]] | None:
+        """The kernels that choose tokens (see llmc/ir/choice.py): they are the same in all
+        variants, and the generic one stays."""
+        generic = self.variants[-1]
+        return (generic.module, generic.choosers) if generic.choosers else None
+
+    def tables(self) -> tuple[int, int]:
+        """Device addresses of the tables of weights and states."""
+        return self._weight_table.address, self._state_table.address
+
+    def memory_for(self, plan: Plan) -> tuple[int, int]:
+        """Device addresses of the arena and the outputs, large enough for a step."""
+        self._at_least("arena", plan.arena_bytes)
+        outputs = self._at_least("outputs", plan.output_bytes)
+        return self._grown["arena"].address, outputs.address
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def require_open(self) -> None:
+        """LlmcError once it is closed."""
+        if self._closed:
+            raise LlmcError("this runtime is closed")
+
     # ---- a step -------------------------------------------------------------------------------
 
     def _wanted(self, names: Collection[str] | None) -> list[Tensor]:
@@ -222,8 +278,7 @@ class CudaExecutor(Executor):
     def _call(self, variant: Any, values: Mapping[str, int], given: Sequence[np.ndarray],
               results: Mapping[str, np.ndarray]) -> None:
         self.device.use()
-        if self._retired:
-            self._unload_retired(variant)
+        self.unload_retired(variant)
         started = time.perf_counter()
         plan = self._plan(variant, values, given)
         arena = self._at_least("arena", plan.arena_bytes)
@@ -254,12 +309,16 @@ class CudaExecutor(Executor):
         if plan is None:
             if len(self._plans) >= MEMO_SHAPES:
                 self._plans.clear()
-            sizes = {tensor.name: int(np.prod(tensor.concrete_shape(values), dtype=np.int64))
-                     * tensor.numpy.itemsize for tensor in self.outputs}
-            symbols = [values[info.name] for info in self.artifact.manifest.symbols]
-            plan = self._plans[key] = Plan.of(variant, values, symbols,
-                                              [array.nbytes for array in given], sizes)
+            plan = self._plans[key] = self.plan(variant, values, [each.nbytes for each in given])
         return plan
+
+    def plan(self, variant: Any, values: Mapping[str, int], inputs: Sequence[int] = ()) -> Plan:
+        """A step of these shapes; inputs: bytes of those that are copied in one block with the
+        arguments."""
+        sizes = {tensor.name: int(np.prod(tensor.concrete_shape(values), dtype=np.int64))
+                 * tensor.numpy.itemsize for tensor in self.outputs}
+        symbols = [values[info.name] for info in self.artifact.manifest.symbols]
+        return Plan.of(variant, values, symbols, inputs, sizes)
 
     def _run(self, variant: Any, plan: Plan, wanted: tuple[str, ...]) -> None:
         """The step's copies and kernels: one by one at first, as a graph when the shape repeats."""
@@ -282,16 +341,20 @@ class CudaExecutor(Executor):
     def _record(self, variant: Any, plan: Plan, wanted: Sequence[str]) -> None:
         stream, block = self.device.stream, self._grown["block"].address
         call("cuMemcpyHtoDAsync", block, self._grown["host block"].address, plan.copied, stream)
-        overlaps = False  # the first kernel needs the copy
-        for (function, _, threads, shared, layer), blocks in zip(variant.launches, plan.grids,
-                                                                 strict=True):
-            if blocks > 0:  # a shape may leave a stage nothing to do
-                launch(self.device, function, blocks, threads, shared, block, layer, overlaps)
-                overlaps = variant.overlaps
+        self.launch_stages(variant, plan, block)
         host, device = self._grown["host outputs"].address, self._grown["outputs"].address
         for place, size in (plan.outputs[name] for name in wanted):
             if size:
                 call("cuMemcpyDtoHAsync", host + place, device + place, size, stream)
+
+    def launch_stages(self, variant: Any, plan: Plan, arguments: int) -> None:
+        """Put a step's kernels on the stream. arguments: device address of the step's arguments."""
+        overlaps = False  # the first kernel needs what is ahead of it: the arguments
+        for (function, _, threads, shared, layer), blocks in zip(variant.launches, plan.grids,
+                                                                 strict=True):
+            if blocks > 0:  # a shape may leave a stage nothing to do
+                launch(self.device, function, blocks, threads, shared, arguments, layer, overlaps)
+                overlaps = variant.overlaps
 
     def _remember(self, key: tuple, graph: Graph | None) -> None:
         self._graphs[key] = graph
@@ -305,6 +368,7 @@ class CudaExecutor(Executor):
     def _drop_graphs(self) -> None:
         """Whatever holds addresses of memory that is about to move."""
         self.device.wait()
+        self.moves += 1
         self._written = None
         for graph in self._graphs.values():
             if graph is not None:
@@ -329,7 +393,9 @@ class CudaExecutor(Executor):
         self._closed = True
         self.device.use()
         self._drop_graphs()
-        self._unload_retired()
+        self.unload_retired()
+        for decoder in self._decoders:
+            decoder.close()
         for memory in (*self._grown.values(), self._weights, self._weight_table,
                        self._state_table, self._state_memory):
             if memory is not None:

@@ -151,6 +151,14 @@ class Executor:
     def retire(self, variant: Any) -> None:
         """No step will choose this variant any more: here it is freed with its last reference."""
 
+    def borrow_decoder(self, count: int, most_pages: int) -> Any:
+        """What decodes `count` sequences of up to so many pages without the host between its steps;
+        None where there is no such thing, as here. It goes back to `return_decoder`."""
+        return None
+
+    def return_decoder(self, decoder: Any) -> None:
+        """A decoder that nobody uses any more."""
+
     def choose(self, values: Mapping[str, int]) -> Any:
         """The most specific live variant that covers a shape."""
         return self.dispatch.table.choose(self.dispatch.shape(values), values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from llmc.errors import LlmcError, ModelError, ShapeError
 from llmc.ir.graph import Graph
 from llmc.runtime.artifact import Artifact, is_artifact
 from llmc.runtime.cpu import check_cpu
+from llmc.runtime.decode import DecodeLoop, Start, decode_loop
 from llmc.runtime.dispatch import DispatchTable
 from llmc.runtime.encoder import Encoder, Sentence, pool
 from llmc.runtime.events import Event
@@ -304,20 +305,53 @@ class Runtime:
         model = self._model
         assert isinstance(model, LanguageModel | OnnxLanguageModel)
         sequence = CachedSequence()
-        made, pending = 0, ids
+        tokens = self._tokens(sequence, ids, limit, sampling, number)
         try:
-            while limit is None or made < limit:
-                if sequence.length + len(pending) > model.max_context:
-                    return
-                token = self._next_token(sequence, pending, sampling, number)
+            for token in tokens:
                 if token in stops:
                     return
-                made += 1
-                pending = np.array([token], np.int32)
                 yield token
         finally:
+            tokens.close()
             with self._lock:
                 model.release(sequence)
+
+    def _tokens(self, sequence: CachedSequence, ids: np.ndarray, limit: int | None,
+                sampling: Sampling, number: int) -> Generator[int, None, None]:
+        """A sequence's tokens as they are chosen, until the context is full."""
+        model = self._model
+        assert isinstance(model, LanguageModel | OnnxLanguageModel)
+        count = model.max_context - len(ids) + 1
+        if limit is not None:
+            count = min(limit, count)
+        if count <= 0:
+            return
+        token = self._next_token(sequence, ids, sampling, number)
+        yield token
+        loop = None
+        if isinstance(model, LanguageModel) and count > 1:
+            start = Start(token, sequence.length, sampling, number, sequence.slot or 0)
+            with self._lock:
+                loop = decode_loop(model, [sequence], [start], count - 1)
+        if loop is not None:
+            yield from self._run_ahead(loop)
+            return
+        for _ in range(count - 1):
+            token = self._next_token(sequence, np.array([token], np.int32), sampling, number)
+            yield token
+
+    def _run_ahead(self, loop: DecodeLoop) -> Generator[int, None, None]:
+        """The tokens of a loop of one sequence."""
+        try:
+            while True:
+                with self._lock:
+                    tokens = loop.next()
+                if tokens is None:
+                    return
+                yield int(tokens[0])
+        finally:
+            with self._lock:
+                loop.finish()
 
     def _next_token(self, sequence: CachedSequence, pending: np.ndarray, sampling: Sampling,
                     number: int) -> int:

@@ -126,7 +126,7 @@ class LanguageModel:
         before = [(chunk.sequence, len(chunk.sequence.pages)) for chunk in chunks]
         try:
             for chunk in chunks:
-                self._reserve(chunk)
+                self.reserve(chunk)
             result = self._run(chunks, output)
         except BaseException:
             for sequence, pages in before:
@@ -152,7 +152,8 @@ class LanguageModel:
                 self.slots.lose(chunk.sequence)
             raise
 
-    def _reserve(self, chunk: Chunk) -> None:
+    def reserve(self, chunk: Chunk) -> None:
+        """Pages for a chunk's tokens; ShapeError if its sequence cannot get so long."""
         length = chunk.sequence.length + len(chunk.tokens)
         self.slots.reserve(chunk.sequence)
         if length <= min(len(chunk.sequence.pages) * PAGE, self.max_context) \

@@ -171,7 +171,7 @@ def test_evicted_code_is_unloaded_behind_the_last_step_and_leaves_nothing(
         chosen = executor.dispatch.choose(specializer.traffic.values(own))
         specializer.evict(own)
         assert FakeModule.loaded[NAME].open, "a step may have chosen it"
-        executor._unload_retired(chosen)
+        executor.unload_retired(chosen)
         assert FakeModule.loaded[NAME].open, "that step runs it"
         waits = executor.device.waits
         assert ran(runtime, 3) != NAME

@@ -1,0 +1,235 @@
+"""Decode steps that feed each other on the device: each is one launch of a captured graph.
+
+A graph is the step's kernels, then `sample` where some sequence is not greedy, then `advance`,
+which makes the chosen tokens the next step's input (see llmc/ir/choice.py). Nothing in it depends
+on the host, which may be some steps behind: it reads tokens from a ring in its own memory. The
+step's arguments are copied anew only when the page table gets more pages, or when memory moved.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmc.ir.choice import FIELDS, SAMPLING
+from llmc.runtime.cuda_device import Device, Graph, Memory, PinnedMemory, call, event, launch
+from llmc.runtime.decode import RING, Start
+
+if TYPE_CHECKING:
+    from llmc.runtime.cuda_executor import CudaExecutor, DeviceVariant, Plan
+
+ALIGNMENT = 256  # bytes, of what lies in a region
+ARGUMENTS = 9  # fields of a step's arguments
+LEAST_WIDTH = 8  # pages of the narrowest page table
+
+
+class Region:
+    """Device memory that the host fills. It has as many pinned copies as may be on their way."""
+
+    def __init__(self, device: Device, sizes: Mapping[str, int], copies: int = 1):
+        self.device = device
+        self._places, total = {}, 0
+        for name, size in sizes.items():
+            self._places[name] = total
+            total += -(-size // ALIGNMENT) * ALIGNMENT
+        self._memory = Memory(device, total, "arguments")
+        self._hosts = [(PinnedMemory(total), event()) for _ in range(copies)]
+
+    def at(self, name: str) -> int:
+        """Device address of a part."""
+        return self._memory.address + self._places[name]
+
+    def copy(self, parts: Mapping[str, np.ndarray]) -> None:
+        """Copy parts to the device, in the stream's order; the rest of the region is undefined."""
+        host, done = self._hosts[0]
+        self._hosts.append(self._hosts.pop(0))
+        call("cuEventSynchronize", done)
+        end = 0
+        for name, array in parts.items():
+            place = self._places[name]
+            host.array[place:place + array.nbytes] = array.reshape(-1).view(np.uint8)
+            end = max(end, place + array.nbytes)
+        call("cuMemcpyHtoDAsync", self._memory.address, host.address, end, self.device.stream)
+        call("cuEventRecord", done, self.device.stream)
+
+    def close(self) -> None:
+        self._memory.close()
+        for host, done in self._hosts:
+            host.close()
+            call("cuEventDestroy", done)
+
+
+class CudaDecoder:
+    """Memory and graphs for `count` sequences that decode together on a CudaExecutor.
+
+    `start`, then `step` and `read` in turn (at most RING - 1 steps may be unread). Whoever uses it
+    serialises that with the executor's own steps. most_pages: of a sequence.
+    """
+
+    def __init__(self, executor: CudaExecutor, count: int, most_pages: int):
+        self.executor, self.count = executor, count
+        self.trace: list[tuple[Any, Any]] | None = None  # events around each step, if wanted
+        self._graphs: dict[tuple, Graph] = {}
+        self._carried = Region(executor.device, {
+            "steps": 8, "sampling": 8 * len(SAMPLING) * count,
+            "ids": 4 * count, "positions": 4 * count, "sequence": 4 * count,
+            "offsets": 4 * (count + 1), "rows": 4 * count, "slots": 4 * count})
+        numbers = ARGUMENTS + len(executor.symbols) + len(executor.inputs) + len(executor.outputs)
+        self._block = Region(executor.device, {
+            "choice": 8 * len(FIELDS), "arguments": 8 * numbers,
+            "page_table": 4 * count * round_width(most_pages)}, copies=2)
+        self._ring = PinnedMemory(4 * RING * count)
+        self._tokens = self._ring.array[:4 * RING * count].view(np.int32).reshape(RING, count)
+        self._events = [event() for _ in range(RING)]
+        self._launched = self._read = 0
+
+    def start(self, starts: Sequence[Start]) -> None:
+        """Begin with these sequences, as many as this decoder is for."""
+        self.executor.device.use()
+        self._launched = self._read = 0
+        self._prepared: tuple | None = None
+        self._sampled = any(each.sampling.temperature > 0 for each in starts)
+        numbers = np.arange(self.count + 1, dtype=np.int32)
+        self._carried.copy({
+            "steps": np.zeros(1, np.int64), "sampling": sampling_fields(starts),
+            "ids": np.array([each.token for each in starts], np.int32),
+            "positions": np.array([each.position for each in starts], np.int32),
+            "slots": np.array([each.slot for each in starts], np.int32),
+            "sequence": numbers[:-1], "rows": numbers[:-1], "offsets": numbers})
+
+    def step(self, page_rows: Sequence[np.ndarray], changed: bool) -> None:
+        """Put the next step on the stream. page_rows: each sequence's pages, i32, enough for the
+        step's tokens; changed: whether they are others than at the step before."""
+        executor, device = self.executor, self.executor.device
+        executor.require_open()
+        device.use()
+        if changed:
+            self._values = executor.known | {
+                "tokens": self.count, "sequences": self.count, "rows": self.count,
+                "table_width": round_width(max(map(len, page_rows)))}
+        variant: Any = executor.dispatch.choose(self._values)
+        executor.unload_retired(variant)
+        prepared = (id(variant), executor.moves)
+        if changed or prepared != self._prepared:
+            self._graph = self._prepare(variant, page_rows)
+            self._prepared = (id(variant), executor.moves)
+        if self._launched == self._read:
+            self._since = time.perf_counter()
+        self._variant = variant
+        self._launch()
+        call("cuEventRecord", self._events[self._launched % RING], device.stream)
+        self._launched += 1
+        executor.graph_launches += 1
+
+    def read(self) -> np.ndarray:
+        """The tokens of the oldest step that was not read, i32 [count]; waits for it."""
+        self.executor.require_open()
+        slot = self._read % RING
+        call("cuEventSynchronize", self._events[slot])
+        self._read += 1
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        self._variant.calls += 1
+        self._variant.seconds += seconds
+        self.executor.dispatch.observe(self._values, self._variant, seconds)
+        return self._tokens[slot].copy()
+
+    def drain(self) -> None:
+        """Wait for all steps, whose tokens are dropped."""
+        if self._launched > self._read and not self.executor.closed:
+            call("cuEventSynchronize", self._events[(self._launched - 1) % RING])
+        self._read = self._launched
+
+    def _launch(self) -> None:
+        if self.trace is None:
+            self._graph.launch()
+            return
+        begin, end = event(timed=True), event(timed=True)
+        call("cuEventRecord", begin, self.executor.device.stream)
+        self._graph.launch()
+        call("cuEventRecord", end, self.executor.device.stream)
+        self.trace.append((begin, end))
+
+    # ---- what steps are given -------------------------------------------------------------------
+
+    def _prepare(self, variant: DeviceVariant, page_rows: Sequence[np.ndarray]) -> Graph:
+        """Put the step's arguments on the device; the graph for it."""
+        plan = self.executor.plan(variant, self._values)
+        arena, outputs = self.executor.memory_for(plan)
+        table = np.zeros((self.count, self._values["table_width"]), np.int32)
+        for row, pages in zip(table, page_rows, strict=True):
+            row[:len(pages)] = pages
+        self._block.copy({"choice": self._choice(plan, outputs), "page_table": table,
+                          "arguments": self._arguments(plan, arena, outputs)})
+        key = (id(variant), plan.grids, self._sampled)
+        if key not in self._graphs:
+            self._graphs[key] = Graph(self.executor.device, lambda: self._record(variant, plan))
+        return self._graphs[key]
+
+    def _arguments(self, plan: Plan, arena: int, outputs: int) -> np.ndarray:
+        """The step's arguments, symbols, and tables of pointers."""
+        at_symbols = self._block.at("arguments") + 8 * ARGUMENTS
+        at_inputs = at_symbols + 8 * len(plan.symbols)
+        at_outputs = at_inputs + 8 * len(self.executor.inputs)
+        inputs = [(self._block if tensor.name == "page_table" else self._carried).at(tensor.name)
+                  for tensor in self.executor.inputs]
+        return np.array([at_symbols, at_inputs, at_outputs, *self.executor.tables(), arena, 0, 0, 0,
+                         *plan.symbols, *inputs,
+                         *(outputs + place for place, _ in plan.outputs.values())], np.uint64)
+
+    def _choice(self, plan: Plan, outputs: int) -> np.ndarray:
+        carried = ("ids", "positions", "steps", "sampling")
+        fields = {name: self._carried.at(name) for name in carried}
+        fields |= {name: outputs + plan.outputs[name][0] for name in ("greedy", "logits")}
+        fields |= {"ring": self._ring.address, "slots": RING, "sequences": self.count,
+                   "vocabulary": plan.outputs["logits"][1] // (4 * self.count)}
+        return np.array([fields[name] for name in FIELDS], np.uint64)
+
+    def _record(self, variant: DeviceVariant, plan: Plan) -> None:
+        self.executor.launch_stages(variant, plan, self._block.at("arguments"))
+        found = self.executor.choosers()
+        assert found is not None
+        module, choosers = found
+        for name in ("sample", "advance") if self._sampled else ("advance",):
+            each = choosers[name]
+            function = module.function(each["kernel"], each["shared_bytes"])
+            blocks = self.count if each["blocks"] == "sequences" else 1
+            launch(self.executor.device, function, blocks, each["threads"], each["shared_bytes"],
+                   self._block.at("choice"), 0)
+
+    def forget(self, variant: DeviceVariant) -> None:
+        """Drop the graphs of code that is about to be unloaded; the device is done with it."""
+        for key in [key for key in self._graphs if key[0] == id(variant)]:
+            self._graphs.pop(key).close()
+        self._prepared = None
+
+    def close(self) -> None:
+        """Free everything; the device must be done with it. Nothing can be read any more."""
+        for graph in self._graphs.values():
+            graph.close()
+        for region in (self._carried, self._block):
+            region.close()
+        self._ring.close()
+        for each in self._events:
+            call("cuEventDestroy", each)
+
+
+def round_width(pages: int) -> int:
+    """Pages of the page table for a sequence with so many: a step's grids may depend on it, and
+    each has a graph of its own, so few widths should do. At most 7 or a quarter more."""
+    step = max(LEAST_WIDTH, 1 << max(0, (pages - 1).bit_length() - 3))
+    return -(-pages // step) * step
+
+
+def sampling_fields(starts: Sequence[Start]) -> np.ndarray:
+    """i64 [sequences, fields of SAMPLING]."""
+    fields = np.zeros((len(starts), len(SAMPLING)), np.int64)
+    for row, start in zip(fields, starts, strict=True):
+        sampling = start.sampling
+        row[:3] = np.array([sampling.temperature, sampling.top_p, sampling.min_p]).view(np.int64)
+        row[3] = sampling.top_k
+        row[4:] = np.array([sampling.seed & (2**64 - 1), start.choice], np.uint64).view(np.int64)
+    return fields
