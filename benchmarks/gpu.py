@@ -41,7 +41,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import make_model  # noqa: E402
 
 CONTEXT = 1024  # tokens behind the middle one of those that are timed
-WARM, TIMED = 32, 128  # tokens of a decode run
+WARM, TIMED, SPARE = 32, 128, 8  # tokens of a decode run; those that are not read keep it going
 PROMPT = 2048
 BANDWIDTH_BYTES = 4 << 30
 MODEL_BYTES = 45 << 30
@@ -95,20 +95,20 @@ def read_ptx() -> str:
     return READ_PTX.format(values=4 * READS, loads="\n".join(loads), joins="\n".join(joins))
 
 
-class Event:
+def make_event(device: Any) -> Any:
     """A point of the GPU's stream, with its time."""
+    from llmc.runtime.cuda_device import call, event
 
-    def __init__(self, device: Any):
-        from llmc.runtime.cuda_device import call
+    made = event(timed=True)
+    call("cuEventRecord", made, device.stream)
+    return made
 
-        self._event = call("cuEventCreate", 0)
-        call("cuEventRecord", self._event, device.stream)
 
-    def until(self, later: Event) -> float:
-        """Seconds; both must have passed."""
-        from llmc.runtime.cuda_device import call
+def between(begin: Any, end: Any) -> float:
+    """Seconds from one event to another; both must have passed."""
+    from llmc.runtime.cuda_device import call
 
-        return call("cuEventElapsedTime", self._event, later._event) / 1e3
+    return call("cuEventElapsedTime", begin, end) / 1e3
 
 
 def read_bandwidth(device: Any) -> float:
@@ -124,11 +124,11 @@ def read_bandwidth(device: Any) -> float:
     memory.clear(device, 0x5A)
     seconds = []
     for _ in range(12):
-        begin = Event(device)
+        begin = make_event(device)
         launch(device, function, blocks, READ_THREADS, 0, memory.address, turns)
-        end = Event(device)
+        end = make_event(device)
         device.wait()
-        seconds.append(begin.until(end))
+        seconds.append(between(begin, end))
     memory.close()
     module.close()
     return turns * blocks * READ_THREADS * READS * 16 / statistics.median(seconds[2:])
@@ -180,10 +180,12 @@ def start_part(shape: str, work: Path) -> dict[str, Any]:
     """Seconds from the start of a process; the second one, for which everything is in memory."""
     for _ in range(2):
         started = time.time()
-        output = subprocess.run(
-            [sys.executable, "-c", FIRST_TOKEN, str(work / f"{shape}.llmc")], check=True,
-            capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)}).stdout
-    imported, ready, token = (float(text) - started for text in output.split())
+        done = subprocess.run(
+            [sys.executable, "-c", FIRST_TOKEN, str(work / f"{shape}.llmc")], text=True,
+            capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        if done.returncode:
+            sys.exit(done.stderr)
+    imported, ready, token = (float(text) - started for text in done.stdout.split())
     return {"imported": round(imported, 2), "loaded": round(ready, 2),
             "first_token": round(token, 2)}
 
@@ -204,44 +206,83 @@ def decode_bytes(shape: str) -> int:
 
 
 class Timeline:
-    """Events round every step that an executor runs, from now on until `stop`."""
+    """Events round every step that an executor or its decoders run, from now on until `stop`."""
 
     def __init__(self, executor: Any):
-        self.steps: list[tuple[Event, Event]] = []
+        self.steps: list[tuple[Any, Any]] = []
         self._executor, self._run = executor, executor._run
         executor._run = self._timed
+        self._trace(self.steps)
+
+    def _trace(self, steps: list[tuple[Any, Any]] | None) -> None:
+        for decoder in getattr(self._executor, "_decoders", ()):
+            decoder.trace = steps
 
     def _timed(self, *arguments: Any) -> None:
-        begin = Event(self._executor.device)
+        begin = make_event(self._executor.device)
         self._run(*arguments)
-        self.steps.append((begin, Event(self._executor.device)))
+        self.steps.append((begin, make_event(self._executor.device)))
 
     def stop(self) -> list[float]:
         """Seconds of each step."""
         self._executor._run = self._run
+        self._trace(None)
         self._executor.device.wait()
-        return [begin.until(end) for begin, end in self.steps]
+        return [between(begin, end) for begin, end in self.steps]
 
     def busy(self) -> float:
         """Share of the time from the first step's begin to the last one's end in which one ran."""
-        running = sum(begin.until(end) for begin, end in self.steps)
-        return running / self.steps[0][0].until(self.steps[-1][1])
+        running = sum(between(begin, end) for begin, end in self.steps)
+        return running / between(self.steps[0][0], self.steps[-1][1])
 
 
-def decode(runtime: Any, timeline: bool) -> tuple[float, Timeline | None]:
-    """Seconds a token by the clock, greedy, one sequence; and its steps' events if they are
-    wanted."""
+class Waiting:
+    """Adds up the seconds for which the host waits for the GPU, until `stop`."""
+
+    def __init__(self, device: Any):
+        self.seconds = 0.0
+        self._patched: list[tuple[Any, str, Any]] = []
+        self._patch(device, "wait", lambda *_: True)
+        decoding = sys.modules.get("llmc.runtime.cuda_decode")
+        if decoding is not None:
+            self._patch(decoding, "call", lambda name, *_: name == "cuEventSynchronize")
+
+    def _patch(self, owner: Any, name: str, waits: Callable[..., bool]) -> None:
+        original = getattr(owner, name)
+
+        def timed(*arguments: Any) -> Any:
+            if not waits(*arguments):
+                return original(*arguments)
+            started = time.perf_counter()
+            result = original(*arguments)
+            self.seconds += time.perf_counter() - started
+            return result
+
+        self._patched.append((owner, name, original))
+        setattr(owner, name, timed)
+
+    def stop(self) -> float:
+        for owner, name, original in self._patched:
+            setattr(owner, name, original)
+        return self.seconds
+
+
+def decode(runtime: Any, watch: Callable[[], Any] = lambda: None) -> tuple[float, Any]:
+    """Seconds a token by the clock, greedy, one sequence; and what `watch` made before the first
+    of them."""
     prompt = np.random.default_rng(0).integers(3, 32000, CONTEXT - WARM - TIMED // 2)
-    tokens = runtime.generate(prompt, WARM + TIMED, ignore_eos=True)
+    tokens = runtime.generate(prompt, WARM + TIMED + SPARE, ignore_eos=True)
     for _ in range(WARM):
         next(tokens)
-    events = Timeline(runtime.executor) if timeline else None
+    watched = watch()
     started = time.perf_counter()
     for _ in range(TIMED):
         next(tokens)
     seconds = (time.perf_counter() - started) / TIMED
+    if watched is not None:
+        watched.result = watched.stop()
     tokens.close()
-    return seconds, events
+    return seconds, watched
 
 
 def prefill(runtime: Any) -> tuple[float, float]:
@@ -269,11 +310,11 @@ def model_part(shape: str, work: Path) -> dict[str, Any]:
                            specialize="none")
     loading = time.perf_counter() - started
     bandwidth = read_bandwidth(runtime.executor.device)
-    decode(runtime, False)
-    wall = min(decode(runtime, False)[0] for _ in range(3))
-    _, events = decode(runtime, True)
-    assert events is not None
-    steps = statistics.median(events.stop())
+    decode(runtime)
+    wall = statistics.median(decode(runtime)[0] for _ in range(3))
+    clocked, waiting = decode(runtime, lambda: Waiting(runtime.executor.device))
+    _, events = decode(runtime, lambda: Timeline(runtime.executor))
+    steps = statistics.median(events.result)
     own = decode_bytes(shape) / bandwidth
     clock, device = prefill(runtime)
     result = {
@@ -281,7 +322,7 @@ def model_part(shape: str, work: Path) -> dict[str, Any]:
         "decode": {"milliseconds": round(wall * 1e3, 3), "events_ms": round(steps * 1e3, 3),
                    "share_of_bandwidth": round(own / wall, 3),
                    "events_share": round(own / steps, 3),
-                   "host_microseconds": round((wall - steps) * 1e6, 1),
+                   "host_microseconds": round((clocked - waiting.result / TIMED) * 1e6, 1),
                    "gpu_busy": round(events.busy(), 3)},
         "prefill": {"tokens": PROMPT, "milliseconds": round(clock * 1e3, 2),
                     "events_ms": round(device * 1e3, 2),
