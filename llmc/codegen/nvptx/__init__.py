@@ -38,6 +38,7 @@ KERNELS = {
     "cumsum": ("single", "AlongAxisKernel"),
     "top_k": ("single", "AlongAxisKernel"),
     "scatter": ("single", "ScatterKernel"),
+    "scan": ("scan", "scan"),
 }
 
 
