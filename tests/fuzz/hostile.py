@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+from typing import Any
+
 import numpy as np
 
 from llmc.ir.dims import evaluate
 from llmc.runtime.executor import Executor
 from llmc.runtime.memory import aligned_empty
+
+if TYPE_CHECKING:
+    from llmc.runtime.cuda_executor import CudaExecutor
 
 NAN = 0xFF  # NaN in every float type, -1 in integers
 
@@ -14,6 +21,9 @@ NAN = 0xFF  # NaN in every float type, -1 in integers
 def spoil_memory(executor: Executor, byte: int = NAN) -> None:
     """From now on every step begins with arena, scratch and outputs full of a byte."""
     launch = executor._call
+    if hasattr(executor, "device"):
+        _spoil_device_memory(executor, byte)
+        return
 
     def call(variant, values, given, results) -> None:
         arena = evaluate(variant.arena, values)
@@ -27,10 +37,41 @@ def spoil_memory(executor: Executor, byte: int = NAN) -> None:
     executor._call = call  # type: ignore[method-assign]
 
 
-def spoil_states(executor: Executor, byte: int = NAN) -> None:
+def _spoil_device_memory(executor: Any, byte: int) -> None:
+    launch = executor._call
+
+    def call(variant, values, given, results) -> None:
+        executor.device.use()
+        executor.memory_for(executor._plan(variant, values, given))
+        for name in ("arena", "outputs"):
+            executor._grown[name].clear(executor.device, byte)
+        launch(variant, values, given, results)
+
+    executor._call = call
+
+
+def spoil_states(executor: Any, byte: int = NAN) -> None:
     """Fill every page of every state."""
+    if hasattr(executor, "device"):
+        executor.device.use()
+        executor._state_memory.clear(executor.device, byte)
+        return
     for state in executor._states:
         state[:] = byte
+
+
+def spoil_device(executor: CudaExecutor, byte: int = NAN) -> None:
+    """The same on a GPU: every page now, and arena and outputs before every step."""
+    assert executor._state_memory is not None
+    executor._state_memory.clear(executor.device, byte)
+    launch = executor._run
+
+    def run(*arguments: Any) -> None:
+        for name in ("arena", "outputs"):
+            executor._grown[name].clear(executor.device, byte)
+        launch(*arguments)
+
+    executor._run = run  # type: ignore[method-assign]
 
 
 def _filled(memory: np.ndarray, size: int, byte: int) -> np.ndarray:

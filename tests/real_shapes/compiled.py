@@ -12,25 +12,30 @@ from llmc.codegen.target import Target
 from llmc.driver import compile_model
 from llmc.runtime.pages import Sequence as CachedSequence
 from llmc.runtime.step import Chunk, LanguageModel
-from tests.fuzz.hostile import spoil_memory, spoil_states
+from llmc.runtime.targets import resolve_target
+from tests.fuzz.hostile import spoil_device, spoil_memory, spoil_states
 
 
-def build(checkpoint: Path, dtype: str, output: Path) -> Path:
-    """Compile a checkpoint for this CPU into an artifact."""
-    return compile_model(checkpoint, Target.host(), dtype).write(output)
+def build(checkpoint: Path, dtype: str, output: Path, target: str = "host") -> Path:
+    """Compile a checkpoint for this CPU, or for this machine's GPU ("nvptx"), into an artifact."""
+    return compile_model(checkpoint, Target.parse(resolve_target(target)), dtype).write(output)
 
 
 class PoisonedModel:
     """A language model's steps. Pages come in random order and are NaN until they are written."""
 
-    def __init__(self, artifact: Path, threads: int):
-        self.runtime = llmc.Runtime(artifact, threads=threads, max_context=2112, max_batch=4)
+    def __init__(self, artifact: Path, threads: int, target: str = "host"):
+        self.runtime = llmc.Runtime(artifact, target, threads=threads, max_context=2112,
+                                    max_batch=4)
         executor = self.runtime.executor
         assert isinstance(self.runtime._model, LanguageModel)
         self.model = self.runtime._model
         np.random.default_rng(2).shuffle(self.model.pool._free)
-        spoil_states(executor)
-        spoil_memory(executor)
+        if target == "host":
+            spoil_states(executor)
+            spoil_memory(executor)
+        else:
+            spoil_device(executor)  # type: ignore[arg-type]
 
     def logits(self, sequences: Sequence[np.ndarray], past: Sequence[int], new: Sequence[int]
                ) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""Every host kernel of a Llama at real layer shapes against float64.
+"""Every kernel of a Llama at real layer shapes against float64.
 
 One f64 evaluation of a few whole sequences is the oracle of every step: a step of the first tokens
 of a sequence, and one that goes on after any of them, must give the rows of the whole. The compiled
@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 
 from benchmarks import make_model
+from llmc.errors import DeviceError
 from llmc.frontend.model import load_model
+from llmc.runtime.cuda_device import Device
 from tests.real_shapes.compiled import PoisonedModel, build
 from tests.real_shapes.reference import (
     Error,
@@ -83,13 +85,14 @@ class Case:
     def error(self, got: np.ndarray, step: Step) -> Error:
         return Error.of(got, self.rows(self.oracle, step), self.scale)
 
-    def check(self, dtype: str, steps: Sequence[Step], threads: int = 2) -> None:
+    def check(self, dtype: str, steps: Sequence[Step], target: str = "host", threads: int = 2
+              ) -> None:
         """Run all steps in one dtype; the failure lists every step that is off."""
         rounded = interpret_sequences(load_model(self.checkpoint, dtype), self.sequences, False)
         everything = Error.of(np.concatenate(rounded), np.concatenate(self.oracle), self.scale)
         chain = one_chain(self.longest_sum, np.concatenate(self.oracle), self.scale)
-        artifact = build(self.checkpoint, dtype, self.directory / f"{dtype}.llmc")
-        model = PoisonedModel(artifact, threads)
+        artifact = build(self.checkpoint, dtype, self.directory / f"{dtype}.llmc", target)
+        model = PoisonedModel(artifact, threads, target)
         wrong = []
         print(f"\n{self.checkpoint.name} {dtype}")
         for step in steps:
@@ -105,20 +108,30 @@ class Case:
         assert not wrong, "\n".join(wrong)
 
 
-def test_a_sample_at_1b_shapes(tmp_path):
+@pytest.fixture(params=["host", pytest.param("nvptx", marks=pytest.mark.gpu)])
+def target(request) -> str:
+    if request.param == "nvptx":
+        try:
+            Device()
+        except DeviceError as error:
+            pytest.skip(str(error))
+    return request.param
+
+
+def test_a_sample_at_1b_shapes(tmp_path, target):
     lengths = [129, 33, 17]
     case = Case("1b", lengths, tmp_path)
     steps = [*prompts((1, 7, 129)), Step("decode of 3", [0, 1, 2], [127, 31, 16], [1, 1, 1]),
              Step("mixed", [2, 0, 1], [0, 31, 32], [17, 98, 1])]
-    case.check("f32", steps)
-    case.check("bf16", steps)
+    case.check("f32", steps, target)
+    case.check("bf16", steps, target)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["1b", "8b"])
-def test_every_step(shape, tmp_path):
+def test_every_step(shape, tmp_path, target):
     lengths = [2047, *(int(n) for n in np.random.default_rng(4).integers(1, 64, 32) * 2 + 1)]
     case = Case(shape, lengths, tmp_path)
     steps = [*prompts((1, 2, 3, 4, 5, 7, 8, 17, 64, 129, 512, 2047)), *mixed(lengths)]
-    case.check("f32", steps)
-    case.check("bf16", steps)
+    case.check("f32", steps, target)
+    case.check("bf16", steps, target)

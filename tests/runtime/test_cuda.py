@@ -1,7 +1,9 @@
 """The runtime on GPUs: choosing code and refusing without a GPU, goldens and graphs with one."""
 
 import ctypes
+import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +18,10 @@ from llmc import cli
 from llmc.errors import DeviceError
 from llmc.runtime import cuda_device
 from llmc.runtime.cuda_device import Device, choose_architecture
+from llmc.runtime.pages import Sequence
+from llmc.runtime.step import Chunk
 from llmc.runtime.targets import resolve_target
+from tests.conftest import EMBEDDED
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 
@@ -158,16 +163,55 @@ def test_goldens(gpu, model, dtype):
     assert run_goldens(model, dtype) <= tolerance
 
 
+@pytest.fixture(scope="module")
+def embedded(gpu):
+    """The embedded model on the GPU, in f32."""
+    with llmc.Runtime(EMBEDDED, target="nvptx", specialize="none", max_batch=2) as runtime:
+        yield runtime
+
+
 @pytest.mark.gpu
-def test_a_decode_step_is_one_graph_launch_and_repeats(gpu, embedded_goldens):
-    golden = embedded_goldens[0]
-    embedded = Path(llmc.__file__).parent / "data" / "stories260K"
-    with llmc.Runtime(embedded, target="nvptx") as runtime:
+def test_a_decode_step_is_one_graph_launch_and_repeats(embedded, embedded_goldens):
+    for golden in embedded_goldens * 2:
         count = len(golden["greedy_ids"])
-        turns = []
-        for _ in range(2):
-            before = runtime.executor.graph_launches
-            turns.append(list(runtime.generate(golden["prompt_ids"], max_new_tokens=count,
-                                               ignore_eos=True)))
-        assert turns == [golden["greedy_ids"]] * 2
-        assert runtime.executor.graph_launches - before >= count - 1
+        before = embedded.executor.graph_launches
+        tokens = list(embedded.generate(golden["prompt_ids"], count, ignore_eos=True))
+        assert tokens == golden["greedy_ids"]
+        assert embedded.executor.graph_launches - before >= count - 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [
+    {}, {"temperature": 1.0, "seed": 7},
+    {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "seed": 2**63 + 5}])
+def test_the_device_chooses_what_the_host_would(embedded, embedded_goldens, monkeypatch, options):
+    prompt = embedded_goldens[1]["prompt_ids"]
+
+    def generate() -> Iterator[int]:
+        monkeypatch.setattr(embedded, "_generations", 3)
+        return embedded.generate(prompt, 150, ignore_eos=True, **options)
+
+    tokens = list(generate())
+    pairs = list(zip(generate(), generate(), strict=True))  # two at a time
+    assert pairs == [(token, token) for token in tokens]
+    monkeypatch.setattr(embedded.executor, "borrow_decoder", lambda *_: None)
+    assert tokens == list(generate())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_a_thousand_steps_repeat_bit_for_bit(gpu, embedded_goldens, dtype):
+    def digest(runtime: llmc.Runtime) -> str:
+        result = hashlib.sha256()
+        for golden in embedded_goldens:
+            sequence = Sequence()
+            tokens = golden["prompt_ids"]
+            for _ in range(334):
+                logits = runtime.step([Chunk(sequence, tokens, 1)])
+                result.update(logits.tobytes())
+                tokens = [int(logits[0].argmax())]
+            runtime.release(sequence)
+        return result.hexdigest()
+
+    with llmc.Runtime(EMBEDDED, target="nvptx", dtype=dtype, specialize="none") as runtime:
+        assert digest(runtime) == digest(runtime)
