@@ -6,6 +6,7 @@
 bandwidth            bytes per second at which a kernel reads memory: the ceiling of decoding
 compile-1b, -8b      a checkpoint of that shape, compiled for this GPU with nothing cached
 start-1b             start of a process to its first token, weights in the page cache
+steps-1b             decoding at context 1024 where the host takes every step, as a server's does
 model-1b, -8b        decoding at context 1024 (ms a token by the clock and by the GPU's events,
                      share of the bandwidth, host's time, GPU busy) and 2048 tokens at once
 matmul               products of the 8B layers beside torch.mm (cuBLAS)
@@ -215,7 +216,7 @@ class Timeline:
         self._trace(self.steps)
 
     def _trace(self, steps: list[tuple[Any, Any]] | None) -> None:
-        for decoder in getattr(self._executor, "_decoders", ()):
+        for decoder in self._executor._decoders:
             decoder.trace = steps
 
     def _timed(self, *arguments: Any) -> None:
@@ -240,12 +241,12 @@ class Waiting:
     """Adds up the seconds for which the host waits for the GPU, until `stop`."""
 
     def __init__(self, device: Any):
+        from llmc.runtime import cuda_decode
+
         self.seconds = 0.0
         self._patched: list[tuple[Any, str, Any]] = []
         self._patch(device, "wait", lambda *_: True)
-        decoding = sys.modules.get("llmc.runtime.cuda_decode")
-        if decoding is not None:
-            self._patch(decoding, "call", lambda name, *_: name == "cuEventSynchronize")
+        self._patch(cuda_decode, "call", lambda name, *_: name == "cuEventSynchronize")
 
     def _patch(self, owner: Any, name: str, waits: Callable[..., bool]) -> None:
         original = getattr(owner, name)
@@ -302,34 +303,47 @@ def prefill(runtime: Any) -> tuple[float, float]:
     return statistics.median(walls[3:]), statistics.median(events.stop()[3:])
 
 
-def model_part(shape: str, work: Path) -> dict[str, Any]:
+def open_model(shape: str, work: Path) -> Any:
     import llmc
 
-    started = time.perf_counter()
-    runtime = llmc.Runtime(work / f"{shape}.llmc", target="nvptx", max_context=4096,
-                           specialize="none")
-    loading = time.perf_counter() - started
-    bandwidth = read_bandwidth(runtime.executor.device)
+    return llmc.Runtime(work / f"{shape}.llmc", target="nvptx", max_context=4096,
+                        specialize="none")
+
+
+def decoding(runtime: Any, shape: str, bandwidth: float) -> dict[str, float]:
+    """Figures of a token. bandwidth: bytes per second."""
     decode(runtime)
     wall = statistics.median(decode(runtime)[0] for _ in range(3))
-    clocked, waiting = decode(runtime, lambda: Waiting(runtime.executor.device))
+    watched, waiting = decode(runtime, lambda: Waiting(runtime.executor.device))
     _, events = decode(runtime, lambda: Timeline(runtime.executor))
     steps = statistics.median(events.result)
     own = decode_bytes(shape) / bandwidth
+    return {"milliseconds": round(wall * 1e3, 3), "events_ms": round(steps * 1e3, 3),
+            "share_of_bandwidth": round(own / wall, 3), "events_share": round(own / steps, 3),
+            "host_microseconds": round((watched - waiting.result / TIMED) * 1e6, 1),
+            "gpu_busy": round(events.busy(), 3)}
+
+
+def steps_part(shape: str, work: Path) -> dict[str, Any]:
+    """The host chooses each token before it begins the next step."""
+    runtime = open_model(shape, work)
+    runtime.executor.borrow_decoder = lambda *_: None
+    bandwidth = read_bandwidth(runtime.executor.device)
+    return {"decode": decoding(runtime, shape, bandwidth)}
+
+
+def model_part(shape: str, work: Path) -> dict[str, Any]:
+    started = time.perf_counter()
+    runtime = open_model(shape, work)
+    loading = time.perf_counter() - started
+    bandwidth = read_bandwidth(runtime.executor.device)
     clock, device = prefill(runtime)
-    result = {
-        "load_seconds": round(loading, 2), "bandwidth_gigabytes": round(bandwidth / 1e9),
-        "decode": {"milliseconds": round(wall * 1e3, 3), "events_ms": round(steps * 1e3, 3),
-                   "share_of_bandwidth": round(own / wall, 3),
-                   "events_share": round(own / steps, 3),
-                   "host_microseconds": round((clocked - waiting.result / TIMED) * 1e6, 1),
-                   "gpu_busy": round(events.busy(), 3)},
-        "prefill": {"tokens": PROMPT, "milliseconds": round(clock * 1e3, 2),
-                    "events_ms": round(device * 1e3, 2),
-                    "tokens_per_second": round(PROMPT / clock),
-                    "events_tokens_per_second": round(PROMPT / device)}}
-    runtime.close()
-    return result
+    return {"load_seconds": round(loading, 2), "bandwidth_gigabytes": round(bandwidth / 1e9),
+            "decode": decoding(runtime, shape, bandwidth),
+            "prefill": {"tokens": PROMPT, "milliseconds": round(clock * 1e3, 2),
+                        "events_ms": round(device * 1e3, 2),
+                        "tokens_per_second": round(PROMPT / clock),
+                        "events_tokens_per_second": round(PROMPT / device)}}
 
 
 # ---- kernels alone ------------------------------------------------------------------------------
@@ -376,6 +390,7 @@ PARTS: dict[str, tuple[Callable[[Path], dict[str, Any]], int]] = {  # most secon
     "bandwidth": (bandwidth_part, 30),
     "compile-1b": (lambda work: compile_part("1b", work), 60),
     "start-1b": (lambda work: start_part("1b", work), 40),
+    "steps-1b": (lambda work: steps_part("1b", work), 40),
     "model-1b": (lambda work: model_part("1b", work), 60),
     "compile-8b": (lambda work: compile_part("8b", work), 120),
     "model-8b": (lambda work: model_part("8b", work), 90),
