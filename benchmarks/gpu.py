@@ -14,8 +14,8 @@ attention-prefill,   attention alone beside torch's FLASH_ATTENTION
 attention-decode
 
 A part is a process of its own with a limit in seconds: one that fails says so in its line, and the
-others go on. start and model need the artifact that compile left in --work (by default a directory
-that is gone afterwards). Results are merged into benchmarks/results/<device>.json.
+others go on. start, steps and model need the artifact that compile left in --work (by default a
+directory that is gone afterwards). Results are merged into benchmarks/results/<device>.json.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import make_model  # noqa: E402
+
+from llmc.errors import DeviceError  # noqa: E402
 
 CONTEXT = 1024  # tokens behind the middle one of those that are timed
 WARM, TIMED, SPARE = 32, 128, 8  # tokens of a decode run; those that are not read keep it going
@@ -449,7 +451,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if unknown := set(options.parts.split(",")) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-    device = open_device()
+    try:
+        device = open_device()
+    except DeviceError as error:
+        print(f"gpu.py: {error}", file=sys.stderr)
+        return 1
     facts = {"name": device.name, "architecture": device.architecture, "driver": device.cuda}
     output = options.output or ROOT / "benchmarks/results" / (
         device.name.lower().replace(" ", "-") + ".json")
