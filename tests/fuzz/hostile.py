@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from typing import Any
-
 import numpy as np
 
 from llmc.ir.dims import evaluate
@@ -21,9 +19,6 @@ NAN = 0xFF  # NaN in every float type, -1 in integers
 def spoil_memory(executor: Executor, byte: int = NAN) -> None:
     """From now on every step begins with arena, scratch and outputs full of a byte."""
     launch = executor._call
-    if hasattr(executor, "device"):
-        _spoil_device_memory(executor, byte)
-        return
 
     def call(variant, values, given, results) -> None:
         arena = evaluate(variant.arena, values)
@@ -37,25 +32,8 @@ def spoil_memory(executor: Executor, byte: int = NAN) -> None:
     executor._call = call  # type: ignore[method-assign]
 
 
-def _spoil_device_memory(executor: Any, byte: int) -> None:
-    launch = executor._call
-
-    def call(variant, values, given, results) -> None:
-        executor.device.use()
-        executor.memory_for(executor._plan(variant, values, given))
-        for name in ("arena", "outputs"):
-            executor._grown[name].clear(executor.device, byte)
-        launch(variant, values, given, results)
-
-    executor._call = call
-
-
-def spoil_states(executor: Any, byte: int = NAN) -> None:
+def spoil_states(executor: Executor, byte: int = NAN) -> None:
     """Fill every page of every state."""
-    if hasattr(executor, "device"):
-        executor.device.use()
-        executor._state_memory.clear(executor.device, byte)
-        return
     for state in executor._states:
         state[:] = byte
 
