@@ -133,7 +133,7 @@ def _mod_integer(e: Emitter, dtype: DType, a: ir.Value, b: ir.Value) -> ir.Value
 def _divide(e: Emitter, dtype: DType, a: ir.Value, b: ir.Value) -> ir.Value:
     """Floats: true division. Integers: towards zero, as ONNX asks; by zero gives 0."""
     if dtype.is_float:
-        return e.b.fdiv(a, b)
+        return e.divide(a, b)
     divisor = _safe_divisor(e, dtype, a, b)
     result = (e.b.sdiv if dtype.kind == "int" else e.b.udiv)(a, divisor)
     if dtype.kind == "int":

@@ -175,6 +175,10 @@ class Emitter:
         suffix = _suffix(a.type)
         return self.call(f"llvm.fma.{suffix}", a.type, a, b, c)
 
+    def divide(self, a, b):
+        """a / b of floats, correctly rounded wherever the target can afford it."""
+        return self.b.fdiv(a, b)
+
     def multiply_add(self, a, b, c):
         """a * b + c, fused where the CPU has such an instruction: never a call of fmaf."""
         return self.call(f"llvm.fmuladd.{_suffix(a.type)}", a.type, a, b, c)

@@ -25,6 +25,7 @@ from llmc.codegen.llvm import (
     VOID,
     Emitter,
     i32,
+    lanes_of,
     like,
 )
 from llmc.ir.dims import Dim
@@ -36,7 +37,25 @@ GLOBAL, SHARED = ir.PointerType(addrspace=1), ir.PointerType(addrspace=3)
 
 
 class DeviceEmitter(Emitter):
-    """An Emitter that knows threads, warps and shared memory."""
+    """An Emitter that knows threads, warps and shared memory.
+
+    exact_division: f32 quotients of the model's own are correctly rounded, for what rounds them to
+    integers (quantisation) sees the last bit. Not beside wgmma: it takes a function call.
+    """
+
+    exact_division = False
+
+    def divide(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        if not self.exact_division or like(a, F32) != a.type:
+            return self.b.fdiv(a, b)
+        if lanes_of(a) == 1:
+            return self.call("llvm.nvvm.div.rn.f", F32, a, b)
+        result = ir.Constant(a.type, ir.Undefined)
+        for lane in range(lanes_of(a)):
+            quotient = self.divide(self.b.extract_element(a, i32(lane)),
+                                   self.b.extract_element(b, i32(lane)))
+            result = self.b.insert_element(result, quotient, i32(lane))
+        return result
 
     def f32_to_bf16(self, value: ir.Value) -> ir.Value:
         """Round to nearest even, by the conversion instruction."""

@@ -49,6 +49,7 @@ class MapKernel:
 
     def emit(self, e: DeviceEmitter, frame: DeviceFrame) -> None:
         """One vector of every result."""
+        e.exact_division = True
         place = e.b.add(e.b.mul(e.block, ir.Constant(I64, self.threads)), e.thread)
         for result in self.results:
             inside = e.b.icmp_signed("<", place, frame.dim(self._vectors(result)))
@@ -85,6 +86,7 @@ class ReduceKernel:
 
     def emit(self, e: DeviceEmitter, frame: DeviceFrame) -> None:
         """The row of this warp or block, of every result."""
+        e.exact_division = True
         row = e.block
         if self.short:
             warp = e.b.lshr(e.thread, ir.Constant(I64, 5))

@@ -58,3 +58,16 @@ def test_targets_are_lists_of_architectures():
         "sm_80", "sm_90a"]
     with pytest.raises(CompileError, match="sm_1"):
         Target.parse("nvptx:sm_1")
+
+
+@assembled
+def test_what_is_quantised_is_divided_exactly():
+    """A quotient off by a bit rounds to another integer."""
+    compiled = compile_model(GOLDENS / "onnx" / "bert_int8_dynamic" / "model.onnx",
+                             Target.parse("nvptx:sm_90a"))
+    made = compiled.codes["generic"].assembled["sm_90a"]
+    kernels = [text for text in made.ptx.split(".entry ")[1:] if "cvt.rni" in text]
+    assert kernels
+    assert all("div.rn.f32" in text and "div.full.f32" not in text for text in kernels)
+    assert all(kernel.spill_bytes == 0 for kernel in made.report)
+    assert not made.warnings
