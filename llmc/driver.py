@@ -271,16 +271,20 @@ class WeightFile:
 
 def write_weights(program: Program, model: ImportedModel, file: WeightFile, progress: Progress
                   ) -> Iterator[WeightInfo]:
-    """Evaluate, pack and append every weight, tensor by tensor."""
+    """Evaluate, pack and append every weight, tensor by tensor. Copies that are made of the same
+    tensors (turns of a loop share a block) are one."""
     total = sum(w_bytes(program, w) * program.buffers[w.buffer].count
                 for w in program.weights.values())
     threads = knobs.cores()
     for weight in program.weights.values():
         buffer = program.buffers[weight.buffer]
-        offsets = []
+        places: dict[tuple, int] = {}
         for names in weight.names:
-            offsets.append(file.append(pack_weight(weight, names, buffer.layout, model, threads)))
+            if names not in places:
+                places[names] = file.append(
+                    pack_weight(weight, names, buffer.layout, model, threads))
             progress("weights", file.size / max(total, 1))
+        offsets = [places[names] for names in weight.names]
         yield WeightInfo(
             buffer.name, str(buffer.type.dtype), static_shape(buffer),
             format_layout(buffer.layout), w_bytes(program, weight), tuple(offsets),

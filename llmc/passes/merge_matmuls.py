@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmc.ir.dims import Dim
-from llmc.ir.graph import Graph, Node, merge_origins
+from llmc.ir.graph import Graph, Node, merge_origins, walk
 from llmc.ir.ops import constant, make
 from llmc.ir.quantized import quantized
 from llmc.passes.match import slice_last
@@ -30,7 +30,7 @@ def merge_matmuls(graph: Graph) -> Graph:
         if node.op == "matmul" and node.inputs[1] in weights and node.inputs[1].rank == 2:
             left, weight = node.inputs
             product = _product(node, users, weights, results)
-            kind = (left, weight.dtype, node.dtype, _quantization(weight))
+            kind = (left, weight.dtype, node.dtype, _quantization(weight), _turns(weight))
             groups.setdefault(kind, []).append(product)
     merged = {each.result: products for products in groups.values() if len(products) > 1
               for each in products}
@@ -71,6 +71,13 @@ def _product(matmul: Node, users: dict[Node, list[Node]], weights: set[Node],
                 and others[0].shape == matmul.shape[-1:]:
             return _Product(matmul, others[0], total)
     return _Product(matmul, None, matmul)
+
+
+def _turns(weight: Node) -> tuple[tuple[int, ...], ...]:
+    """Which turns of a loop share a weight: for each of its parameters, the first turn with the
+    same tensor. What some turns share stays apart from what each has of its own."""
+    found = [leaf["names"] for leaf in walk([weight]) if leaf.op == "parameter" and leaf["names"]]
+    return tuple(sorted({tuple(map(names.index, names)) for names in found}))
 
 
 def _quantization(weight: Node) -> tuple | None:

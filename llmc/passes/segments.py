@@ -16,11 +16,24 @@ def descendants(nodes: Sequence[Node], source: Node) -> list[Node]:
     """The nodes that depend on source, in the order of `nodes`, without source itself."""
     found = {source}
     stream = []
-    for node in nodes:
+    for node in _parts_beside_tuples(nodes):
         if any(each in found for each in node.inputs):
             found.add(node)
             stream.append(node)
     return stream
+
+
+def _parts_beside_tuples(nodes: Sequence[Node]) -> Iterator[Node]:
+    """The nodes with each `get` right behind what it reads. One that only a state's update wants
+    comes last in a graph, but belongs to its layer."""
+    parts: dict[Node, list[Node]] = {}
+    for node in nodes:
+        if node.op == "get":
+            parts.setdefault(node.inputs[0], []).append(node)
+    for node in nodes:
+        if node.op != "get":
+            yield node
+            yield from parts.get(node, ())
 
 
 def find_joints(stream: Sequence[Node]) -> list[Node]:

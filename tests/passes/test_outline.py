@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from steps import F32, I32, TOKENS, bert, llama, parameters_of, step_of, tensor, weight
 
-from llmc.ir.graph import Graph, Node
+from llmc.ir.graph import Graph, Node, TensorType
 from llmc.ir.interpret import interpret_step
 from llmc.ir.ops import constant, make
 from llmc.ir.verify import verify
+from llmc.passes.merge_matmuls import merge_matmuls
 from llmc.passes.names import result_name, template_name
 from llmc.passes.outline import outline
 from llmc.passes.simplify import simplify
@@ -161,3 +162,38 @@ def test_names() -> None:
     assert result_name(["m.gate.weight", "m.up.weight"]) == "m.gate_up"
     assert result_name(["m.w.weight"]) == "m.w"
     assert result_name(["MatMul_1", "MatMul_2"]) == "MatMul_1_2"
+
+
+def test_updates_of_states_belong_to_their_layers():
+    """A recurrent layer's new state is read by nobody else, and comes last in the graph."""
+    where = [tensor(name, I32, size) for name, size in
+             (("slots", 2), ("offsets", 3), ("positions", TOKENS), ("sequence", TOKENS))]
+    x = tensor("x", F32, TOKENS, HIDDEN)
+    carried, updates = make("tanh", x), []
+    for layer in range(4):
+        state = make("state", name=f"layers.{layer}.conv", kind="slot",
+                     type=TensorType(F32, (5, 2, HIDDEN)))
+        both = make("slot_conv", state, carried, weight(f"layers.{layer}.w", HIDDEN, 3), *where)
+        y = make("silu", make("get", both, index=0))
+        carried = make("add", carried, make("mul", y, weight(f"layers.{layer}.scale", HIDDEN)))
+        updates.append((state, make("get", both, index=1)))
+    graph = Graph("model", (x, *where), (("y", carried),), tuple(updates))
+    outlined = outline(graph)
+    verify(outlined)
+    assert repeats(outlined) == [(4, 1)] and not outlined.updates
+
+
+def test_what_turns_share_is_not_merged_with_what_they_own():
+    """Layers that take two matrices in turn, each with one more of its own."""
+    def stack(x: Node) -> Node:
+        for layer in range(6):
+            normed = make("rms_norm", x, weight(f"layers.{layer}.norm", HIDDEN), epsilon=1e-5)
+            shared = make("matmul", normed, weight(f"layers.{layer % 2}.shared", HIDDEN, HIDDEN))
+            own = make("matmul", normed, weight(f"layers.{layer}.own", HIDDEN, HIDDEN))
+            x = make("add", x, make("mul", make("silu", shared), own))
+        return x
+
+    merged = merge_matmuls(outline(model(stack)))
+    [loop] = [node for node in merged.nodes() if node.op == "repeat"]
+    matrices = [node.inputs[1]["names"] for node in loop.bodies[0].nodes() if node.op == "matmul"]
+    assert sorted(len(set(names)) for names in matrices) == [2, 6]

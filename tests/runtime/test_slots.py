@@ -114,3 +114,8 @@ def test_bad_input_loses_nothing(runtime):
         runtime.step([Chunk(sequence, np.array([1 << 20], np.int32), 1)])
     runtime.step([Chunk(sequence, tokens, 1)])
     runtime.release(sequence)
+
+
+def test_turns_that_share_a_block_share_its_weights(runtime):
+    for weight in runtime.manifest.weights:
+        assert len(set(weight.offsets)) == len(set(weight.sources)), weight.name
