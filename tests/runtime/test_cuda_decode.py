@@ -67,7 +67,9 @@ def test_sequences_decode_together(runtime, count):
     loop = decode_loop(model, sequences, [
         Start(made[0], len(prompt), Sampling()) for made, prompt
         in zip(alone, prompts, strict=True)], 70)
-    together = list(iter(loop.next, None))
+    together = []
+    while (tokens := loop.next()) is not None:
+        together.append(tokens)
     loop.finish()
     for sequence in sequences:
         model.release(sequence)
