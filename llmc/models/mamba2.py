@@ -9,10 +9,10 @@ from typing import Any
 from llmc.frontend import trace
 from llmc.frontend.trace import Tensor
 from llmc.ir.dtypes import f32
-from llmc.models.common import ModelConfig, Step, Weights, rms_norm
+from llmc.models.common import ModelConfig, Step
 from llmc.models.config import ConfigFile
 from llmc.models.decoder import wanted_rows
-from llmc.models.state_space import Mixer, mix
+from llmc.models.state_space import Mixer, mix, wide_norm
 
 MOST_CONTEXT = 1 << 20  # tokens: the model has no limit, accounts want one
 EMBEDDING = "backbone.embeddings.weight"
@@ -105,11 +105,3 @@ def mamba2(config: Mamba2Config, step: Step) -> dict[str, Tensor]:
     head = matrix if config.tied else step.weights("lm_head.weight", config.vocab_size,
                                                    config.hidden_size)
     return {"logits": trace.matmul(normed, trace.transpose(head, (1, 0)), dtype=f32)}
-
-
-def wide_norm(x: Tensor, weights: Weights, epsilon: float, step: Step) -> Tensor:
-    """The norm of x in the step's dtype, whatever dtype x has."""
-    if x.dtype is step.dtype:
-        return rms_norm(x, weights, epsilon)
-    weight = trace.cast(weights("weight", x.shape[-1]), x.dtype)
-    return trace.cast(trace.rms_norm(x, weight, epsilon=epsilon), step.dtype)

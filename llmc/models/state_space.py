@@ -15,7 +15,7 @@ from llmc.frontend import trace
 from llmc.frontend.trace import Tensor
 from llmc.ir.dims import symbol
 from llmc.ir.dtypes import f32
-from llmc.models.common import Step, Weights, linear, module
+from llmc.models.common import Step, Weights, linear, module, rms_norm
 
 POOL_SLOTS = symbol("pool_slots")
 
@@ -121,3 +121,11 @@ def gated_norm(mixer: Mixer, weights: Weights, y: Tensor, gate: Tensor) -> Tenso
     grouped = trace.reshape(gated, (tokens, mixer.groups, size))
     normed = trace.rms_norm(grouped, ones, epsilon=mixer.epsilon)
     return trace.reshape(normed, (tokens, inner)) * weight
+
+
+def wide_norm(x: Tensor, weights: Weights, epsilon: float, step: Step) -> Tensor:
+    """The norm of x in the step's dtype, whatever dtype x has."""
+    if x.dtype is step.dtype:
+        return rms_norm(x, weights, epsilon)
+    weight = trace.cast(weights("weight", x.shape[-1]), x.dtype)
+    return trace.cast(trace.rms_norm(x, weight, epsilon=epsilon), step.dtype)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from llmc.frontend import trace
 from llmc.frontend.trace import Tensor
+from llmc.ir.dtypes import f32
 from llmc.models.common import ACTIVATIONS, Step, Weights, linear, module, rms_norm, rope_tables
 from llmc.models.config import ConfigFile
 from llmc.models.decoder import (
@@ -22,7 +23,7 @@ from llmc.models.decoder import (
     wanted_rows,
 )
 from llmc.models.rope import read_rope
-from llmc.models.state_space import Mixer, mix
+from llmc.models.state_space import Mixer, mix, wide_norm
 
 LAYER_TYPES = ("mamba", "linear_attention", "hybrid")
 NORM_EPSILON = 1e-5  # of the mixer's gated norm
@@ -113,22 +114,26 @@ def zamba2(config: Zamba2Config, step: Step) -> dict[str, Tensor]:
     """`logits` f32[rows, vocab_size] of the tokens that the step's `rows` name."""
     embedded = trace.gather(embedding_matrix(config, step.weights), step.ids, axis=0)
     rotation = rope_tables(config.rope, step.positions, config.head_size)
-    x = embedded  # [tokens, hidden]
+    # What layers add up stays in f32, as in Mamba-2: rounded to bf16, long sums drift.
+    x = trace.cast(embedded, f32)  # [tokens, hidden]
 
     for layer in range(config.layers):
         with trace.scope(f"model.layers.{layer}"):
             weights = step.weights.under(f"model.layers.{layer}")
             y = x
             if layer in config.hybrid:
-                shared = shared_block(config, step, layer, x, embedded, rotation)
+                narrow = trace.cast(x, step.dtype)
+                shared = shared_block(config, step, layer, narrow, embedded, rotation)
                 hidden = config.hidden_size
-                y = x + linear(shared, weights.under("linear"), hidden, hidden)
+                shared = linear(shared, weights.under("linear"), hidden, hidden)
+                y = x + trace.cast(shared, f32)
                 weights = weights.under("mamba_decoder")
-            normed = rms_norm(y, weights.under("input_layernorm"), config.epsilon)
-            x = x + mix(config.mixer, step, layer, weights.under("mamba"), normed)
+            normed = wide_norm(y, weights.under("input_layernorm"), config.epsilon, step)
+            mixed = mix(config.mixer, step, layer, weights.under("mamba"), normed)
+            x = x + trace.cast(mixed, f32)
 
-    normed = rms_norm(wanted_rows(step, x), step.weights.under("model.final_layernorm"),
-                      config.epsilon)
+    normed = wide_norm(wanted_rows(step, x), step.weights.under("model.final_layernorm"),
+                       config.epsilon, step)
     return {"logits": head(config, step, normed)}
 
 
