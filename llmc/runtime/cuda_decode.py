@@ -100,21 +100,22 @@ class CudaDecoder:
             "slots": np.array([each.slot for each in starts], np.int32),
             "sequence": numbers[:-1], "rows": numbers[:-1], "offsets": numbers})
 
-    def step(self, page_rows: Sequence[np.ndarray], changed: bool) -> None:
+    def step(self, page_rows: Sequence[np.ndarray] | None) -> None:
         """Put the next step on the stream. page_rows: each sequence's pages, i32, enough for the
-        step's tokens; changed: whether they are others than at the step before."""
+        step's tokens; None where they are those of the step before."""
         executor, device = self.executor, self.executor.device
         executor.require_open()
         device.use()
-        if changed:
+        if page_rows is not None:
+            self._page_rows = page_rows
             self._values = executor.known | {
                 "tokens": self.count, "sequences": self.count, "rows": self.count,
                 "table_width": round_width(max(map(len, page_rows)))}
         variant: Any = executor.dispatch.choose(self._values)
         executor.unload_retired(variant)
         prepared = (id(variant), executor.moves)
-        if changed or prepared != self._prepared:
-            self._graph = self._prepare(variant, page_rows)
+        if page_rows is not None or prepared != self._prepared:
+            self._graph = self._prepare(variant, self._page_rows)
             self._prepared = (id(variant), executor.moves)
         if self._launched == self._read:
             self._since = time.perf_counter()

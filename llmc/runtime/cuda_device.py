@@ -48,12 +48,17 @@ def _driver() -> Any:
 
 
 def call(name: str, *arguments: Any) -> Any:
-    """A driver function by its name; its result, or DeviceError with the driver's own words."""
-    driver = _driver()
-    status, *values = getattr(driver, name)(*arguments)
-    if status != driver.CUresult.CUDA_SUCCESS:
-        raise DeviceError(f"the GPU driver fails in {name}: {_describe(driver, status)}")
-    return values[0] if len(values) == 1 else tuple(values)
+    """A driver function by its name; its result, or DeviceError with the driver's own words.
+    A few of them are a decode step, so this spends no more than it must."""
+    found = _function(name)(*arguments)
+    if found[0] != 0:
+        raise DeviceError(f"the GPU driver fails in {name}: {_describe(_driver(), found[0])}")
+    return found[1] if len(found) == 2 else found[1:]
+
+
+@cache
+def _function(name: str) -> Any:
+    return getattr(_driver(), name)
 
 
 def _describe(driver: Any, status: Any) -> str:

@@ -41,7 +41,7 @@ class Decoder(Protocol):
 
     def start(self, starts: Sequences[Start]) -> None: ...
 
-    def step(self, page_rows: Sequences[np.ndarray], changed: bool) -> None: ...
+    def step(self, page_rows: Sequences[np.ndarray] | None) -> None: ...
 
     def read(self) -> np.ndarray: ...
 
@@ -66,7 +66,7 @@ class DecodeLoop:
         self.sequences = sequences
         self._lengths = [sequence.length for sequence in sequences]
         self._steps = steps
-        self._begun = self._read = self._pages = 0
+        self._begun = self._read = 0
         self._finished = False
         decoder.start(starts)
 
@@ -84,12 +84,14 @@ class DecodeLoop:
 
     def begin(self) -> None:
         """Begin one more step (at most RING - 1 may be unread)."""
+        changed = self._begun == 0
         for sequence in self.sequences:
-            self._reserve(sequence)
-        pages = sum(len(sequence.pages) for sequence in self.sequences)
-        self.decoder.step([sequence.page_row() for sequence in self.sequences],
-                          pages != self._pages)
-        self._pages = pages
+            pages = len(sequence.pages)
+            if sequence.length == PAGE * pages or self.model.growth_limit:
+                self._reserve(sequence)
+                changed = changed or len(sequence.pages) != pages
+        self.decoder.step([sequence.page_row() for sequence in self.sequences]
+                          if changed else None)
         for sequence in self.sequences:
             sequence.length += 1
         self._begun += 1
@@ -103,8 +105,7 @@ class DecodeLoop:
     def _reserve(self, sequence: Sequence) -> None:
         """Pages for one more token, and for some behind it while there are enough."""
         full = sequence.length == PAGE * len(sequence.pages)
-        if full or self.model.growth_limit:
-            self.model.reserve(Chunk(sequence, (0,), 1))
+        self.model.reserve(Chunk(sequence, (0,), 1))
         end = sequence.length + self._steps - self._begun
         if full and self.model.pool.free > PAGES_AHEAD * len(self.sequences):
             ahead = PAGE * (len(sequence.pages) + PAGES_AHEAD)

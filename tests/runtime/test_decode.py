@@ -34,8 +34,9 @@ class PatientDecoder:
         self.lengths = [each.position for each in starts]
         self.starts = starts
 
-    def step(self, page_rows, changed):
-        self.begun.append([row.copy() for row in page_rows])
+    def step(self, page_rows):
+        self.rows = self.rows if page_rows is None else page_rows
+        self.begun.append([row.copy() for row in self.rows])
         self.most = max(self.most, len(self.begun))
 
     def read(self):
@@ -285,7 +286,8 @@ def test_steps_feed_each_other_over_pages_and_moves_of_memory(host_device, count
         expected = []
         for step in range(600):
             needed = [(int(p) + step) // 32 + 1 for p in positions]
-            decoder.step([row[:n] for row, n in zip(rows, needed, strict=True)], needed != pages)
+            decoder.step([row[:n] for row, n in zip(rows, needed, strict=True)]
+                         if needed != pages else None)
             pages = needed
             if step == 300:
                 executor.moves += 1
