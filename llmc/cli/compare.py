@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from llmc.cli import add_command, add_runtime_options
 from llmc.cli.examine_options import add_inputs, model_inputs, open_tapped
+from llmc.errors import LlmcError
 
 if TYPE_CHECKING:
     from llmc.examine.compare import Checked, Comparison, Verdict
@@ -91,7 +92,11 @@ def _with_onnxruntime(first: TappedModel, arguments, dtypes: list[str],
 
 
 def _tolerance(arguments, dtypes: list[str]) -> float:
-    return arguments.tolerance or max(TOLERANCES.get(name, 1e-4) for name in dtypes)
+    if arguments.tolerance is not None:
+        if not arguments.tolerance >= 0:
+            raise LlmcError(f"--tolerance must be 0 or more, got {arguments.tolerance}")
+        return arguments.tolerance
+    return max(TOLERANCES.get(name, 1e-4) for name in dtypes)
 
 
 def report(verdict: Verdict) -> str:

@@ -47,7 +47,7 @@ def model_inputs(model: ImportedModel, arguments: argparse.Namespace) -> dict[st
 
     if arguments.input:
         return checked_inputs(model, read_arrays(arguments.input))
-    if arguments.tokens:
+    if arguments.tokens is not None:
         tokens = parse_tokens(arguments.tokens)
     elif arguments.prompt is not None:
         tokens = _encode(model.path, arguments.prompt)

@@ -90,6 +90,13 @@ def test_a_coarser_dtype_is_within_its_own_tolerance(capsys):
     assert json.loads(capsys.readouterr().out)["first"]["number"] == 0
 
 
+@pytest.mark.parametrize("options", [("--tolerance", "nan"), ("--tolerance", "-1"),
+                                     ("--tokens", ""), ("--tokens", "1,x"), ("--tokens", "99999")])
+def test_bad_options(options, capsys):
+    assert main(["compare", str(GOLDENS / "hf" / "llama_mha"), *options]) == 1
+    assert options[0] in capsys.readouterr().err or options[1] == "99999"
+
+
 def test_graphs_with_nothing_in_common(tmp_path, capsys):
     path = layered_model(tmp_path / "right.onnx", [1e-5], True)
     assert main(["compare", str(GOLDENS / "hf" / "llama_mha"), str(path), "--tokens", "1"]) == 1

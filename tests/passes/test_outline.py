@@ -147,9 +147,9 @@ def test_time_is_linear_in_depth() -> None:
         graph = simplify(llama(layers))
         best = float("inf")
         for _ in range(3):
-            start = time.perf_counter()
+            start = time.process_time()
             outline(graph)
-            best = min(best, time.perf_counter() - start)
+            best = min(best, time.process_time() - start)
         return best
 
     assert seconds(64) < 10 * seconds(16)
