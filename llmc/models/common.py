@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from llmc.errors import ModelError
@@ -80,6 +80,10 @@ class Weights:
         """The same weights, names relative to `scope`."""
         scope = f"{self.scope}{scope}."
         return Weights(self.path, self.stored, self.dtype, self.optional_prefix, scope, self.used)
+
+    def cast_to(self, dtype: DType) -> Weights:
+        """The same weights, cast to another dtype than the compute dtype."""
+        return replace(self, dtype=dtype)
 
     def has(self, name: str) -> bool:
         return self._find(self.scope + name) is not None

@@ -2,6 +2,9 @@
 
 For every head, with time step dt and decay A < 0, the state S [state_size, head_size] and the
 output y are S = exp(dt A) S + B (dt x)^T and y = S^T C + D x.
+
+A recurrence magnifies what is rounded. What is computed in f32 (norms of what layers add up, time
+steps, decays, D) therefore takes its weights as the file has them, never by way of bf16 or f16.
 """
 
 from __future__ import annotations
@@ -88,7 +91,7 @@ def recur(mixer: Mixer, step: Step, layer: int, weights: Weights, values: Tensor
     tokens, heads = values.shape[0], mixer.heads
 
     def by_head(name: str) -> Tensor:
-        return trace.cast(weights(name, heads), f32)
+        return weights.cast_to(f32)(name, heads)
 
     def split(x: Tensor, count: int, size: int) -> Tensor:
         return trace.cast(trace.reshape(x, (tokens, count, size)), f32)
@@ -112,7 +115,7 @@ def recur(mixer: Mixer, step: Step, layer: int, weights: Weights, values: Tensor
 def gated_norm(mixer: Mixer, weights: Weights, y: Tensor, gate: Tensor) -> Tensor:
     """f32[tokens, inner]: y * silu(gate), each group by its RMS, times the weights."""
     tokens, inner = y.shape[0], mixer.inner
-    weight = trace.cast(weights("weight", inner), f32)
+    weight = weights.cast_to(f32)("weight", inner)
     gated = trace.reshape(y, (tokens, inner)) * trace.silu(trace.cast(gate, f32))
     if mixer.groups == 1:
         return trace.rms_norm(gated, weight, epsilon=mixer.epsilon)
@@ -127,5 +130,5 @@ def wide_norm(x: Tensor, weights: Weights, epsilon: float, step: Step) -> Tensor
     """The norm of x in the step's dtype, whatever dtype x has."""
     if x.dtype is step.dtype:
         return rms_norm(x, weights, epsilon)
-    weight = trace.cast(weights("weight", x.shape[-1]), x.dtype)
+    weight = weights.cast_to(x.dtype)("weight", x.shape[-1])
     return trace.cast(trace.rms_norm(x, weight, epsilon=epsilon), step.dtype)
