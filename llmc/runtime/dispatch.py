@@ -9,147 +9,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
-from typing import Protocol
 
 from llmc.errors import ShapeError
-from llmc.runtime.artifact import Manifest, VariantInfo
+from llmc.runtime.artifact import Manifest
 from llmc.runtime.profile import Profile, Shape
+from llmc.runtime.trials import TRIAL_PAIRS, Code, Pairs, RangeTrial, Trial
 
 MEMO_SHAPES = 4096
-WARM_PAIRS = 2  # calls of old and new code before those that count
-TRIAL_PAIRS = 12  # calls of old and new code, side by side, that a verdict takes at least
-MOST_PAIRS = 96  # where noise hides the answer
-LEAST_GAIN = 0.01
 STEP_SYMBOLS = ("tokens", "sequences", "rows")  # of a language model's step or an encoder's
-
-
-class Code(Protocol):
-    """A loaded variant, of any target."""
-
-    info: VariantInfo
-    calls: int
-    seconds: float
-
-    def covers(self, values: Mapping[str, int]) -> bool: ...
-
-    def width(self) -> int: ...
-
-
-class Pairs:
-    """Calls of new and old code, side by side: is the new code faster by more than noise?"""
-
-    def __init__(self, new: Code, pairs: int):
-        self.new = new
-        self._wanted = pairs
-
-    @property
-    def calls(self) -> int:
-        """Calls so far, of either."""
-        raise NotImplementedError
-
-    def ratios(self) -> list[float]:
-        """Time of new over old code, of every pair."""
-        raise NotImplementedError
-
-    def seconds(self) -> float:
-        """What all calls took."""
-        raise NotImplementedError
-
-    @property
-    def done(self) -> bool:
-        return len(self.ratios()) >= self._wanted
-
-    def gain(self) -> float:
-        """Share of the time that the new code saves: median over the pairs; negative if slower."""
-        return 1.0 - median(self.ratios())
-
-    def noise(self) -> float:
-        """Standard error of the gain."""
-        ratios = self.ratios()
-        middle = median(ratios)
-        spread = 1.4826 * median(abs(ratio - middle) for ratio in ratios)
-        return 1.2533 * spread / len(ratios) ** 0.5
-
-    def extend(self) -> bool:
-        """Take twice as many pairs if noise hides the answer; False if more would not help."""
-        if abs(self.gain() - LEAST_GAIN) > 2.0 * self.noise() or self._wanted > MOST_PAIRS:
-            return False
-        self._wanted *= 2
-        return True
-
-    def is_faster(self) -> bool:
-        """Whether the gain is more than noise."""
-        return self.gain() > max(LEAST_GAIN, 2.0 * self.noise())
-
-    def is_slower(self) -> bool:
-        """Whether there is a loss that is more than noise."""
-        return -self.gain() > max(LEAST_GAIN, 2.0 * self.noise())
-
-
-class Trial(Pairs):
-    """New code against old for one shape, call by call: old, new, new, old, ...
-
-    The first `warm` pairs warm caches up (a GPU's second step is captured) and do not count.
-    """
-
-    def __init__(self, old: Code, new: Code, pairs: int = TRIAL_PAIRS, warm: int = WARM_PAIRS):
-        super().__init__(new, pairs)
-        self.old, self._warm = old, warm
-        self._calls = 0
-        self._seconds: tuple[list[float], list[float]] = ([], [])
-
-    @property
-    def calls(self) -> int:
-        return self._calls
-
-    def pick(self) -> Code:
-        """What runs the next call."""
-        if self.done:
-            return self.old
-        self._calls += 1
-        return self.new if self._calls % 4 in (2, 3) else self.old
-
-    def observe(self, variant: Code, seconds: float) -> None:
-        self._seconds[variant is self.new].append(seconds)
-
-    def seconds(self) -> float:
-        return sum(map(sum, self._seconds))
-
-    @property
-    def done(self) -> bool:
-        return min(map(len, self._seconds)) >= self._wanted + self._warm
-
-    def ratios(self) -> list[float]:
-        old, new = self._seconds
-        return [b / a for a, b in zip(old[self._warm:], new[self._warm:], strict=False)]
-
-
-class RangeTrial(Pairs):
-    """New code against what runs the shapes of a range: a trial for each shape, judged together.
-    Shapes may come too rarely for any pair to be spared."""
-
-    def __init__(self, new: Code, pairs: int = TRIAL_PAIRS):
-        super().__init__(new, pairs)
-        self._parts: dict[Shape, Trial] = {}
-
-    def part(self, shape: Shape, old: Code) -> Trial | None:
-        """The trial of one shape; None when all is known."""
-        if self.done:
-            return None
-        if shape not in self._parts and len(self._parts) < MEMO_SHAPES:
-            self._parts[shape] = Trial(old, self.new, pairs=1 << 30, warm=0)
-        return self._parts.get(shape)
-
-    @property
-    def calls(self) -> int:
-        return sum(part.calls for part in list(self._parts.values()))
-
-    def seconds(self) -> float:
-        return sum(part.seconds() for part in list(self._parts.values()))
-
-    def ratios(self) -> list[float]:
-        return [ratio for part in list(self._parts.values()) for ratio in part.ratios()]
 
 
 @dataclass(frozen=True)

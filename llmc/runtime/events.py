@@ -19,8 +19,9 @@ KINDS = ("compiling", "compiled", "failed", "kept", "dropped", "ready", "evicted
 @dataclass(frozen=True)
 class Event:
     """number: 1, 2, ...; time: seconds since 1970; kind: one of KINDS; variant: its name; text:
-    one line for people; details: numbers of this kind (calls, saving_seconds, compile_seconds,
-    gain, noise, bytes, schedule, reason)."""
+    one line for people; details: numbers of this kind (calls and mean_seconds, decayed;
+    saving_seconds, expected; compile_seconds; gain, measured, with low, high and pairs; bytes,
+    schedule, reason)."""
 
     number: int
     time: float

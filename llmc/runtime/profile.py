@@ -2,8 +2,9 @@
 
 A cell counts the calls of one variant at one shape. The step path only adds to it; `fold`, called
 by the policy's thread, turns new calls into a weight that halves every HALF_LIFE seconds, so that a
-weight stands for the calls to expect again. Memory is bounded: a full profile drops its colder
-half, which a shape that keeps coming survives.
+weight stands for the calls to expect again. What is evicted is chosen by a weight that halves
+sooner: where traffic has moved, yesterday's favourites make room at once. Memory is bounded: a full
+profile drops its colder half, which a shape that keeps coming survives.
 
 Profiles are files in the cache. `save` adds what is new to what other processes wrote; a damaged
 file is an empty profile.
@@ -27,18 +28,20 @@ Shape = tuple[int, ...]
 FORMAT = 2
 CAPACITY = 1024  # cells
 HALF_LIFE = 180.0  # seconds
+RECENT_LIFE = 15.0  # seconds
 
 
 class Cell:
     """Calls of one variant at one shape. calls, seconds: of this process, written by steps only;
-    weight, weighted_seconds: the same, decayed; the rest: what was folded and saved of them."""
+    weight, weighted_seconds: the same, decayed; recent: seconds, decayed sooner; the rest: what was
+    folded and saved of them."""
 
-    __slots__ = ("calls", "folded", "folded_seconds", "saved", "saved_seconds", "seconds",
-                 "weight", "weighted_seconds")
+    __slots__ = ("calls", "folded", "folded_seconds", "recent", "saved", "saved_seconds",
+                 "seconds", "weight", "weighted_seconds")
 
     def __init__(self, weight: float = 0.0, weighted_seconds: float = 0.0) -> None:
         self.calls = self.folded = self.saved = 0
-        self.seconds = self.folded_seconds = self.saved_seconds = 0.0
+        self.seconds = self.folded_seconds = self.saved_seconds = self.recent = 0.0
         self.weight = weight
         self.weighted_seconds = weighted_seconds
 
@@ -46,8 +49,9 @@ class Cell:
         """Decayed calls, those since the last fold included."""
         return self.weight + self.calls - self.folded
 
-    def fold(self, factor: float) -> None:
+    def fold(self, factor: float, recent_factor: float) -> None:
         calls, seconds = self.calls, self.seconds
+        self.recent = self.recent * recent_factor + seconds - self.folded_seconds
         self.weight = self.weight * factor + calls - self.folded
         self.weighted_seconds = self.weighted_seconds * factor + seconds - self.folded_seconds
         self.folded, self.folded_seconds = calls, seconds
@@ -70,11 +74,13 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Heat:
-    """One shape over all its variants: decayed calls and seconds."""
+    """One shape over all its variants: decayed calls and seconds; recent: seconds, decayed
+    sooner."""
 
     shape: Shape
     calls: float
     seconds: float
+    recent: float = 0.0
 
     @property
     def mean(self) -> float:
@@ -113,19 +119,21 @@ class Profile:
         """Take new calls into the weights, and let the old ones fade. From any thread."""
         with self._folding:
             now = time.monotonic() if now is None else now
-            factor = 0.5 ** (max(0.0, now - self._folded_at) / HALF_LIFE)
+            passed = max(0.0, now - self._folded_at)
+            factors = 0.5 ** (passed / HALF_LIFE), 0.5 ** (passed / RECENT_LIFE)
             self._folded_at = now
             for cell in list(self.cells.values()):
-                cell.fold(factor)
+                cell.fold(*factors)
 
     def hottest(self) -> list[Heat]:
         """Every shape, the one that most time goes to first."""
         sums: dict[Shape, list[float]] = {}
         for (shape, _), cell in list(self.cells.items()):
-            entry = sums.setdefault(shape, [0.0, 0.0])
+            entry = sums.setdefault(shape, [0.0, 0.0, 0.0])
             entry[0] += cell.weight
             entry[1] += cell.weighted_seconds
-        found = [Heat(shape, calls, seconds) for shape, (calls, seconds) in sums.items()]
+            entry[2] += cell.recent
+        found = [Heat(shape, *entry) for shape, entry in sums.items()]
         return sorted(found, key=lambda heat: (-heat.seconds, heat.shape))
 
     def calls(self) -> dict[Shape, int]:

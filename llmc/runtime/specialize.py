@@ -24,12 +24,13 @@ from llmc.errors import LlmcError
 from llmc.runtime.artifact import Artifact, VariantInfo
 from llmc.runtime.cache import StoredVariant, VariantCache
 from llmc.runtime.compiler import Compiler, Job, Outcome, Source
-from llmc.runtime.dispatch import Code, Dispatch, Pairs
+from llmc.runtime.dispatch import Dispatch
 from llmc.runtime.events import EventFeed
 from llmc.runtime.executor import Executor
 from llmc.runtime.profile import Profile, Verdict
 from llmc.runtime.tiers import Schedule, compile_cost
 from llmc.runtime.traffic import Own, Range, Traffic
+from llmc.runtime.trials import Code, Gain, Pairs
 
 INTERVAL = 0.5  # seconds between two looks at the profile
 SAVE_EVERY = 60.0  # seconds
@@ -87,9 +88,11 @@ class Attempt:
 
 
 class Specialised(Protocol):
-    """What is asked of an executor. retire: no step will choose this variant any more."""
+    """What is asked of an executor. threads: cores that its steps keep busy; retire: no step will
+    choose this variant any more."""
 
     dispatch: Dispatch
+    threads: int
 
     def load(self, info: VariantInfo, code: bytes, launches: str) -> Code: ...
 
@@ -163,7 +166,9 @@ class Specializer:
             stored = self.compiler.compile(job).variant
         if stored is not None:
             self._promote(own, self._load(stored), verdict.schedule, stored, verdict.gain or None)
-            self.feed.add("ready", job.name, "ready before the first request", gain=verdict.gain)
+            self._decide("ready", own, f"before the first request, gain {verdict.gain:.1%} in an "
+                         "earlier run", "specialize='none' starts with generic code",
+                         gain=verdict.gain, compile_seconds=verdict.compile_seconds)
 
     def _tune(self, own: Own) -> None:
         """Compile code by every schedule, and keep the best as measured now; the first one, where
@@ -265,7 +270,7 @@ class Specializer:
 
     def _receive(self, attempt: Attempt, outcome: Outcome) -> None:
         """A compile has ended: begin the trial, or take the code as it is."""
-        stored, name, error = outcome.variant, outcome.job.name, outcome.error
+        stored, error = outcome.variant, outcome.error
         code = None
         if stored is not None:
             try:
@@ -273,22 +278,23 @@ class Specializer:
             except LlmcError as failure:
                 error = str(failure)
         if code is None or stored is None:
-            self.feed.add("failed", name, f"not compiled: {error}; it stays on generic code "
-                          "(specialize='none' does not compile)", reason=error)
+            self._decide("failed", attempt.own, f"{error}; it stays on generic code",
+                         "specialize='none' does not compile", reason=error)
             self._conclude(attempt, Verdict("failed", reason=error))
             return
         if not outcome.cached:
             self._compile_seconds = 0.5 * (self._compile_seconds + stored.compile_seconds)
         attempt.compile_seconds += stored.compile_seconds
         attempt.stored = stored
-        self.feed.add("compiled", name, "taken from the cache" if outcome.cached else
+        self.feed.add("compiled", outcome.job.name, "taken from the cache" if outcome.cached else
                       f"compiled in {stored.compile_seconds:.1f} s", cached=outcome.cached,
                       compile_seconds=stored.compile_seconds, bytes=len(stored.object),
                       schedule=dict(attempt.schedules[0]))
         if self.policy.promote_after is not None:
             self._promote(attempt.own, code, attempt.schedules[0], stored, None)
-            self.feed.add("kept", name, f"used after {self.policy.promote_after} calls "
-                          "(promote_after)", gain=None, bytes=len(stored.object))
+            self._decide("kept", attempt.own, f"after {self.policy.promote_after} calls, gain not "
+                         "measured", "without promote_after only faster code is kept", gain=None,
+                         compile_seconds=stored.compile_seconds, bytes=len(stored.object))
             self._conclude(attempt, Verdict("kept", 0.0, stored.compile_seconds,
                                             schedule=dict(attempt.schedules[0])))
         elif isinstance(attempt.own, Range):
@@ -302,22 +308,28 @@ class Specializer:
         stored, schedule = attempt.stored, attempt.schedules.pop(0)
         assert stored is not None
         first = wanted and attempt.own not in self.promoted
-        if trial.done:
-            gain, noise = trial.gain(), trial.noise()
-            faster = trial.is_faster() or (first and not trial.is_slower())
-        else:
-            gain, noise, faster = 0.0, 0.0, first
-        state = "kept" if faster else "dropped"
-        self.feed.add(state, stored.info.name, f"{dict(schedule) or 'as generic'}: measured gain "
-                      f"{gain:.1%} +- {noise:.1%}: {state}", gain=gain, noise=noise,
-                      bytes=len(stored.object), schedule=dict(schedule))
+        gain = trial.gain() if trial.done else None
+        faster = first if gain is None else trial.is_faster() or (first and not trial.is_slower())
+        self._tell(attempt, stored, schedule, faster, gain)
         if faster:
-            attempt.share *= 1.0 - gain
+            attempt.share *= 1.0 - (gain.middle if gain else 0.0)
             self._promote(attempt.own, trial.new, schedule, stored, 1.0 - attempt.share)
         self._end_trial(trial)
         attempt.job = attempt.stored = attempt.trial = None
         if not attempt.schedules:
-            self._finish(attempt, gain)
+            self._finish(attempt, gain.middle if gain else 0.0)
+
+    def _tell(self, attempt: Attempt, stored: StoredVariant, schedule: Schedule, faster: bool,
+              gain: Gain | None) -> None:
+        """The decision of a trial."""
+        details = vars(gain) if gain else {}
+        self._decide(
+            "kept" if faster else "dropped", attempt.own,
+            f"{dict(schedule) or 'tiles as in generic code'}: gain {gain or 'not measured'}",
+            "specialize='none' " + ("keeps generic code" if faster else "tries nothing"),
+            gain=details.get("middle"), low=details.get("low"), high=details.get("high"),
+            pairs=details.get("pairs", 0), compile_seconds=stored.compile_seconds,
+            bytes=len(stored.object), schedule=dict(schedule))
 
     def _finish(self, attempt: Attempt, gain: float) -> None:
         """All schedules were tried. gain: of the last."""
@@ -351,10 +363,9 @@ class Specializer:
             if self._paused.get(own) == calls or not self._pays(own, calls) or not self._fits(own):
                 continue
             self._paused.pop(own, None)
-            heat, saving = self.traffic.heat(own, self.promoted), self._saving(own)
-            self.feed.add("compiling", self.traffic.name(own), f"{heat.calls:.0f} calls of "
-                          f"{heat.mean * 1e3:.2f} ms, expected saving {saving:.1f} s: compiling",
-                          calls=heat.calls, mean_seconds=heat.mean, saving_seconds=saving)
+            self._decide("compiling", own, self._reason(own), "specialize='none' compiles nothing"
+                         + ("" if isinstance(own, Range) else ", 'eager' with shapes=["
+                            f"{self.traffic.sizes(own)}] before the first request"))
             return Attempt(own, self.traffic.schedules(own))
         return None
 
@@ -365,20 +376,29 @@ class Specializer:
     def _pays(self, own: Own, calls: int) -> bool:
         if self.policy.promote_after is not None:
             return calls >= self.policy.promote_after
-        seconds = self._compile_seconds * len(self.traffic.schedules(own))
         return self.traffic.heat(own, self.promoted).calls >= LEAST_CALLS and self._saving(
-            own) > compile_cost(seconds, self.traffic.on_device, knobs.cores())
+            own) > compile_cost(self._expected_seconds(own), knobs.cores(), self.executor.threads)
+
+    def _reason(self, own: Own) -> str:
+        if self.policy.promote_after is not None:
+            return f"promote_after={self.policy.promote_after} calls were reached"
+        return f"expected gain {self.traffic.expected_gain(own):.1%}"
+
+    def _expected_seconds(self, own: Own) -> float:
+        """Of compiling, in another process."""
+        count = len(self.traffic.schedules(own)) if self.policy.promote_after is None else 1
+        return self._compile_seconds * count
 
     def _saving(self, own: Own) -> float:
         """Seconds that its own code is expected to save before the shape has gone cold."""
         return self.traffic.heat(own, self.promoted).seconds * self.traffic.expected_gain(own)
 
     def _fits(self, own: Own) -> bool:
-        """Whether there is room, or something much colder to evict."""
+        """Whether there is room, or something much colder to evict: by what came lately."""
         if len(self.promoted) < self.policy.max_variants and self._bytes() < self.policy.code_bytes:
             return True
-        return bool(self.promoted) and self.traffic.heat(own).seconds > OUST * min(
-            self.traffic.heat(other).seconds for other in self.promoted)
+        return bool(self.promoted) and self.traffic.heat(own).recent > OUST * min(
+            self.traffic.heat(other).recent for other in self.promoted)
 
     def _bytes(self) -> int:
         return sum(promoted.bytes for promoted in list(self.promoted.values()))
@@ -399,18 +419,37 @@ class Specializer:
             self.executor.retire(old.code)
         while len(self.promoted) > 1 and (len(self.promoted) > self.policy.max_variants
                                           or self._bytes() > self.policy.code_bytes):
-            self.evict(min((other for other in self.promoted if other != own),
-                           key=lambda other: self.traffic.heat(other).seconds))
+            self.evict(min((other for other in self.promoted if other != own), key=self._warmth))
+
+    def _warmth(self, own: Own) -> tuple[float, float]:
+        """What is least of it is the coldest: time that goes to it lately, then time at all."""
+        heat = self.traffic.heat(own)
+        return heat.recent, heat.seconds
 
     def evict(self, own: Own) -> None:
         """Take code out of the table; it is freed behind the last step that uses it."""
+        full = len(self.promoted) > self.policy.max_variants
         gone = self.promoted.pop(own)
         self.dispatch.replace(remove=[gone.code])
         self.executor.retire(gone.code)
-        self.feed.add("evicted", gone.code.info.name,
-                      "evicted as the coldest (max_variants, code_budget_mb)", bytes=gone.bytes)
+        option = (f"max_variants={len(self.promoted) + 1}" if full else
+                  f"code_budget_mb={-(-(self._bytes() + gone.bytes) // (1 << 20))}")
+        gain = "not measured" if gone.gain is None else f"{gone.gain:.1%}"
+        self._decide("evicted", own, f"the coldest, gain {gain}", f"{option} keeps it",
+                     gain=gone.gain, bytes=gone.bytes)
 
     # ---- seeing it ----------------------------------------------------------------------------
+
+    def _decide(self, kind: str, own: Own, why: str, option: str, **details: Any) -> None:
+        """An event with what decisions rest on, and the option that would have avoided it."""
+        heat = self.traffic.heat(own, self.promoted)
+        facts = {"calls": heat.calls, "mean_seconds": heat.mean,
+                 "saving_seconds": self._saving(own),
+                 "compile_seconds": self._expected_seconds(own), **details}
+        self.feed.add(kind, self.traffic.name(own), (
+            f"{kind}: {why}; {heat.calls:.0f} calls of {heat.mean * 1e3:.2f} ms, expected saving "
+            f"{facts['saving_seconds']:.2f} s, compile {facts['compile_seconds']:.1f} s; {option}"),
+            **facts)
 
     def gains(self) -> dict[str, float | None]:
         """Measured gain of all live code of hot shapes and ranges, by the variant's name."""

@@ -15,7 +15,7 @@ from itertools import pairwise
 Schedule = Mapping[str, int]
 
 EXPECTED_GAIN = 0.05  # share of the time that code of its own saves a shape, before any was tried
-DEVICE_SHARE = 0.05  # of a second of serving that a compile costs a GPU: the host's cores are free
+SPARE_SHARE = 0.05  # of a second of serving that a compile costs where it has a core to itself
 MOST_FEW = 16  # tokens up to which a matmul may prepare its own rows instead of a stage before it
 MOST_COUNTS = 32  # numbers of tokens that ranges are chosen by: the hottest
 MOST_DECODING = 64  # sequences up to which attention takes every token as a query of its own
@@ -41,9 +41,10 @@ HOST = (
 DEVICE = (Tier(1, None, ({},)),)
 
 
-def compile_cost(seconds: float, on_device: bool, cores: int) -> float:
-    """Seconds of serving that a compile takes away: it has one core, at the lowest priority."""
-    return seconds * (DEVICE_SHARE if on_device else 1.0 / cores)
+def compile_cost(seconds: float, cores: int, threads: int) -> float:
+    """Seconds of serving that a compile takes away: it has one core, at the lowest priority.
+    threads: those of a step; a GPU's steps have none."""
+    return seconds * (SPARE_SHARE if threads < cores else 1.0 / cores)
 
 
 def find_tier(tiers: Sequence[Tier], tokens: int) -> Tier:

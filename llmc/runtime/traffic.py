@@ -75,13 +75,13 @@ class Traffic:
                 if own.low <= self.tokens(shape) <= own.high]
 
     def heat(self, own: Own, without: Iterable[Own] = ()) -> Heat:
-        """Calls and seconds of a shape, or of a range's shapes but for some that have code of their
-        own. (The shape of a range's heat is that of the hottest.)"""
+        """Heat of a shape, or of a range's shapes but for some that have code of their own. (The
+        shape of a range's heat is that of the hottest.)"""
         gone = set(without)
         found = [heat for heat in self.shapes_of(own)
                  if heat.shape not in gone or heat.shape == own]
         return Heat(found[0].shape if found else (), sum(heat.calls for heat in found),
-                    sum(heat.seconds for heat in found))
+                    sum(heat.seconds for heat in found), sum(heat.recent for heat in found))
 
     def tokens(self, shape: Shape) -> int:
         return dict(zip(self.dispatch.names, shape, strict=True)).get("tokens", 0)
@@ -103,6 +103,10 @@ class Traffic:
         if isinstance(own, Range):
             return f"tokens={own.low}..{own.high}"
         return ",".join(f"{n}={v}" for n, v in zip(self.dispatch.names, own, strict=True))
+
+    def sizes(self, shape: Shape) -> dict[str, int]:
+        """A shape as users write it (`shapes`)."""
+        return dict(zip(self.dispatch.names, shape, strict=True))
 
     def schedules(self, own: Own) -> list[Schedule]:
         """What to try for its code: after an eviction, only what was kept."""
@@ -197,7 +201,7 @@ class Traffic:
     def _seen(self, heat: Heat) -> SeenShape:
         verdict = self.profile.verdicts.get(heat.shape)
         code = self.dispatch.table.choose(heat.shape, self.values(heat.shape))
-        return SeenShape(dict(zip(self.dispatch.names, heat.shape, strict=True)), heat.calls,
+        return SeenShape(self.sizes(heat.shape), heat.calls,
                          heat.seconds, code.info.name, verdict.state if verdict else "",
                          verdict.gain if verdict else None)
 
