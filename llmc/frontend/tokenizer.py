@@ -159,10 +159,12 @@ class Tokenizer:
 
         try:
             return self._compiled_template.render(
-                **self.special_tokens,
-                **variables,
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
+                self.special_tokens
+                | variables
+                | {
+                    "messages": [dict(message) for message in messages],
+                    "add_generation_prompt": add_generation_prompt,
+                }
             )
         except jinja2.exceptions.SecurityError as error:
             raise ModelError(f"{self.directory}: unsafe chat template: {error}") from error

@@ -29,10 +29,8 @@ async def read_json(request: HttpRequest, decoder: msgspec.json.Decoder[T], limi
                        headers={"connection": "close"}) from None
     try:
         return decoder.decode(body)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError, ValueError) as error:
         raise invalid_body(error) from error
-    except (RecursionError, ValueError) as error:  # nested too deeply; text that is no UTF-8
-        raise ApiError(400, f"Invalid request: {error}", code="invalid_json") from error
 
 
 async def _read(request: HttpRequest, limit: int) -> bytes:

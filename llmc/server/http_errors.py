@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-
-import msgspec
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from llmc.errors import LlmcError, ShapeError
 from llmc.server.request import EngineStopped, QueueFull
@@ -14,8 +13,11 @@ _TYPES = {400: "invalid_request_error", 401: "invalid_request_error", 404: "inva
           405: "invalid_request_error", 408: "timeout_error", 413: "invalid_request_error",
           415: "invalid_request_error", 429: "rate_limit_error", 499: "client_closed_request",
           503: "service_unavailable_error"}
-_PATH = re.compile(r" - at `\$\.?([^`]*)`$")
-_UNKNOWN = re.compile(r"Object contains unknown field `(.*?)`")
+_PATH = re.compile(r" - at .*`\$\.?([^`]*)`$", re.DOTALL)
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`(?: - at `[^`]*`)?$", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(\w+)`$")
+_MALFORMED = ("JSON is malformed", "Input data was truncated")
+SHOWN = 100  # characters of what a client sent that an answer repeats
 
 
 class ApiError(LlmcError):
@@ -50,12 +52,35 @@ def api_error(error: Exception, request_id: str) -> ApiError:
                     f"{request_id}.", code="internal_error")
 
 
-def invalid_body(error: msgspec.DecodeError) -> ApiError:
+def invalid_body(error: Exception) -> ApiError:
     """A body that is no JSON, or not of the right form."""
     text = str(error)
+    if isinstance(error, RecursionError):
+        return ApiError(400, "Invalid request: it is nested too deeply.", code="invalid_json")
+    if isinstance(error, UnicodeDecodeError):
+        return ApiError(400, "Invalid request: its text is not UTF-8.", code="invalid_json")
     if unknown := _UNKNOWN.search(text):
-        return ApiError(400, f"Unrecognized request argument supplied: {unknown.group(1)}",
-                        unknown.group(1), "unknown_parameter")
+        name = shown(unknown.group(1))
+        return ApiError(400, f"Unrecognized request argument supplied: {name}", name,
+                        "unknown_parameter")
+    if missing := _MISSING.search(text):
+        return ApiError(400, f"{missing.group(1)} is required.", missing.group(1),
+                        "missing_required_parameter")
     path = _PATH.search(text)
-    return ApiError(400, f"Invalid request: {text}", path.group(1) if path else None,
-                    "invalid_type" if path else "invalid_json")
+    code = "invalid_json" if text.startswith(_MALFORMED) else "invalid_type"
+    return ApiError(400, f"Invalid request: {text}", path.group(1) if path else None, code)
+
+
+def shown(text: str) -> str:
+    """The beginning of what a client sent, to be repeated to it."""
+    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
+
+
+@contextmanager
+def field_errors() -> Iterator[None]:
+    """Turns a ShapeError of a value out of range, whose message begins with the field's name, into
+    the ApiError of that field."""
+    try:
+        yield
+    except ShapeError as error:
+        raise ApiError(400, str(error), str(error).partition(" ")[0]) from error

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 
+from llmc.errors import ShapeError
 from llmc.runtime.sampling import Sampling
-from llmc.server.http_errors import ApiError
+from llmc.server.http_errors import ApiError, field_errors, shown
 from llmc.server.model_host import ModelHost
 from llmc.server.protocol import (
     ChatRequest,
@@ -21,6 +23,7 @@ from llmc.server.protocol import (
 )
 from llmc.server.request import Request
 
+RESERVED = {"messages", "add_generation_prompt"}  # no variables of chat_template_kwargs
 SHORT = 4096  # characters that are tokenized at once; longer texts in a thread
 COMPLETION_TOKENS = 16  # default of /v1/completions; chat ends where the context does
 
@@ -38,7 +41,8 @@ async def completion_requests(host: ModelHost, body: CompletionRequest, request_
     tokenizer = host.runtime.tokenizer
     requests, texts = [], []
     for number, given in enumerate(inputs(body.prompt, "prompt")):
-        ids = await encode(host, given) if isinstance(given, str) else given
+        ids = checked(host, await encode(host, given) if isinstance(given, str) else given,
+                      "prompt")
         if body.echo:
             texts.append(given if isinstance(given, str) else tokenizer.decode(ids))
         requests.append(Request(ids, logprobs=body.logprobs, id=f"{request_id}-{number}", **fields))
@@ -53,8 +57,8 @@ async def chat_requests(host: ModelHost, body: ChatRequest, request_id: str) -> 
                        "unsupported")
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs to be true", "top_logprobs")
-    ids = await chat_ids(host, body.messages, body.add_generation_prompt is not False,
-                         body.chat_template_kwargs or {})
+    ids = checked(host, await chat_ids(host, body.messages, body.add_generation_prompt is not False,
+                                       body.chat_template_kwargs or {}), "messages")
     fields = await _request_fields(host, body, body.max_completion_tokens or body.max_tokens)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return [Request(ids, logprobs=logprobs, id=request_id, **fields)]
@@ -63,10 +67,13 @@ async def chat_requests(host: ModelHost, body: ChatRequest, request_id: str) -> 
 async def chat_ids(host: ModelHost, messages: Sequence[Message], add_generation_prompt: bool,
                    variables: dict[str, Any]) -> list[int]:
     """Token ids of a conversation, by the model's chat template."""
+    for name in RESERVED & variables.keys():
+        raise ApiError(400, f"chat_template_kwargs may not contain {name}: the request has a field "
+                       "for that", "chat_template_kwargs")
     assert host.template is not None
     text = await host.template.render([_plain(number, message) for number, message in
                                        enumerate(messages)], add_generation_prompt, variables)
-    return await encode(host, text, add_special_tokens=False)
+    return await encode(host, text, add_special_tokens=False, field="messages")
 
 
 def _plain(number: int, message: Message) -> dict[str, Any]:
@@ -76,23 +83,36 @@ def _plain(number: int, message: Message) -> dict[str, Any]:
     if isinstance(message.content, list):
         for part in message.content:
             if part.type != "text" or part.text is None:
-                raise ApiError(400, f"Content of type {part.type!r} is not supported, only text.",
-                               f"messages[{number}].content", "unsupported")
+                raise ApiError(400, f"Content of type {shown(part.type)!r} is not supported, only "
+                               "text.", f"messages[{number}].content", "unsupported")
         plain["content"] = "".join(part.text or "" for part in message.content)
     plain.setdefault("content", "")
     return plain
 
 
-async def encode(host: ModelHost, text: str, add_special_tokens: bool = True) -> list[int]:
-    """Token ids; long texts are tokenized in a thread."""
+async def encode(host: ModelHost, text: str, add_special_tokens: bool = True,
+                 field: str = "prompt") -> list[int]:
+    """Token ids; long texts are tokenized in a thread. field: where the text is from."""
     tokenizer = host.runtime.tokenizer
     if len(text) <= SHORT:
         ids = tokenizer.encode(text, add_special_tokens)
     else:
         ids = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
     if not ids:
-        raise ApiError(400, "The prompt is empty: at least one token is needed.", "prompt")
+        raise ApiError(400, "The prompt is empty: at least one token is needed.", field)
     return ids
+
+
+def checked(host: ModelHost, ids: list[int], field: str) -> np.ndarray:
+    """Token ids as the engine takes them. ApiError 400 if they are none, or too many."""
+    try:
+        array = host.runtime.check_ids(ids)
+    except ShapeError as error:
+        raise ApiError(400, str(error), field) from error
+    if len(array) > (capacity := host.require_engine().capacity):
+        raise ApiError(400, f"The prompt has {len(array)} tokens, the context holds {capacity}.",
+                       field, "context_length_exceeded")
+    return array
 
 
 async def _request_fields(host: ModelHost, body: Generation, max_tokens: int | None
@@ -114,12 +134,14 @@ def _sampling(body: Generation, vocabulary: int) -> Sampling:
             raise ApiError(400, f"Token id {token} of logit_bias is outside the vocabulary of "
                            f"{vocabulary}.", "logit_bias")
     seed = secrets.randbits(63) if body.seed is None else body.seed & (2**64 - 1)
-    return Sampling(
-        temperature=_given(body.temperature, 1.0), top_k=max(0, _given(body.top_k, 0)),
-        top_p=_given(body.top_p, 1.0), min_p=_given(body.min_p, 0.0), seed=seed,
-        repetition_penalty=_given(body.repetition_penalty, 1.0),
-        presence_penalty=_given(body.presence_penalty, 0.0),
-        frequency_penalty=_given(body.frequency_penalty, 0.0), logit_bias=body.logit_bias or {})
+    with field_errors():
+        return Sampling(
+            temperature=_given(body.temperature, 1.0), top_k=max(0, _given(body.top_k, 0)),
+            top_p=_given(body.top_p, 1.0), min_p=_given(body.min_p, 0.0), seed=seed,
+            repetition_penalty=_given(body.repetition_penalty, 1.0),
+            presence_penalty=_given(body.presence_penalty, 0.0),
+            frequency_penalty=_given(body.frequency_penalty, 0.0),
+            logit_bias=body.logit_bias or {})
 
 
 def _given(value: Any, default: Any) -> Any:

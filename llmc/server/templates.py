@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.server.http_errors import ApiError
+from llmc.server.logs import log
 
 SECONDS = 2.0  # of one rendering
 START_SECONDS = 20.0  # of the first, which starts the process
@@ -38,8 +40,8 @@ class ChatTemplate:
             answer = await self._ask(asked)
         if "text" in answer:
             return answer["text"]
-        raise ApiError(400, answer.get("error") or answer["broken"], "messages",
-                       "chat_template_error")
+        log("template", logging.WARNING, error=answer["error"], detail=answer["detail"])
+        raise ApiError(400, answer["error"], "messages", "chat_template_error")
 
     async def _ask(self, line: bytes) -> dict[str, str]:
         seconds = self._seconds
@@ -54,10 +56,12 @@ class ChatTemplate:
                 return json.loads(await self._exchange(self._process, line))
         except TimeoutError:
             await self.close()
-            return {"broken": f"the chat template did not end within {seconds:.0f} s"}
+            return {"error": "The chat template takes too long on these messages.",
+                    "detail": f"it did not end within {seconds:.0f} s"}
         except (ValueError, OSError):  # it died, or wrote a line without end
             await self.close()
-            return {"broken": "the chat template used up its memory, or wrote too long a prompt"}
+            return {"error": "The chat template needs too much memory for these messages.",
+                    "detail": "it used up its memory, or wrote too long a prompt"}
         except asyncio.CancelledError:  # its answer would be taken for the next one's
             await self.close()
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import socket
 
 import pytest
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 
 from tests.server.serving import Serving
 
+LEAKS = re.compile(r"Traceback|site-packages|[a-z]Error\b|NoneType|<class|object at 0x|codec can't|"
+                   r"keyword argument|positional argument")
 SECONDS = 20  # an answer that takes longer hangs
 BASES = {
     "/v1/completions": {
@@ -45,6 +48,9 @@ def requests(draw) -> tuple[str, str, bytes, dict[str, str]]:
             if name in fields or name in ("prompt", "messages", "input", "tokens", "max_tokens")}
     for name in draw(st.sets(st.sampled_from(sorted(BASES[path])), max_size=3)):
         body[name] = draw(junk)
+    if "chat_template_kwargs" in body and draw(st.booleans()):
+        name = draw(st.sampled_from(["messages", "add_generation_prompt", "self", "bos_token"]))
+        body["chat_template_kwargs"] = {name: draw(junk)}
     if draw(st.integers(0, 5)) == 0:
         body[draw(st.text(max_size=10))] = draw(junk)
     if draw(st.integers(0, 8)) == 0:
@@ -67,7 +73,10 @@ def check(demo: Serving, asked: tuple[str, str, bytes, dict[str, str]]) -> None:
     connection.close()
     assert answer.status < 500, (answer.status, body)
     if answer.status != 200:
-        assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+        error = json.loads(body)["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert not LEAKS.search(error["message"]) and len(error["message"]) < 1000, error
+        assert str(demo.host.runtime.artifact.directory) not in error["message"], error
     else:
         assert b'"server_error"' not in body, body  # in a stream, whose status came before
 

@@ -174,6 +174,36 @@ def test_bad_bodies_are_bad_requests(demo, body):
     error_of(answer)
 
 
+@pytest.mark.parametrize(("path", "body", "param", "code", "words"), [
+    ("/v1/completions", b'{"max_tokens": 1}', "prompt", "missing_required_parameter", "required"),
+    ("/v1/completions", b'{"prompt": "a", "n": "x"}', "n", "invalid_type", "got `str`"),
+    ("/v1/completions", b'{"prompt": "a", "logit_bias": {"x": 1}}', "logit_bias", "invalid_type",
+     "got `str`"),
+    ("/v1/completions", b'{"prompt": "a", "temperature": -1}', "temperature", None, "0 or more"),
+    ("/v1/completions", b'{"prompt": "a", "top_p": 1.5}', "top_p", None, "in (0, 1]"),
+    ("/v1/completions", b'{"prompt": [9999]}', "prompt", None, "vocabulary of 512"),
+    ("/v1/completions", b'{"prompt": "a", "b\\nc": 1}', "b\nc", "unknown_parameter",
+     "Unrecognized"),
+    ("/v1/completions", b'{"prompt": "a", "model": "' + b"x" * 9999 + b'"}', "model",
+     "model_not_found", "xxx..."),
+    ("/v1/completions", b'{"prompt": "\xff"}', None, "invalid_json", "not UTF-8"),
+    ("/v1/completions", b'{"metadata":' + b'{"a":' * 50000, None, "invalid_json", "too deeply"),
+    ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": "a"}], '
+     b'"chat_template_kwargs": {"messages": 3}}', "chat_template_kwargs", None, "messages"),
+    ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": "a"}], '
+     b'"chat_template_kwargs": {"self": 3}}', "messages", "chat_template_error", "template"),
+    ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": "'
+     + b"a b " * 900 + b'"}]}', "messages", "context_length_exceeded", "context"),
+])
+def test_errors_name_the_field_and_nothing_of_the_server(demo, path, body, param, code, words):
+    answer = demo.ask("POST", path, body)
+    error = error_of(answer)
+    assert (answer[0] // 100, error["param"], error["code"]) == (4, param, code), error
+    assert words in error["message"] and len(error["message"]) < 300
+    for secret in ("Error", "codec", "()", str(demo.host.runtime.artifact.directory)):
+        assert secret not in error["message"]
+
+
 def test_only_json_is_read(demo):
     answer = demo.ask("POST", "/v1/completions", b"prompt=x", {"content-type": "text/plain"})
     assert answer[0] == 415 and "application/json" in error_of(answer)["message"]
@@ -235,6 +265,9 @@ def test_a_hostile_template_is_a_bad_request(demo, tmp_path, source, monkeypatch
     answer = demo.post("/v1/chat/completions", messages=[{"role": "user", "content": "Hi"}])
     assert answer[0] == 400 and error_of(answer), answer  # refused, or rendered to nothing
     assert "uid=" not in json.dumps(answer[2]) and time.monotonic() - began < 10
+    told = error_of(answer)["message"]
+    assert told.startswith(("The chat template ", "The prompt ")) and "/" not in told
+    assert told.endswith("refuses these messages: no") or "raise_exception('no')" not in source
     assert demo.ask("GET", "/readyz")[0] == 200
     if hostile._process is not None:
         hostile._process.kill()
