@@ -58,6 +58,9 @@ FLAGS: tuple[tuple[str, Any, Any, str], ...] = (
     ("served-name", str, None, "what clients call the model (default: the name of its directory)"),
     ("max-batch", positive, 32, "most sequences that are computed at once (default 32)"),
     ("max-step-tokens", positive, None, "most tokens of a step (default: what suits the model)"),
+    ("mixed-step-tokens", positive, None, "most tokens of a step in which some answers go on while "
+                                          "prompts are read: fewer make shorter pauses (default: "
+                                          "32 for each thread; on a GPU --max-step-tokens)"),
     ("kv-memory", size, None, "memory for the KV cache, such as 4G (default: what --max-batch and "
                               "--max-context need, at most half of this machine's)"),
     ("queue-limit", positive, 256, "most requests that wait; beyond, 429 (default 256)"),
@@ -137,8 +140,9 @@ def serve_options(arguments: argparse.Namespace):
     return ServeOptions(
         arguments.model, arguments.served_name or Path(arguments.model).resolve().name,
         arguments.target, runtime, arguments.max_batch, arguments.max_step_tokens,
-        arguments.queue_limit, arguments.api_key, arguments.chat_template, arguments.max_body,
-        arguments.body_seconds, arguments.write_seconds, arguments.otel)
+        arguments.mixed_step_tokens, arguments.queue_limit, arguments.api_key,
+        arguments.chat_template, arguments.max_body, arguments.body_seconds,
+        arguments.write_seconds, arguments.otel)
 
 
 def listen(host: str, number: int) -> socket.socket:

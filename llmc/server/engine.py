@@ -33,6 +33,7 @@ from llmc.server.request import EngineStopped, Event, Matcher, QueueFull, Reques
 from llmc.server.scheduler import Choice, Plan, Scheduler
 
 MOST_RECORDS = 1024
+LEAST_PROMPT_TOKENS = 2 * PAGE  # that a step has room for, whatever decodes
 IDLE_SECONDS = 0.001  # between looks at a queue whose head does not fit
 
 
@@ -91,12 +92,14 @@ class Engine:
     """Serves requests on a Runtime that holds a language model.
 
     max_batch: most sequences that run at once; max_step_tokens: most tokens of a step (default:
-    what the runtime likes), more than max_batch; queue_limit: most choices that wait; reuse:
-    whether sequences that begin alike share pages. LlmcError if the runtime cannot do that.
+    what the runtime likes), more than max_batch; mixed_step_tokens: the same for steps that a
+    decoding sequence waits for (default: no fewer), raised to let prompts go on beside max_batch
+    such sequences; queue_limit: most choices that wait; reuse: whether sequences that begin alike
+    share pages. LlmcError if the runtime cannot do that.
     """
 
     def __init__(self, runtime: Any, *, max_batch: int = 32, max_step_tokens: int | None = None,
-                 queue_limit: int = 256, reuse: bool = True):
+                 mixed_step_tokens: int | None = None, queue_limit: int = 256, reuse: bool = True):
         self.runtime = runtime
         self.model = model = runtime.language_model
         self.queue_limit = queue_limit
@@ -108,8 +111,10 @@ class Engine:
         if not max_batch < step_tokens <= model.most_tokens:
             raise LlmcError(f"max_step_tokens must be in {max_batch + 1}..{model.most_tokens}, "
                             f"got {step_tokens}")
+        mixed = max(mixed_step_tokens or step_tokens, max_batch + LEAST_PROMPT_TOKENS)
         self.scheduler = Scheduler(model.pool, model.release, max_batch, step_tokens,
-                                   model.growth_limit, reuse and model.reuses_prefixes)
+                                   model.growth_limit, reuse and model.reuses_prefixes,
+                                   min(mixed, step_tokens))
         self.sampler = Sampler(max_batch, runtime.config["vocab_size"])
         self.recent: deque[StepRecord] = deque(maxlen=MOST_RECORDS)
         self._live: dict[Stream, list[Choice]] = {}

@@ -14,18 +14,21 @@ from llmc.runtime.session import Runtime
 from llmc.server.embedder import Embedder
 from llmc.server.engine import Engine
 from llmc.server.grammar import Grammars
-from llmc.server.http_errors import ApiError
+from llmc.server.http_errors import ApiError, shown
 from llmc.server.logs import log
 from llmc.server.templates import ChatTemplate
 from llmc.server.vocabulary import Vocabulary
+
+MIXED_TOKENS_A_THREAD = 32
 
 
 @dataclass(frozen=True)
 class ServeOptions:
     """What `llmc serve` is told. model: path; name: what clients call it; target and runtime:
-    what Runtime takes; queue_limit: most requests that wait; max_body: bytes of a request;
-    body_seconds, write_seconds: how long a client may take to send its request, and to read a
-    piece of its answer."""
+    what Runtime takes; max_batch, max_step_tokens, mixed_step_tokens: what Engine takes;
+    queue_limit: most requests that wait; max_body: bytes of a request; body_seconds,
+    write_seconds: how long a client may take to send its request, and to read a piece of its
+    answer."""
 
     model: str
     name: str
@@ -33,6 +36,7 @@ class ServeOptions:
     runtime: Mapping[str, Any] = field(default_factory=dict)
     max_batch: int = 32
     max_step_tokens: int | None = None
+    mixed_step_tokens: int | None = None
     queue_limit: int = 256
     api_key: str | None = None
     chat_template: Path | None = None
@@ -96,6 +100,8 @@ class ModelHost:
         else:
             self.engine = Engine(runtime, max_batch=options.max_batch,
                                  max_step_tokens=options.max_step_tokens,
+                                 mixed_step_tokens=(options.mixed_step_tokens
+                                                    or mixed_step_tokens(runtime)),
                                  queue_limit=options.queue_limit)
             self.engine.start()
         self._open_text(runtime)
@@ -170,10 +176,24 @@ class ModelHost:
     def check_name(self, name: str | None) -> None:
         """ApiError 404 if a request is for another model."""
         if name is not None and name != self.options.name:
-            raise ApiError(404, f"The model {name!r} does not exist; this server has "
+            raise ApiError(404, f"The model {shown(name)!r} does not exist; this server has "
                            f"{self.options.name!r}.", "model", "model_not_found")
 
     def check_file(self) -> None:
         """ModelError before anything starts, if there is no such model."""
         if not Path(self.options.model).exists():
             raise ModelError(f"{self.options.model}: no such file or directory")
+
+
+def mixed_step_tokens(runtime: Any) -> int | None:
+    """Most tokens of a step that a decoding sequence waits for; None where all steps may be of the
+    same size.
+
+    Decoding reads all weights for few tokens, which takes as long on one core as on many; prompts
+    are arithmetic, which is done by so many threads. So many tokens a thread make a step of some 3
+    to 6 decodes' time on hosts, for 5 to 10 % of the speed of prompts (docs/server.md). A GPU has
+    arithmetic to spare.
+    """
+    if runtime.manifest.target.startswith("nvptx"):
+        return None
+    return MIXED_TOKENS_A_THREAD * runtime.threads

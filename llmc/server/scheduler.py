@@ -2,9 +2,10 @@
 
 First come, first served: `running` and `waiting` are sorted by arrival. Every step takes one token
 of each sequence that decodes; what is left of the step's tokens goes to prompts, the oldest first,
-chunk by chunk, so a long prompt delays nobody's next token by more than a step. Where pages run
-out the youngest sequence gives up its own and is computed again later (from what is still cached);
-the oldest never does, and as each fits the pool alone, each gets to its end.
+chunk by chunk, so a long prompt delays nobody's next token by more than a step, and a step that
+decodes may be kept shorter than others. Where pages run out the youngest sequence gives up its own
+and is computed again later (from what is still cached); the oldest never does, and as each fits the
+pool alone, each gets to its end.
 
 A step that fails may have been any of its sequences' fault. Suspects run alone, until they have
 failed alone or have not.
@@ -76,25 +77,29 @@ class Choice:
 
 @dataclass
 class Plan:
-    """A step: choices and their chunks, side by side, with so many tokens. admitted: choices that
-    begin to run."""
+    """A step: choices and their chunks, side by side, with so many tokens, at most `most` where
+    there is a choice. admitted: choices that begin to run."""
 
     choices: list[Choice] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     tokens: int = 0
+    most: int = 0
     admitted: list[Choice] = field(default_factory=list)
 
 
 class Scheduler:
     """release: takes back all that a sequence holds; max_batch: most sequences that run at once;
     max_step_tokens: most tokens of a step, more than max_batch; whole_above: longer sequences must
-    start with a single step (0: none must); reuse: whether pages may be shared."""
+    start with a single step (0: none must); reuse: whether pages may be shared; mixed_step_tokens:
+    most tokens of a step in which some sequence decodes, more than max_batch (0: as of others)."""
 
     def __init__(self, pool: PagePool, release: Callable[[CachedSequence], None], max_batch: int,
-                 max_step_tokens: int, whole_above: int = 0, reuse: bool = True):
+                 max_step_tokens: int, whole_above: int = 0, reuse: bool = True,
+                 mixed_step_tokens: int = 0):
         self.pool = pool
         self.max_batch = max_batch
         self.max_step_tokens = max_step_tokens
+        self.mixed_step_tokens = mixed_step_tokens or max_step_tokens
         self.whole_above = whole_above
         self.reuse = reuse
         self.running: list[Choice] = []
@@ -125,7 +130,8 @@ class Scheduler:
             return self._alone(self.suspects[0])
         preempted = self.preemptions
         decoding, prompts = self._sort_running()
-        plan = Plan(decoding, [choice.chunk(1) for choice in decoding], len(decoding))
+        plan = Plan(decoding, [choice.chunk(1) for choice in decoding], len(decoding),
+                    self.mixed_step_tokens if decoding else self.max_step_tokens)
         for choice in prompts:
             self._add_prompt(plan, choice)
         if self.preemptions == preempted:
@@ -146,7 +152,7 @@ class Scheduler:
 
     def _add_prompt(self, plan: Plan, choice: Choice) -> None:
         """Plan as much of a prompt as the step has room for."""
-        room = self.max_step_tokens - plan.tokens
+        room = plan.most - plan.tokens
         count = choice.count - choice.sequence.length
         if not 0 < self.whole_above < choice.count:
             count = min(count, room)
@@ -167,7 +173,7 @@ class Scheduler:
         return True
 
     def _admit(self, plan: Plan) -> None:
-        while (self.waiting and plan.tokens < self.max_step_tokens
+        while (self.waiting and plan.tokens < plan.most
                and len(self.running) < self.max_batch):
             choice = self.waiting[0]
             if self._gains_by_waiting(choice) or not self._reserve(choice):
@@ -183,7 +189,7 @@ class Scheduler:
 
     def _alone(self, choice: Choice) -> Plan:
         """A step of one suspect, for which others may have to give up their pages."""
-        plan = Plan()
+        plan = Plan(most=self.max_step_tokens)
         while choice.slot < 0:
             if len(self.running) < self.max_batch and self._reserve(choice):
                 self._start(plan, choice)

@@ -171,6 +171,25 @@ def test_a_long_prompt_does_not_delay_those_that_decode():
     run(engine)
 
 
+def test_steps_that_decode_may_be_shorter_than_others():
+    engine = make_engine(max_batch=4, max_step_tokens=100, mixed_step_tokens=1)
+    long = engine.submit(Request(prompt(300, 1), 2, ignore_eos=True))
+    engine.step()
+    short = engine.submit(Request(prompt(4), 60, ignore_eos=True))
+    for _ in range(6):
+        engine.step()
+    lengths = [len(step["ids"]) for step in engine.model.executor.steps]
+    assert lengths == [100, 100, 100, 5, 1, 1, 1]
+    engine.submit(Request(prompt(150, 2), 2, ignore_eos=True))
+    for _ in range(3):
+        engine.step()
+    lengths = [len(step["ids"]) for step in engine.model.executor.steps][-3:]
+    assert lengths == [68, 68, 17]  # one decodes; room for 64 tokens of prompts beside max_batch
+    run(engine)
+    assert tokens(long.drain()) == continuation(prompt(300, 1), 2, ())
+    assert tokens(short.drain()) == continuation(prompt(4), 60, ())
+
+
 def test_the_first_that_comes_is_the_first_that_is_served():
     engine = make_engine(max_batch=2)
     streams = [engine.submit(Request(prompt(40, seed), 20, ignore_eos=True)) for seed in range(9)]
