@@ -3,27 +3,40 @@
 A graph is the step's kernels, then `sample` where some sequence is not greedy, then `advance`,
 which makes the chosen tokens the next step's input (see llmc/ir/choice.py). Nothing in it depends
 on the host, which may be some steps behind: it reads tokens from a ring in its own memory. The
-step's arguments are copied anew only when the page table gets more pages, or when memory moved.
+page table is copied when it gets more pages, the arguments when it gets wider, memory moved, or
+other code runs. What a step between such changes takes of the host is four calls of the driver.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llmc.ir.choice import FIELDS, SAMPLING
-from llmc.runtime.cuda_device import Device, Graph, Memory, PinnedMemory, call, event, launch
+from llmc.runtime.cuda_device import (
+    Device,
+    Graph,
+    Memory,
+    PinnedMemory,
+    call,
+    event,
+    launch,
+    prepared,
+)
 from llmc.runtime.decode import RING, Start
 
 if TYPE_CHECKING:
     from llmc.runtime.cuda_executor import CudaExecutor, DeviceVariant, Plan
+    from llmc.runtime.dispatch import Trial
 
 ALIGNMENT = 256  # bytes, of what lies in a region
 ARGUMENTS = 9  # fields of a step's arguments
 LEAST_WIDTH = 8  # pages of the narrowest page table
+COUNTED_TOGETHER = 16  # steps that the profile hears of at once
 
 
 class Region:
@@ -62,11 +75,22 @@ class Region:
             call("cuEventDestroy", done)
 
 
+@dataclass(eq=False)
+class Choice:
+    """What runs steps of these values, until something changes. trial: it belongs to that, and is
+    one step's only."""
+
+    variant: Any
+    values: Mapping[str, int]
+    trial: Trial | None
+
+
 class CudaDecoder:
     """Memory and graphs for `count` sequences that decode together on a CudaExecutor.
 
     `start`, then `step` and `read` in turn (at most RING - 1 steps may be unread). Whoever uses it
-    serialises that with the executor's own steps. most_pages: of a sequence.
+    serialises that with the executor's own steps. most_pages: of a sequence; waited: seconds that
+    `read` has waited for the GPU.
     """
 
     def __init__(self, executor: CudaExecutor, count: int, most_pages: int):
@@ -79,18 +103,28 @@ class CudaDecoder:
             "offsets": 4 * (count + 1), "rows": 4 * count, "slots": 4 * count})
         numbers = ARGUMENTS + len(executor.symbols) + len(executor.inputs) + len(executor.outputs)
         self._block = Region(executor.device, {
-            "choice": 8 * len(FIELDS), "arguments": 8 * numbers,
+            "choice": 8 * len(FIELDS), "arguments": 8 * numbers}, copies=2)
+        self._table = Region(executor.device, {
             "page_table": 4 * count * round_width(most_pages)}, copies=2)
         self._ring = PinnedMemory(4 * RING * count)
         self._tokens = self._ring.array[:4 * RING * count].view(np.int32).reshape(RING, count)
         self._events = [event() for _ in range(RING)]
+        self._mark = [prepared("cuEventRecord", each, executor.device.stream)
+                      for each in self._events]
+        self._wait = [prepared("cuEventSynchronize", each) for each in self._events]
         self._launched = self._read = 0
+        self._choices: list[Any] = [None] * RING  # of the steps that were not read
+        self._counted: Any = None  # the choice of steps that were read and nobody was told of
+        self._calls, self._seconds = 0, 0.0  # of these
+        self.waited = 0.0
 
     def start(self, starts: Sequence[Start]) -> None:
         """Begin with these sequences, as many as this decoder is for."""
         self.executor.device.use()
         self._launched = self._read = 0
-        self._prepared: tuple | None = None
+        self._chosen_by: Any = None  # the dispatch table
+        self._moves, self._width = -1, 0
+        self._prepared: tuple | None = None  # what the arguments on the device are for
         self._sampled = any(each.sampling.temperature > 0 for each in starts)
         numbers = np.arange(self.count + 1, dtype=np.int32)
         self._carried.copy({
@@ -103,25 +137,22 @@ class CudaDecoder:
     def step(self, page_rows: Sequence[np.ndarray] | None) -> None:
         """Put the next step on the stream. page_rows: each sequence's pages, i32, enough for the
         step's tokens; None where they are those of the step before."""
-        executor, device = self.executor, self.executor.device
+        executor = self.executor
         executor.require_open()
-        device.use()
+        executor.device.use()
         if page_rows is not None:
-            self._page_rows = page_rows
-            self._values = executor.known | {
-                "tokens": self.count, "sequences": self.count, "rows": self.count,
-                "table_width": round_width(max(map(len, page_rows)))}
-        variant: Any = executor.dispatch.choose(self._values)
-        executor.unload_retired(variant)
-        prepared = (id(variant), executor.moves)
-        if page_rows is not None or prepared != self._prepared:
-            self._graph = self._prepare(variant, self._page_rows)
-            self._prepared = (id(variant), executor.moves)
+            self._take_pages(page_rows)
+        if self._chosen_by is not executor.dispatch.table or self._moves != executor.moves:
+            self._choose()
         if self._launched == self._read:
             self._since = time.perf_counter()
-        self._variant = variant
-        self._launch()
-        call("cuEventRecord", self._events[self._launched % RING], device.stream)
+        slot = self._launched % RING
+        self._choices[slot] = self._choice
+        if self.trace is None:
+            self._graph.launch()
+        else:
+            self._launch_between_events(self.trace)
+        self._mark[slot]()
         self._launched += 1
         executor.graph_launches += 1
 
@@ -129,42 +160,82 @@ class CudaDecoder:
         """The tokens of the oldest step that was not read, i32 [count]; waits for it."""
         self.executor.require_open()
         slot = self._read % RING
-        call("cuEventSynchronize", self._events[slot])
-        self._read += 1
+        began = time.perf_counter()
+        self._wait[slot]()
         now = time.perf_counter()
-        seconds, self._since = now - self._since, now
-        self._variant.calls += 1
-        self._variant.seconds += seconds
-        self.executor.dispatch.observe(self._values, self._variant, seconds)
+        self._read += 1
+        self.waited += now - began
+        self._count(self._choices[slot], now - self._since)
+        self._since = now
         return self._tokens[slot].copy()
 
     def drain(self) -> None:
         """Wait for all steps, whose tokens are dropped."""
         if self._launched > self._read and not self.executor.closed:
-            call("cuEventSynchronize", self._events[(self._launched - 1) % RING])
+            self._wait[(self._launched - 1) % RING]()
         self._read = self._launched
+        self._tell()
 
-    def _launch(self) -> None:
-        if self.trace is None:
-            self._graph.launch()
+    def _count(self, choice: Choice, seconds: float) -> None:
+        """Count a step that was read."""
+        if choice is not self._counted or self._calls == COUNTED_TOGETHER:
+            self._tell()
+            self._counted = choice
+        self._calls += 1
+        self._seconds += seconds
+
+    def _tell(self) -> None:
+        """Let the variant, its trial and the profile know of the steps that were counted."""
+        choice, calls, seconds = self._counted, self._calls, self._seconds
+        self._counted, self._calls, self._seconds = None, 0, 0.0
+        if choice is None:
             return
+        choice.variant.calls += calls
+        choice.variant.seconds += seconds
+        self.executor.dispatch.count(choice.values, choice.variant, seconds, calls)
+        if choice.trial is not None:
+            choice.trial.observe(choice.variant, seconds)
+
+    def _launch_between_events(self, trace: list[tuple[Any, Any]]) -> None:
         begin, end = event(timed=True), event(timed=True)
         call("cuEventRecord", begin, self.executor.device.stream)
         self._graph.launch()
         call("cuEventRecord", end, self.executor.device.stream)
-        self.trace.append((begin, end))
+        trace.append((begin, end))
 
     # ---- what steps are given -------------------------------------------------------------------
 
-    def _prepare(self, variant: DeviceVariant, page_rows: Sequence[np.ndarray]) -> Graph:
-        """Put the step's arguments on the device; the graph for it."""
-        plan = self.executor.plan(variant, self._values)
-        arena, outputs = self.executor.memory_for(plan)
-        table = np.zeros((self.count, self._values["table_width"]), np.int32)
+    def _take_pages(self, page_rows: Sequence[np.ndarray]) -> None:
+        """Put the page table on the device."""
+        width = round_width(max(map(len, page_rows)))
+        table = np.zeros((self.count, width), np.int32)
         for row, pages in zip(table, page_rows, strict=True):
             row[:len(pages)] = pages
-        self._block.copy({"choice": self._choice(plan, outputs), "page_table": table,
-                          "arguments": self._arguments(plan, arena, outputs)})
+        self._table.copy({"page_table": table})
+        if width != self._width:
+            self._width, self._chosen_by = width, None
+
+    def _choose(self) -> None:
+        """Choose what runs the next step, and put its arguments on the device."""
+        executor, dispatch = self.executor, self.executor.dispatch
+        table = dispatch.table  # the choice holds as long as nobody replaces it
+        values = executor.known | {"tokens": self.count, "sequences": self.count,
+                                   "rows": self.count, "table_width": self._width}
+        variant: Any = dispatch.choose(values)
+        self._choice = Choice(variant, values, dispatch.trial)
+        executor.unload_retired(variant)
+        plan = executor.plan(variant, values)
+        arena, outputs = executor.memory_for(plan)
+        prepared = (id(variant), self._width, executor.moves)
+        if prepared != self._prepared:
+            self._block.copy({"choice": self._choice_fields(plan, outputs),
+                              "arguments": self._arguments(plan, arena, outputs)})
+            self._graph = self._graph_of(variant, plan)
+            self._prepared = prepared
+        self._moves = executor.moves
+        self._chosen_by = None if dispatch.trial else table
+
+    def _graph_of(self, variant: DeviceVariant, plan: Plan) -> Graph:
         key = (id(variant), plan.grids, self._sampled)
         if key not in self._graphs:
             self._graphs[key] = Graph(self.executor.device, lambda: self._record(variant, plan))
@@ -175,13 +246,13 @@ class CudaDecoder:
         at_symbols = self._block.at("arguments") + 8 * ARGUMENTS
         at_inputs = at_symbols + 8 * len(plan.symbols)
         at_outputs = at_inputs + 8 * len(self.executor.inputs)
-        inputs = [(self._block if tensor.name == "page_table" else self._carried).at(tensor.name)
+        inputs = [(self._table if tensor.name == "page_table" else self._carried).at(tensor.name)
                   for tensor in self.executor.inputs]
         return np.array([at_symbols, at_inputs, at_outputs, *self.executor.tables(), arena, 0, 0, 0,
                          *plan.symbols, *inputs,
                          *(outputs + place for place, _ in plan.outputs.values())], np.uint64)
 
-    def _choice(self, plan: Plan, outputs: int) -> np.ndarray:
+    def _choice_fields(self, plan: Plan, outputs: int) -> np.ndarray:
         carried = ("ids", "positions", "steps", "sampling")
         fields = {name: self._carried.at(name) for name in carried}
         fields |= {name: outputs + plan.outputs[name][0] for name in ("greedy", "logits")}
@@ -211,7 +282,7 @@ class CudaDecoder:
         """Free everything; the device must be done with it. Nothing can be read any more."""
         for graph in self._graphs.values():
             graph.close()
-        for region in (self._carried, self._block):
+        for region in (self._carried, self._block, self._table):
             region.close()
         self._ring.close()
         for each in self._events:

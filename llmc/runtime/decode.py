@@ -67,6 +67,7 @@ class DecodeLoop:
         self._lengths = [sequence.length for sequence in sequences]
         self._steps = steps
         self._begun = self._read = 0
+        self._room = 0  # steps for which every sequence has its pages
         self._finished = False
         decoder.start(starts)
 
@@ -84,16 +85,11 @@ class DecodeLoop:
 
     def begin(self) -> None:
         """Begin one more step (at most RING - 1 may be unread)."""
-        changed = self._begun == 0
-        for sequence in self.sequences:
-            pages = len(sequence.pages)
-            if sequence.length == PAGE * pages or self.model.growth_limit:
-                self._reserve(sequence)
-                changed = changed or len(sequence.pages) != pages
-        self.decoder.step([sequence.page_row() for sequence in self.sequences]
-                          if changed else None)
-        for sequence in self.sequences:
-            sequence.length += 1
+        if self._begun < self._room:
+            self.decoder.step(None)
+        else:
+            self._grow()
+            self.decoder.step([sequence.page_row() for sequence in self.sequences])
         self._begun += 1
 
     def read(self) -> np.ndarray:
@@ -101,6 +97,18 @@ class DecodeLoop:
         tokens = self.decoder.read()
         self._read += 1
         return tokens
+
+    def _grow(self) -> None:
+        """Pages for one more step at least, and the number of steps that they are enough for."""
+        self._count_begun()
+        for sequence in self.sequences:
+            self._reserve(sequence)
+        self._room = self._begun + min(map(self._room_of, self.sequences))
+
+    def _count_begun(self) -> None:
+        """Let sequences have the tokens of all steps that were begun."""
+        for sequence, length in zip(self.sequences, self._lengths, strict=True):
+            sequence.length = length + self._begun
 
     def _reserve(self, sequence: Sequence) -> None:
         """Pages for one more token, and for some behind it while there are enough."""
@@ -111,6 +119,11 @@ class DecodeLoop:
             ahead = PAGE * (len(sequence.pages) + PAGES_AHEAD)
             self.model.pool.reserve(sequence, min(end, ahead))
 
+    def _room_of(self, sequence: Sequence) -> int:
+        """Steps until a sequence needs pages again, or must not grow any more."""
+        end, limit = PAGE * len(sequence.pages), self.model.growth_limit
+        return (min(end, limit) if sequence.length < limit else end) - sequence.length
+
     def finish(self) -> None:
         """Wait for what was begun. Sequences are left with the tokens whose successors were read;
         where layers keep their past in a slot, one that got further can only be released."""
@@ -118,6 +131,7 @@ class DecodeLoop:
             return
         self._finished = True
         self.decoder.drain()
+        self._count_begun()
         if self.model.reuses_prefixes:
             for sequence, length in zip(self.sequences, self._lengths, strict=True):
                 self.model.pool.truncate(sequence, length + self._read)

@@ -49,7 +49,9 @@ class Dispatch:
     which only the range counts -> last values of these ranges, but for the last one's. A shape has
     the value of each of the former, and the last value of the latter's range.
 
-    `choose` and `observe` belong to the thread that steps; the other methods to the policy.
+    `choose`, `observe` and `count` belong to the thread that steps; the other methods to the
+    policy. What was chosen outside a trial is chosen again for these values as long as `table` is
+    the same object.
     """
 
     def __init__(self, variants: Iterable[Code], exact: Sequence[str] = (),
@@ -62,7 +64,7 @@ class Dispatch:
         self.names = (*self.exact, *self.ranges)
         self.profile: Profile | None = None
         self.rehearsing = False  # steps are not traffic: they count for trials only
-        self._trial: Trial | None = None  # of the step that runs
+        self.trial: Trial | None = None  # that the last choice belongs to
 
     def shape(self, values: Mapping[str, int]) -> Shape:
         shape = [values[name] for name in self.exact]
@@ -92,18 +94,23 @@ class Dispatch:
                 and table.wide.new.width() <= variant.width():
             trial = table.wide.part(shape, variant)
         if trial is not None and trial.old is variant and trial.new.covers(values):
-            self._trial = trial
+            self.trial = trial
             return trial.pick()
-        self._trial = None
+        self.trial = None
         return variant
 
     def observe(self, values: Mapping[str, int], variant: Code, seconds: float) -> None:
-        """Count a call that `choose` gave a variant for."""
-        if self.profile is not None and not self.rehearsing:
-            self.profile.observe(self.shape(values), variant.info.name, seconds)
-        trial = self._trial
+        """Count the call that `choose` last gave a variant for."""
+        self.count(values, variant, seconds)
+        trial = self.trial
         if trial is not None and variant in (trial.old, trial.new):
             trial.observe(variant, seconds)
+
+    def count(self, values: Mapping[str, int], variant: Code, seconds: float, calls: int = 1
+              ) -> None:
+        """Count calls that belong to no trial; seconds: of all of them."""
+        if self.profile is not None and not self.rehearsing:
+            self.profile.observe(self.shape(values), variant.info.name, seconds, calls)
 
     # ---- changing the table -------------------------------------------------------------------
 

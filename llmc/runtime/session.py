@@ -348,7 +348,7 @@ class Runtime:
                     tokens = loop.next()
                 if tokens is None:
                     return
-                yield int(tokens[0])
+                yield tokens.item()
         finally:
             with self._lock:
                 loop.finish()

@@ -192,9 +192,18 @@ class MadeUpExecutor:
     def __init__(self):
         self.device = SimpleNamespace(use=lambda: None, stream=0)
         self.variant = SimpleNamespace(calls=0, seconds=0.0)
-        self.dispatch = SimpleNamespace(choose=lambda values: self.variant,
-                                        observe=lambda *_: None)
+        self.dispatch = SimpleNamespace(table=object(), trial=None, choose=self.choose,
+                                        count=self.count)
+        self.choices, self.counted = 0, []
         self.results = HostMemory(1 << 16)
+
+    def choose(self, values):
+        self.choices += 1
+        return self.variant
+
+    def count(self, values, variant, seconds, calls):
+        assert seconds >= 0
+        self.counted.append((values["table_width"], calls))
 
     def require_open(self): ...
 
@@ -267,7 +276,8 @@ def host_device(monkeypatch):
         return 0
 
     for name, fake in {"Memory": HostMemory, "PinnedMemory": HostMemory, "Graph": LateGraph,
-                       "launch": advance, "call": call, "event": lambda **_: 0}.items():
+                       "launch": advance, "call": call, "event": lambda **_: 0,
+                       "prepared": lambda *_: lambda: None}.items():
         monkeypatch.setattr(cuda_decode, name, fake)
     LateGraph.recorded = 0
 
@@ -302,7 +312,59 @@ def test_steps_feed_each_other_over_pages_and_moves_of_memory(host_device, count
                 unread -= 1
         decoder.drain()
         assert LateGraph.recorded <= 3, turn
+        # chosen anew where the table gets wider and after the move; every step is counted once
+        assert executor.choices <= 5 * (turn + 1)
+        assert sum(calls for _, calls in executor.counted) == (600 - unread) * (turn + 1)
     decoder.close()
+
+
+class TimedExecutor(MadeUpExecutor):
+    """Two variants on trial that take different times, by a clock that waiting turns."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.now, self.pending = 0.0, deque()
+        self.old, self.new = (SimpleNamespace(calls=0, seconds=0.0, cost=cost)
+                              for cost in (1.0, 0.75))
+        self.observed: list[tuple[Any, float]] = []
+        self.dispatch.trial = SimpleNamespace(
+            observe=lambda *each: self.observed.append(each))
+        monkeypatch.setattr(cuda_decode.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(cuda_decode, "prepared", lambda name, *_: (
+            self.wait if name == "cuEventSynchronize" else lambda: None))
+
+    def choose(self, values):
+        self.choices += 1
+        if self.dispatch.trial is None:
+            return self.old
+        return self.new if self.choices % 4 in (2, 3) else self.old
+
+    def launch_stages(self, variant, plan, arguments):
+        super().launch_stages(variant, plan, arguments)
+        self.device.kernels.append(lambda: self.pending.append(variant.cost))
+
+    def wait(self):
+        self.now += self.pending.popleft()
+
+
+def test_trials_judge_the_steps_that_were_theirs(host_device, monkeypatch):
+    executor = TimedExecutor(monkeypatch)
+    decoder = cuda_decode.CudaDecoder(executor, 1, most_pages=4)
+    decoder.start([Start(5, 0, Sampling())])
+    for step in range(96):
+        if step == 50:
+            executor.dispatch.trial, executor.dispatch.table = None, object()
+        decoder.step([np.arange(3, dtype=np.int32)] if step == 0 else None)
+        if step >= AHEAD - 1:
+            decoder.read()
+    while decoder._read < 96:
+        decoder.read()
+    decoder.drain()
+    assert len(executor.observed) == 50 and executor.choices == 51
+    assert all(seconds == variant.cost for variant, seconds in executor.observed)
+    assert executor.new.seconds == 0.75 * executor.new.calls == 0.75 * 25
+    assert executor.old.seconds == executor.old.calls == 71
+    assert sum(calls for _, calls in executor.counted) == 96
 
 
 def test_few_widths_of_page_tables():
