@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """What the GPU target reaches on this machine; every part prints one line of JSON.
 
-    gpu.py [--parts bandwidth,compile-1b,...] [--seconds N] [--work DIRECTORY] [--output FILE]
+    gpu.py [--parts bandwidth,compile-1b,...] [--peers none|decode-eager,...] [--seconds N]
+           [--work DIRECTORY] [--output FILE]
 
 bandwidth            bytes per second at which a kernel reads memory: the ceiling of decoding
 compile-1b, -8b      a checkpoint of that shape, compiled for this GPU with nothing cached
@@ -9,13 +10,16 @@ start-1b             start of a process to its first token, weights in the page 
 steps-1b             decoding at context 1024 where the host takes every step, as a server's does
 model-1b, -8b        decoding at context 1024 (ms a token by the clock and by the GPU's events,
                      share of the bandwidth, host's time, GPU busy) and 2048 tokens at once
+torch-1b, -8b        the same steps by transformers' Llama on torch, compiled and not; how many
+                     times as fast ours are (see gpu_peers.py, which --peers chooses from)
 matmul               products of the 8B layers beside torch.mm (cuBLAS)
 attention-prefill,   attention alone beside torch's FLASH_ATTENTION
 attention-decode
 
 A part is a process of its own with a limit in seconds: one that fails says so in its line, and the
 others go on. start, steps and model need the artifact that compile left in --work (by default a
-directory that is gone afterwards). Results are merged into benchmarks/results/<device>.json.
+directory that is gone afterwards). Results are merged into benchmarks/results/<device>.json, and a
+table beside the peers is printed at the end.
 """
 
 from __future__ import annotations
@@ -240,34 +244,25 @@ class Timeline:
 
 
 class Waiting:
-    """Adds up the seconds for which the host waits for the GPU, until `stop`."""
+    """The seconds for which the host waits for the GPU, from now on until `stop`."""
 
-    def __init__(self, device: Any):
-        from llmc.runtime import cuda_decode
+    def __init__(self, executor: Any):
+        self._device, self._wait = executor.device, executor.device.wait
+        self._decoders = executor._decoders
+        self._seconds = -self._waited()
+        self._device.wait = self._timed
 
-        self.seconds = 0.0
-        self._patched: list[tuple[Any, str, Any]] = []
-        self._patch(device, "wait", lambda *_: True)
-        self._patch(cuda_decode, "call", lambda name, *_: name == "cuEventSynchronize")
+    def _waited(self) -> float:
+        return sum(decoder.waited for decoder in self._decoders)
 
-    def _patch(self, owner: Any, name: str, waits: Callable[..., bool]) -> None:
-        original = getattr(owner, name)
-
-        def timed(*arguments: Any) -> Any:
-            if not waits(*arguments):
-                return original(*arguments)
-            started = time.perf_counter()
-            result = original(*arguments)
-            self.seconds += time.perf_counter() - started
-            return result
-
-        self._patched.append((owner, name, original))
-        setattr(owner, name, timed)
+    def _timed(self) -> None:
+        started = time.perf_counter()
+        self._wait()
+        self._seconds += time.perf_counter() - started
 
     def stop(self) -> float:
-        for owner, name, original in self._patched:
-            setattr(owner, name, original)
-        return self.seconds
+        self._device.wait = self._wait
+        return self._seconds + self._waited()
 
 
 def decode(runtime: Any, watch: Callable[[], Any] = lambda: None) -> tuple[float, Any]:
@@ -316,13 +311,14 @@ def decoding(runtime: Any, shape: str, bandwidth: float) -> dict[str, float]:
     """Figures of a token. bandwidth: bytes per second."""
     decode(runtime)
     wall = statistics.median(decode(runtime)[0] for _ in range(3))
-    watched, waiting = decode(runtime, lambda: Waiting(runtime.executor.device))
+    host = statistics.median(watched - waiting.result / TIMED for watched, waiting in (
+        decode(runtime, lambda: Waiting(runtime.executor)) for _ in range(3)))
     _, events = decode(runtime, lambda: Timeline(runtime.executor))
     steps = statistics.median(events.result)
     own = decode_bytes(shape) / bandwidth
     return {"milliseconds": round(wall * 1e3, 3), "events_ms": round(steps * 1e3, 3),
             "share_of_bandwidth": round(own / wall, 3), "events_share": round(own / steps, 3),
-            "host_microseconds": round((watched - waiting.result / TIMED) * 1e6, 1),
+            "host_microseconds": round(host * 1e6, 1),
             "gpu_busy": round(events.busy(), 3)}
 
 
@@ -346,6 +342,55 @@ def model_part(shape: str, work: Path) -> dict[str, Any]:
                         "events_ms": round(device * 1e3, 2),
                         "tokens_per_second": round(PROMPT / clock),
                         "events_tokens_per_second": round(PROMPT / device)}}
+
+
+# ---- peers --------------------------------------------------------------------------------------
+
+
+def torch_part(shape: str, work: Path, wanted: Sequence[str]) -> dict[str, Any]:
+    """What torch makes of the shape; also prints a line after each measurement, of all so far."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(work / "inductor")
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        return {"left_out": str(error)}
+    import gpu_peers
+
+    result: dict[str, Any] = {"torch": torch.__version__, "transformers": transformers.__version__}
+    for name, figures in gpu_peers.measure(make_model.LLAMA[shape], wanted, CONTEXT, TIMED, PROMPT):
+        result[name] = figures
+        print(json.dumps(result), flush=True)
+    return result
+
+
+def compare(ours: dict[str, Any], peers: dict[str, Any]) -> dict[str, float]:
+    """How many times as fast ours is, by the name of what a peer measured."""
+    return {name: round(figures["milliseconds"] / ours[kind]["milliseconds"], 2)
+            for name, figures in peers.items() if isinstance(figures, dict)
+            and (kind := name.partition("-")[0]) in ours and "milliseconds" in figures}
+
+
+def table(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Lines for people: ours beside the peers of the same run."""
+    lines = []
+    for shape in ("1b", "8b"):
+        ours, peers = results.get(f"model-{shape}", {}), results.get(f"torch-{shape}", {})
+        for kind, what in (("decode", f"ms a token at context {CONTEXT}"),
+                           ("prefill", f"ms for {PROMPT} tokens")):
+            if kind not in ours:
+                continue
+            lines.append(f"{shape} {kind:8} {'llmc':28} {ours[kind]['milliseconds']:10.3f} {what}")
+            for name, figures in peers.items():
+                if not name.startswith(kind):
+                    continue
+                text = figures.get("failed") or (
+                    f"{figures['milliseconds']:10.3f} llmc is {peers['ours_is_faster'][name]:.2f} "
+                    f"times as fast; ready after {figures['ready_seconds']} s")
+                lines.append(f"{shape} {kind:8} {'torch ' + name.partition('-')[2]:28} {text}")
+        if "left_out" in peers:
+            lines.append(f"{shape} torch is left out: {peers['left_out']}")
+    return lines
 
 
 # ---- kernels alone ------------------------------------------------------------------------------
@@ -388,38 +433,46 @@ def attention_part(kind: str, work: Path) -> dict[str, Any]:
 
 # ---- all parts ----------------------------------------------------------------------------------
 
-PARTS: dict[str, tuple[Callable[[Path], dict[str, Any]], int]] = {  # most seconds of each
-    "bandwidth": (bandwidth_part, 30),
-    "compile-1b": (lambda work: compile_part("1b", work), 60),
-    "start-1b": (lambda work: start_part("1b", work), 40),
-    "steps-1b": (lambda work: steps_part("1b", work), 40),
-    "model-1b": (lambda work: model_part("1b", work), 60),
-    "compile-8b": (lambda work: compile_part("8b", work), 120),
-    "model-8b": (lambda work: model_part("8b", work), 90),
-    "matmul": (matmul_part, 75),
-    "attention-prefill": (lambda work: attention_part("prefill", work), 60),
-    "attention-decode": (lambda work: attention_part("decode", work), 60),
+# What is asked for in the process of its own, and the most seconds of each part.
+PARTS: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any]], int]] = {
+    "bandwidth": (lambda options: bandwidth_part(options.work), 30),
+    "compile-1b": (lambda options: compile_part("1b", options.work), 60),
+    "start-1b": (lambda options: start_part("1b", options.work), 40),
+    "steps-1b": (lambda options: steps_part("1b", options.work), 40),
+    "model-1b": (lambda options: model_part("1b", options.work), 60),
+    "torch-1b": (lambda options: torch_part("1b", options.work, options.peers), 120),
+    "compile-8b": (lambda options: compile_part("8b", options.work), 120),
+    "model-8b": (lambda options: model_part("8b", options.work), 90),
+    "torch-8b": (lambda options: torch_part("8b", options.work, options.peers), 200),
+    "matmul": (lambda options: matmul_part(options.work), 75),
+    "attention-prefill": (lambda options: attention_part("prefill", options.work), 60),
+    "attention-decode": (lambda options: attention_part("decode", options.work), 60),
 }
 
 
-def run_part(name: str, work: Path, left: float) -> dict[str, Any]:
-    """A part's result, from a process of its own; {"failed": its last words} if it has none."""
+def run_part(name: str, options: argparse.Namespace, left: float) -> dict[str, Any]:
+    """A part's result, from a process of its own; {"failed": its last words} if it has none, beside
+    what it had printed by then."""
     limit = min(PARTS[name][1], left)
     if limit < 1:
         return {"failed": "no time was left"}
     started = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, __file__, "--inside", name, "--work", str(work)], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        [sys.executable, __file__, "--inside", name, "--work", str(options.work),
+         "--peers", ",".join(options.peers)], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, start_new_session=True)
+    failed = ""
     try:
         output, errors = process.communicate(timeout=limit)
+        if process.returncode:
+            failed = " | ".join((errors or output).splitlines()[-6:])[-900:]
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
-        process.communicate()
-        return {"failed": f"no result after {limit:.0f} s"}
-    if process.returncode:
-        return {"failed": " | ".join((errors or output).splitlines()[-6:])[-900:]}
-    return json.loads(output.splitlines()[-1]) | {
+        output, _ = process.communicate()
+        failed = f"no result after {limit:.0f} s"
+    lines = [line for line in output.splitlines() if line.startswith("{")]
+    result = json.loads(lines[-1]) if lines else {}
+    return result | ({"failed": failed} if failed else {}) | {
         "part_seconds": round(time.perf_counter() - started, 1)}
 
 
@@ -438,41 +491,65 @@ def record(path: Path, device: dict[str, str], name: str, result: dict[str, Any]
     path.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def run_parts(names: Sequence[str], options: argparse.Namespace, device: Any) -> bool:
+    """Run parts, print and record their results; whether all gave one."""
+    facts = {"name": device.name, "architecture": device.architecture, "driver": device.cuda}
+    output = options.output or ROOT / "benchmarks/results" / (
+        device.name.lower().replace(" ", "-") + ".json")
+    end = time.monotonic() + options.seconds
+    results: dict[str, dict[str, Any]] = {}
+    for name in names:
+        result = run_part(name, options, end - time.monotonic())
+        if name.startswith("torch-"):
+            ours = results.get(name.replace("torch", "model"), {})
+            result["ours_is_faster"] = compare(ours, result)
+        results[name] = result
+        print(json.dumps({"part": name} | result), flush=True)
+        record(output, facts, name, result)
+    print("\n".join(table(results)), flush=True)
+    return not any("failed" in result for result in results.values())
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    import gpu_peers
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--seconds", type=float, default=300, help="for all parts together")
+    parser.add_argument("--peers", default=",".join(gpu_peers.MEASUREMENTS),
+                        help="what torch is measured at, or none")
+    parser.add_argument("--seconds", type=float, default=570, help="for all parts together")
     parser.add_argument("--work", type=Path, help="where models are left")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--inside", choices=list(PARTS), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    options.parts = options.parts.split(",")
+    options.peers = [] if options.peers in ("none", "") else options.peers.split(",")
+    for what, names, known in (("part", options.parts, PARTS),
+                               ("peer", options.peers, gpu_peers.MEASUREMENTS)):
+        if unknown := set(names) - set(known):
+            parser.error(f"no {what} {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
     if options.inside:
-        print(json.dumps(PARTS[options.inside][0](options.work)))
+        print(json.dumps(PARTS[options.inside][0](options)))
         return 0
-    if unknown := set(options.parts.split(",")) - set(PARTS):
-        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     try:
         device = open_device()
     except DeviceError as error:
         print(f"gpu.py: {error}", file=sys.stderr)
         return 1
-    facts = {"name": device.name, "architecture": device.architecture, "driver": device.cuda}
-    output = options.output or ROOT / "benchmarks/results" / (
-        device.name.lower().replace(" ", "-") + ".json")
-    work = options.work or make_directory()
-    work.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + options.seconds
-    failed = 0
+    names = [name for name in options.parts if options.peers or not name.startswith("torch-")]
+    own = options.work is None
+    options.work = options.work or make_directory()
+    options.work.mkdir(parents=True, exist_ok=True)
     try:
-        for name in options.parts.split(","):
-            result = run_part(name, work, end - time.monotonic())
-            print(json.dumps({"part": name} | result), flush=True)
-            record(output, facts, name, result)
-            failed += "failed" in result
+        return 0 if run_parts(names, options, device) else 1
     finally:
-        if options.work is None:
-            shutil.rmtree(work, ignore_errors=True)
-    return 1 if failed else 0
+        if own:
+            shutil.rmtree(options.work, ignore_errors=True)
 
 
 if __name__ == "__main__":
