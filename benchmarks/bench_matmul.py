@@ -1,11 +1,13 @@
 """The packed matmul at layer shapes, next to what this machine can do.
 
-    python benchmarks/bench_matmul.py [--shape 1b|8b] [--threads N] [--rounds R] [--dtype bf16]
+    python benchmarks/bench_matmul.py [--shape 1b|8b|square] [--threads N] [--dtype bf16]
+    python benchmarks/bench_matmul.py --dtype i4 --group 32 [--codes]
 
 One program per case: a loop over so many copies of the weight that no cache holds them, one stage,
 one native call. Prints one JSON object a line: medians over the rounds of figure / ceiling, the
 ceiling sampled on both sides of each figure. Few rows are judged by the bytes of the weight,
-many by flops.
+many by flops. i8 and i4 are quantised weights, --codes multiplies them by int8 codes of the
+activations; their scales (f16) count as bytes too.
 """
 
 from __future__ import annotations
@@ -24,22 +26,25 @@ from llmc.ceilings import Ceilings
 from llmc.codegen import generate
 from llmc.codegen.target import Target
 from llmc.ir.dims import evaluate, symbol
-from llmc.ir.dtypes import dtype
+from llmc.ir.dtypes import DType, dtype
 from llmc.ir.graph import Graph, Node, TensorType
 from llmc.ir.layouts import Panels, RowBlocks, Rows
 from llmc.ir.ops import make
 from llmc.ir.program import Buffer, Loop, Program, Stage
+from llmc.ir.quantized import LARGEST_BLOCK, Quantized, coded_rows
 from llmc.runtime.host_device import Team, load_object
 from llmc.runtime.memory import aligned_empty
 
 SHAPES = {  # name: (k, n, parts)
     "1b": {"qkv": (2048, 3072, 1), "o": (2048, 2048, 1), "gate_up": (2048, 16384, 2),
            "down": (8192, 2048, 1), "head": (2048, 128256, 1)},
+    "square": {"s": (2048, 2048, 1), "wide": (2048, 8192, 1), "deep": (8192, 2048, 1)},
     "8b": {"qkv": (4096, 6144, 1), "o": (4096, 4096, 1), "gate_up": (4096, 28672, 2),
            "down": (14336, 4096, 1)},
 }
 FEW_ROWS = (1, 2, 4)
 MANY_ROWS = (8, 32, 128, 512)
+MOST_ROWS = 2048
 STREAMED_BYTES = 256 << 20  # per call, beyond any cache
 
 
@@ -53,9 +58,17 @@ class Case:
     parts: int
     dtype_name: str
     blocked: bool
+    group: int = 0
+    coded: bool = False
 
     def weight_bytes(self) -> int:
-        return self.k * self.n * dtype(self.dtype_name).bits // 8
+        scales = self.n * -(-self.k // self.group) * 2 if self.group else 0
+        return self.k * self.n * dtype(self.dtype_name).bits // 8 + scales
+
+    @property
+    def activation(self) -> DType:
+        """What the rows are before they are packed, and the result."""
+        return dtype("f32" if self.group else self.dtype_name)
 
 
 class Runner:
@@ -73,9 +86,9 @@ class Runner:
         self._step = self._library.function("llmc_step", ctypes.c_int32, ctypes.c_void_p)
         self._team = Team(self._library, threads)
         self._scratch = aligned_empty(max(64, code.scratch_bytes) * threads)
-        weights = [_ones(evaluate(self.program.buffers["w"].bytes(), {}))
-                   for _ in range(self.copies)]
-        most = {"rows": MANY_ROWS[-1]}
+        weights = [_ones(evaluate(buffer.bytes(), {}))
+                   for buffer in self.program.with_role("weight") for _ in range(self.copies)]
+        most = {"rows": MOST_ROWS}
         left, result = (_ones(evaluate(self.program.buffers[name].bytes(), most))
                         for name in ("a", "y"))
         self._memory = [*weights, left, result]
@@ -101,22 +114,41 @@ class Runner:
 def make_program(case: Case, copies: int, target: Target) -> Program:
     """y = a @ w (or silu(gate) * up) for `copies` weights in turn; every turn rewrites y."""
     capabilities = target.capabilities()
-    high = MANY_ROWS[-1] if case.blocked else capabilities.few_rows
+    high = MOST_ROWS if case.blocked else capabilities.few_rows
     rows = symbol("rows", 1, high)
     weight = dtype(case.dtype_name)
-    packed = dtype(capabilities.packed_activation(weight, weight)) if case.blocked else weight
+    packed = case.activation
+    if case.blocked:
+        packed = dtype(capabilities.packed_activation(weight, case.activation))
     a = make("input", name="a", type=TensorType(packed, (rows, case.k)))
-    w = make("input", name="w", type=TensorType(weight, (case.k, case.n)))
-    y = make("cast", _epilogue(make("matmul", a, w, dtype=dtype("f32")), rows, case.parts),
-             dtype=weight)
-    left = RowBlocks(capabilities.matmul_rows, capabilities.interleave(packed)) \
-        if case.blocked else Rows()
-    panels = Panels(capabilities.panel_columns, capabilities.interleave(weight), case.parts)
-    buffers = {"a": Buffer("a", a.type, "input", left), "y": Buffer("y", y.type, "output"),
-               "w": Buffer("w", w.type, "weight", panels, copies)}
-    stage = Stage(case.name, "matmul", Graph(case.name, (a, w), (("y", y),)), ("a", "w"), ("y",))
+    leaves, matrix = _weight(case)
+    product = make("matmul", a, matrix, dtype=dtype("f32"),
+                   activation_block=min(case.group, LARGEST_BLOCK) if case.coded else 0)
+    y = make("cast", _epilogue(product, rows, case.parts), dtype=case.activation)
+    left = Rows()
+    if case.blocked:
+        left = coded_rows(product, capabilities, capabilities.matmul_rows) if case.coded else \
+            RowBlocks(capabilities.matmul_rows, capabilities.interleave(packed))
+    buffers = {"a": Buffer("a", a.type, "input", left), "y": Buffer("y", y.type, "output")}
+    for leaf in leaves:
+        interleave = capabilities.interleave(leaf.dtype) if leaf is leaves[0] else 1
+        panels = Panels(capabilities.panel_columns, interleave, case.parts)
+        buffers[leaf["name"]] = Buffer(leaf["name"], leaf.type, "weight", panels, copies)
+    body = Graph(case.name, (a, *leaves), (("y", y),))
+    stage = Stage(case.name, "matmul", body, ("a", *(leaf["name"] for leaf in leaves)), ("y",))
     return Program(case.name, capabilities, (("rows", 1, high),), buffers, {},
                    (Loop(copies, (stage,)),), 0)
+
+
+def _weight(case: Case) -> tuple[list[Node], Node]:
+    """The leaves of the weight, and the matrix[k, n]."""
+    w = make("input", name="w", type=TensorType(dtype(case.dtype_name), (case.k, case.n)))
+    if not case.group:
+        return [w], w
+    scales = make("input", name="scales",
+                  type=TensorType(dtype("f16"), (-(-case.k // case.group), case.n)))
+    codes, of_codes = (make("transpose", each, permutation=(1, 0)) for each in (w, scales))
+    return [w, scales], Quantized(codes, of_codes, None, case.group, dtype("f32")).matrix()
 
 
 def _epilogue(product: Node, rows, parts: int) -> Node:
@@ -145,7 +177,8 @@ def measure(runner: Runner, ceilings: Ceilings, rows: int, rounds: int) -> dict:
     bound = "flops" if case.blocked else "bytes"
     work = runner.copies * (2 * rows * case.k * case.n if case.blocked else case.weight_bytes())
     if case.blocked:
-        ceiling = ceilings.peak_bf16 if case.dtype_name == "bf16" else ceilings.peak_f32
+        ceiling = ceilings.peak_int8 if case.coded else (
+            ceilings.peak_bf16 if case.dtype_name == "bf16" else ceilings.peak_f32)
     else:
         ceiling = ceilings.read_bandwidth
     runner.seconds(rows)
@@ -154,7 +187,8 @@ def measure(runner: Runner, ceilings: Ceilings, rows: int, rounds: int) -> dict:
         before = ceiling()
         figures.append(work / runner.seconds(rows))
         ratios.append(2 * figures[-1] / (before + ceiling()))
-    return {"stage": case.name, "k": case.k, "n": case.n, "dtype": case.dtype_name, "rows": rows,
+    return {"stage": case.name, "group": case.group, "codes": case.coded, "k": case.k, "n": case.n,
+            "dtype": case.dtype_name, "rows": rows,
             "bound": bound, "giga_per_second": round(statistics.median(figures) / 1e9, 1),
             "share_of_ceiling": round(statistics.median(ratios), 3),
             "best_share": round(max(ratios), 3),
@@ -165,19 +199,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--stages", default="", help="comma-separated names; all by default")
-    parser.add_argument("--dtype", choices=("f32", "bf16", "f16"), default="bf16")
+    parser.add_argument("--dtype", choices=("f32", "bf16", "f16", "i8", "i4"), default="bf16")
+    parser.add_argument("--group", type=int, default=32, help="k of a scale, for i8 and i4")
+    parser.add_argument("--codes", action="store_true", help="activations as int8 codes")
+    parser.add_argument("--rows", default="", help="comma-separated; more than 4 are packed")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     ceilings = Ceilings(arguments.threads)
     wanted = arguments.stages.split(",") if arguments.stages else list(SHAPES[arguments.shape])
+    few, many = FEW_ROWS, MANY_ROWS
+    if arguments.rows:
+        given = [int(each) for each in arguments.rows.split(",")]
+        few = tuple(each for each in given if each <= 4)
+        many = tuple(each for each in given if each > 4)
+    quantised = arguments.dtype in ("i8", "i4")
     for name in wanted:
         for blocked in (False, True):
             if blocked and name == "head":  # only the wanted rows reach the head
                 continue
-            case = Case(name, *SHAPES[arguments.shape][name], arguments.dtype, blocked)
+            if not (many if blocked else few):
+                continue
+            case = Case(name, *SHAPES[arguments.shape][name], arguments.dtype, blocked,
+                        arguments.group if quantised else 0, arguments.codes)
             runner = Runner(case, arguments.threads)
-            for rows in MANY_ROWS if blocked else FEW_ROWS:
+            for rows in many if blocked else few:
                 report = measure(runner, ceilings, rows, arguments.rounds)
                 print(json.dumps(report), flush=True)
             runner.close()

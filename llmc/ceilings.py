@@ -55,6 +55,12 @@ class Ceilings:
             return self.peak_f32()
         return self._peak("llmc_peak_bf16", self._code.bf16_flops)
 
+    def peak_int8(self) -> float:
+        """int8 operations per second by products of bytes; that of f32 where they do not exist."""
+        if not self._code.int8_flops:
+            return self.peak_f32()
+        return self._peak("llmc_peak_int8", self._code.int8_flops)
+
     def _peak(self, name: str, flops: int) -> float:
         run = self._function(name)
         operand = aligned_empty(128)

@@ -17,12 +17,14 @@ def test_ceilings_are_plausible(threads, monkeypatch):
     assert 1e8 < ceilings.read_bandwidth() < 1e13
     assert 1e8 < ceilings.peak_f32() < 1e13
     assert 1e8 < ceilings.peak_bf16() < 1e13
+    assert 1e8 < ceilings.peak_int8() < 1e14
 
 
-@pytest.mark.parametrize("target, instruction, bf16", [
-    ("x86_64:znver3", "vfmadd", False), ("x86_64:znver5", "vdpbf16ps", True),
-    ("aarch64:neoverse-n1", "fmla", False)])
-def test_peak_is_independent_multiply_adds(target, instruction, bf16, monkeypatch):
+@pytest.mark.parametrize("target, instructions, bf16", [
+    ("x86_64:znver3", ("vfmadd", "vpmaddubsw"), False),
+    ("x86_64:znver5", ("vfmadd", "vdpbf16ps", "vpdpbusd"), True),
+    ("aarch64:neoverse-n1", ("fmla", "sdot"), False), ("aarch64:cortex-a72", ("fmla",), False)])
+def test_peak_is_independent_multiply_adds(target, instructions, bf16, monkeypatch):
     emitted = []
     emit = code.emit_object
 
@@ -35,4 +37,6 @@ def test_peak_is_independent_multiply_adds(target, instruction, bf16, monkeypatc
     made = code.generate_ceilings(Target.parse(target))
     assert bool(made.bf16_flops) == bf16
     assert ("llmc_peak_bf16" in made.exports) == bf16
-    assert len(re.findall(instruction, emitted[0])) >= code.CHAINS * code.UNROLL
+    assert ("llmc_peak_int8" in made.exports) == (len(instructions) - bf16 == 2)
+    for instruction in instructions:
+        assert len(re.findall(instruction, emitted[0])) >= code.CHAINS * code.UNROLL

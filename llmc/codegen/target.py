@@ -50,6 +50,36 @@ define void @f(ptr %a, ptr %b) {
   ret void
 }
 """
+# Sums of products of four bytes: x86 has an instruction for unsigned x signed, NEON for signed; 16
+# bits in vectors of 512 are what products of pairs of bytes need there.
+_PROBE_BYTES = """
+define i32 @f(ptr %a, ptr %b) {
+  %x = load <64 x i8>, ptr %a
+  %y = load <64 x i8>, ptr %b
+  %u = zext <64 x i8> %x to <64 x i32>
+  %v = sext <64 x i8> %y to <64 x i32>
+  %p = mul <64 x i32> %u, %v
+  %r = call i32 @llvm.vector.reduce.add.v64i32(<64 x i32> %p)
+  ret i32 %r
+}
+define <4 x i32> @g(<4 x i32> %t, <16 x i8> %x, <16 x i8> %y) {
+  %u = sext <16 x i8> %x to <16 x i32>
+  %v = sext <16 x i8> %y to <16 x i32>
+  %p = mul <16 x i32> %u, %v
+  %r = call <4 x i32> @llvm.vector.partial.reduce.add.v4i32.v16i32(<4 x i32> %t, <16 x i32> %p)
+  ret <4 x i32> %r
+}
+declare i32 @llvm.vector.reduce.add.v64i32(<64 x i32>)
+declare <4 x i32> @llvm.vector.partial.reduce.add.v4i32.v16i32(<4 x i32>, <16 x i32>)
+"""
+_PROBE_WORDS = """
+define void @f(ptr %a) {
+  %x = load <32 x i16>, ptr %a
+  %y = mul <32 x i16> %x, %x
+  store <32 x i16> %y, ptr %a
+  ret void
+}
+"""
 
 
 @dataclass(frozen=True)
@@ -140,6 +170,17 @@ class Target:
         """Whether pairs of bf16 can be multiplied and added to f32 in one instruction."""
         return "vcvtneps2bf16" in _assembly(self, _PROBE_BF16) and self.vector_lanes == 16
 
+    @cached_property
+    def byte_dot(self) -> str:
+        """`Capabilities.byte_dot`."""
+        probe = _assembly(self, _PROBE_BYTES)
+        if self.processor == "aarch64":
+            return "sdot" if "sdot" in probe else ""
+        if "vpdpbusd" in probe and ("zmm" in probe or self.vector_lanes == 8):
+            return "vnni"
+        wide = self.vector_lanes == 8 or "zmm" in _assembly(self, _PROBE_WORDS)
+        return "maddubs" if wide and self.vector_lanes >= 8 else ""
+
     def capabilities(self) -> Capabilities:
         """What lowering asks; the matmul tile fills the registers: 6x2, 12x2 with 32 of them."""
         if self.kind == "nvptx":
@@ -151,7 +192,7 @@ class Target:
         name = f"{self.processor}-{32 * lanes}" + ("-bf16" if self.bf16_dot else "")
         return Capabilities(
             name=name, vector_lanes=lanes, matmul_rows=12 if many else 6, panel_columns=2 * lanes,
-            few_rows=4, bf16_dot=self.bf16_dot,
+            few_rows=4, bf16_dot=self.bf16_dot, byte_dot=self.byte_dot,
             kernels=HOST_KERNELS | {QUANTIZED_MATMUL, INTEGER_MATMUL, GROUPED_MATMUL})
 
 

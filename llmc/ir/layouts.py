@@ -123,6 +123,43 @@ class RowBlocks:
 
 
 @dataclass(frozen=True)
+class CodedRows:
+    """Activations [rows..., k] of f32 rounded to int8 codes and a scale for each `group` k, in
+    blocks of `rows` rows that are dealt out as in `RowBlocks`. In 32-bit words:
+
+        [block][group]: f32 scales[rows], i32 sums[rows], codes [k / 4][rows] of four bytes
+
+    The matmul reads weights of `bits` bits unpacked to bytes that are `offset` more than the codes.
+    Below 8 bits, the four bytes of a word belong to the codes that one shift and mask unpack. A
+    sum is that of the group's codes times -offset, what the product starts from; with `plain_sums`
+    times 1, for weights with zeros. A group is padded with zeros to whole 16 codes.
+    """
+
+    rows: int
+    group: int
+    bits: int = 8
+    offset: int = 0
+    plain_sums: int = 0
+
+    @property
+    def group_words(self) -> int:
+        """Words of a group of a block."""
+        return self.rows * (2 + -(-self.group // 16) * 4)
+
+    def elements(self, shape: Sequence[Dim]) -> Dim:
+        blocks = ceildiv(product(shape[:-1]), self.rows)
+        return blocks * ceildiv(shape[-1], self.group) * self.group_words
+
+    def address(self, shape: Sequence[Any], index: Sequence[Any]) -> Any:
+        """The word that holds the scale of an element."""
+        row, k = Rows().address(shape[:-1], index[:-1]), index[-1]
+        own = RowBlocks(self.rows).rows_of_block(shape)
+        groups = (shape[-1] + self.group - 1) // self.group
+        line = (row // own) * groups + k // self.group
+        return line * self.group_words + row % own
+
+
+@dataclass(frozen=True)
 class KeyPages:
     """Cached keys [pages, PAGE, heads, size] as [page][head][size][PAGE]: scores of a whole page
     are vectors over its tokens, with no horizontal sums."""
@@ -147,9 +184,10 @@ class ValuePages:
         return ((page * shape[2] + head) * shape[1] + token) * shape[3] + component
 
 
-Layout = Rows | Panels | Columns | RowBlocks | KeyPages | ValuePages
+Layout = Rows | Panels | Columns | RowBlocks | CodedRows | KeyPages | ValuePages
 
-_KINDS = {kind.__name__: kind for kind in (Rows, Panels, Columns, RowBlocks, KeyPages, ValuePages)}
+_KINDS = {kind.__name__: kind for kind in (
+    Rows, Panels, Columns, RowBlocks, CodedRows, KeyPages, ValuePages)}
 
 
 def format_layout(layout: Layout) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from llmc.ir import dtypes
+from llmc.ir.activation_codes import coded
 from llmc.ir.dims import ceildiv
 from llmc.ir.dtypes import DType
 from llmc.ir.graph import Node, TensorType, Type
@@ -48,6 +49,9 @@ def _infer_matmul(inputs: Inputs, attributes: Attributes, bodies: Bodies) -> Typ
         reject("matmul", "one operand is float, the other integer; cast one", inputs)
     if a.dtype.is_float != attributes["dtype"].is_float:
         reject("matmul", f"the result cannot be {attributes['dtype']}", inputs)
+    block = attributes["activation_block"]
+    if block < 0 or (block and a.dtype.is_integer):
+        reject("matmul", "only floats become codes, in blocks of one k or more", inputs)
     inner = b.shape[-2] if b.rank > 1 else b.shape[0]
     require_same_dim("matmul", inputs, "contracted dims", a.shape[-1], inner)
     leading = broadcast_shape("matmul", inputs, (a.shape[:-2], b.shape[:-2]))
@@ -57,7 +61,8 @@ def _infer_matmul(inputs: Inputs, attributes: Attributes, bodies: Bodies) -> Typ
 
 
 def _matmul(node: Node, arrays: Sequence[Array], context: Context) -> Array:
-    """Accumulates in f32 (f64 if an operand is f64), integers in i32 (i64 if one is wider)."""
+    """Accumulates in f32 (f64 if an operand is f64), integers in i32 (i64 if one is wider). With an
+    activation_block, the left operand is rounded to int8 codes first: see `activation_codes`."""
     a, b = (
         widen(array, operand.dtype, context.exact)
         for array, operand in zip(arrays, node.inputs, strict=True)
@@ -65,6 +70,8 @@ def _matmul(node: Node, arrays: Sequence[Array], context: Context) -> Array:
     if a.dtype.kind in "iu":
         wide = np.int64 if max(a.dtype.itemsize, b.dtype.itemsize) > 4 else np.int32
         a, b = a.astype(wide), b.astype(wide)
+    if node["activation_block"]:
+        a = coded(a, node["activation_block"])
     with np.errstate(all="ignore"):
         return round_to(np.matmul(a, b), node.dtype, context.exact)
 
@@ -97,7 +104,8 @@ def _dequantize(node: Node, arrays: Sequence[Array], context: Context) -> Array:
 
 TABLE = [
     Op("matmul", _infer_matmul, _matmul, arity=(2, 2),
-       attributes={"dtype": Attribute(element_type, _result_dtype)}),
+       attributes={"dtype": Attribute(element_type, _result_dtype),
+                   "activation_block": Attribute(integer, 0)}),
     Op("dequantize", _infer_dequantize, _dequantize, arity=(2, 3),
        attributes={"group": Attribute(integer),
                    "dtype": Attribute(element_type, lambda inputs: inputs[1].dtype)}),

@@ -34,6 +34,9 @@ class Capabilities:
                       INTEGER_MATMUL: it multiplies integers by weights of integers
     weight_layout     "panels", or "columns": weights column by column, the activations of products
                       in plain rows (computed by a stage of their own), both caches as ValuePages
+    byte_dot          by what products of four bytes are added up in 32 bits: "vnni" (unsigned x
+                      signed), "maddubs" (the same by pairs, in 16 bits), "sdot" (signed x signed),
+                      or "": there is no kernel for activations as int8 codes
     """
 
     name: str
@@ -44,6 +47,7 @@ class Capabilities:
     bf16_dot: bool
     kernels: frozenset[str]
     weight_layout: str = "panels"
+    byte_dot: str = ""
 
     def interleave(self, dtype: DType) -> int:
         """How many consecutive k of a packed weight fill a 32-bit lane; 1 for f16, whose conversion
@@ -59,6 +63,15 @@ class Capabilities:
         if self.weight_layout == "columns":  # both operands alike, as tensor cores take them
             return weight.name
         return "bf16" if self.bf16_dot and weight.name == "bf16" else "f32"
+
+
+    def code_offset(self, codes: DType) -> int:
+        """How much more than a weight's code the byte is that byte_dot multiplies."""
+        if codes.bits < 8:
+            return 1 << codes.bits - 1 if codes.kind == "int" else 0
+        if self.byte_dot == "vnni":
+            return 128 if codes.kind == "int" else 0
+        return 0 if codes.kind == "int" else -128
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from llmc.ir.program import Buffer, Capabilities, Loop, Program, Stage, Step, We
 from llmc.ir.scan import Scanner
 from llmc.ir.text import format_graph, format_value, scan_graph, scan_type, scan_value
 
-_LAYOUT = re.compile(r"[A-Za-z]+\([0-9,]*\)")
+_LAYOUT = re.compile(r"[A-Za-z]+\([-0-9,]*\)")
 _WORD = re.compile(r"[a-z_]+")
 
 

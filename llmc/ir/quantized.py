@@ -10,11 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmc.ir.dtypes import DType
+from llmc.ir.dtypes import DType, f64
 from llmc.ir.graph import Node
+from llmc.ir.layouts import CodedRows
 from llmc.ir.ops import make
+from llmc.ir.program import Capabilities
 
 SWAP = (1, 0)
+LARGEST_BLOCK = 128  # of activations: more k to a scale would cost too much precision
+LEAST_BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -68,3 +72,26 @@ def stored_operands(matrix: Node) -> tuple[Node, ...]:
     found = quantized(matrix)
     sources = tuple(map(stored, found.operands)) if found is not None else ()
     return tuple(each for each in sources if each is not None) or (matrix,)
+
+
+def takes_codes(matmul: Node, capabilities: Capabilities) -> bool:
+    """Whether the target's kernel multiplies codes of activations by this matmul's weight."""
+    left, right = matmul.inputs
+    found, block = quantized(right), matmul["activation_block"]
+    if not capabilities.byte_dot or found is None or left.dtype is f64:
+        return False
+    k = left.shape[-1]
+    if not all(each.op == "parameter" for each in stored_operands(right)):
+        return False
+    return (found.codes.dtype.bits <= 8 and block <= LARGEST_BLOCK
+            and (block % LEAST_BLOCK == 0 or block == k)
+            and (found.group % block == 0 or found.group >= k))
+
+
+def coded_rows(matmul: Node, capabilities: Capabilities, rows: int) -> CodedRows:
+    """How the left operand of a matmul that takes codes lies, in blocks of `rows` rows."""
+    found = quantized(matmul.inputs[1])
+    assert found is not None
+    codes = found.codes.dtype
+    return CodedRows(rows, matmul["activation_block"], codes.bits,
+                     capabilities.code_offset(codes), int(found.zeros is not None))

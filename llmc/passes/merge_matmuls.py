@@ -30,7 +30,7 @@ def merge_matmuls(graph: Graph) -> Graph:
         if node.op == "matmul" and node.inputs[1] in weights and node.inputs[1].rank == 2:
             left, weight = node.inputs
             product = _product(node, users, weights, results)
-            kind = (left, weight.dtype, node.dtype, _quantization(weight), _turns(weight))
+            kind = (left, weight.dtype, node.attributes, _quantization(weight), _turns(weight))
             groups.setdefault(kind, []).append(product)
     merged = {each.result: products for products in groups.values() if len(products) > 1
               for each in products}

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from llmc.ir.graph import Graph
 from llmc.ir.program import Capabilities
+from llmc.passes.activation_codes import expand_activation_codes
 from llmc.passes.fuse import fuse
 from llmc.passes.legalize import legalize
 from llmc.passes.merge_matmuls import merge_matmuls
@@ -35,6 +36,8 @@ PIPELINE: list[tuple[str, Pass]] = [
     # After this, whatever depends on parameters only is a parameter; quantised matrices are
     # dequantised parameters.
     ("split_prelude", split_prelude),
+    # After this, only products that the target has a kernel for take activations as codes.
+    ("expand_activation_codes", expand_activation_codes),
     # After this, only fusions, repeats, gets, views and leaves.
     ("fuse", fuse),
 ]

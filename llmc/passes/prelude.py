@@ -20,7 +20,7 @@ from llmc.ir.program import QUANTIZED_MATMUL, Capabilities
 from llmc.ir.quantized import SWAP, Quantized, quantized, stored
 from llmc.passes.match import is_static
 from llmc.passes.names import result_name
-from llmc.passes.rewrite import with_repeats
+from llmc.passes.rewrite import with_inputs, with_repeats
 
 VIEWED = ("broadcast",)  # evaluated in the step: storing the result would only take more memory
 
@@ -62,7 +62,7 @@ def _store_quantized(graph: Graph, weights: set[Node]) -> tuple[Graph, set[Node]
             return None
         matrix = found.with_operands([_as_stored(each) for each in found.operands]).matrix()
         kept.update((matrix, matrix.inputs[0], *matrix.inputs[0].inputs))
-        return make("matmul", left, matrix, dtype=node.dtype)
+        return with_inputs(node, (left, matrix))
 
     return map_graph(graph, store), kept
 def _is_read_in_codes(found: Quantized, weights: set[Node]) -> bool:

@@ -22,6 +22,7 @@ KERNELS = {
     "map": ("rows", "MapKernel"),
     "reduce": ("rows", "ReduceKernel"),
     "matmul": ("matmul", "matmul"),
+    "coded_rows": ("coded_rows", "CodedRowsKernel"),
     "dense_matmul": ("dense_matmul", "DenseMatmulKernel"),
     "attention": ("attention", "AttentionKernel"),
     "argmax": ("single", "AlongAxisKernel"),

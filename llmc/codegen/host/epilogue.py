@@ -12,7 +12,7 @@ import llvmlite.ir as ir
 
 from llmc.codegen.expr import Expression, is_elementwise, operand_sources
 from llmc.codegen.host.kernel import Frame
-from llmc.codegen.host.microkernel import PanelReader, Tile
+from llmc.codegen.host.microkernel import PanelReader
 from llmc.codegen.integers import Index
 from llmc.codegen.llvm import I32, Emitter, i64, vector
 from llmc.ir.dims import evaluate, known_equal
@@ -65,14 +65,6 @@ class Epilogue:
     def reserve(self, e: Emitter) -> ir.Value:
         """Memory for the tile of sums."""
         return e.stack(self.reader.element, self.rows * self.reader.layout.columns)
-
-    def keep(self, e: Emitter, sums: ir.Value, tile: Tile) -> None:
-        """Store a tile of accumulators (its first rows, if it has fewer)."""
-        lanes, columns = self.reader.lanes, self.reader.layout.columns
-        for row, accumulators in enumerate(tile):
-            for v, value in enumerate(accumulators):
-                place = e.offset(sums, row * columns + v * lanes, self.reader.element)
-                e.store(value, place)
 
     def emit(self, e: Emitter, frame: Frame, sums: ir.Value, first_row: ir.Value,
              count: ir.Value, panel: ir.Value) -> None:

@@ -21,19 +21,22 @@ from typing import TYPE_CHECKING
 
 import llvmlite.ir as ir
 
+from llmc.codegen.host.byte_dot import ByteDot, ByteReader
+from llmc.codegen.host.coded_rows import RowsInCodes
+from llmc.codegen.host.coded_weight import CodedWeight, LeftCodes
 from llmc.codegen.host.epilogue import Epilogue
 from llmc.codegen.host.kernel import Frame, Kernel, Worker
-from llmc.codegen.host.microkernel import IntegerReader, LeftRows, PanelReader, Tile
-from llmc.codegen.host.packed_weight import CodeReader, PackedWeight, Panel, QuantizedWeight
+from llmc.codegen.host.microkernel import IntegerReader, LeftRows, PanelReader
+from llmc.codegen.host.packed_weight import CodeReader, PackedWeight, QuantizedWeight
 from llmc.codegen.host.prologue import RowsInPlace, RowsInScratch
-from llmc.codegen.llvm import F64, Emitter, i64
-from llmc.ir.dims import Dim, bounds
+from llmc.codegen.llvm import F64, I32, Emitter, i64
+from llmc.ir.dims import Dim, bounds, evaluate
 from llmc.ir.dims import product as product_of
 from llmc.ir.dtypes import DType, dtype, f32, f64, i16
 from llmc.ir.graph import Node
-from llmc.ir.layouts import Panels, RowBlocks, Rows
-from llmc.ir.program import Buffer, Program, Stage, unsupported
-from llmc.ir.quantized import quantized, stored_operands
+from llmc.ir.layouts import CodedRows, Panels, RowBlocks, Rows
+from llmc.ir.program import Buffer, Capabilities, Program, Stage, unsupported
+from llmc.ir.quantized import coded_rows, quantized, stored_operands
 
 if TYPE_CHECKING:
     from llmc.codegen.target import Target
@@ -84,7 +87,7 @@ def matmul(stage: Stage, program: Program, target: Target) -> Kernel:
     """The kernel of a matmul stage; CompileError where its body is no such product."""
     found = find_product(stage, program)
     buffer = operand_buffer(stage, program, found.left)
-    if buffer is not None and isinstance(buffer.layout, RowBlocks):
+    if buffer is not None and isinstance(buffer.layout, (RowBlocks, CodedRows)):
         return BlockedMatmul(found, buffer, program)
     return FewRowsMatmul(found, buffer, program)
 
@@ -116,6 +119,8 @@ def packed_weight(stage: Stage, program: Program, node: Node) -> PackedWeight:
     if whole is not None:
         if not own.is_integer or whole.group % weight.layout.interleave or packed != "f32":
             raise unsupported(stage, f"no kernel for {own} codes in groups of {whole.group}")
+        if node.op == "matmul" and node["activation_block"]:
+            return _coded_weight(stage, capabilities, node, whole.group, buffers)
         return QuantizedWeight(weight, CodeReader(own, weight.layout, lanes), scales[0],
                                scales[1] if scales[1:] else None, whole.group)
     if own.is_integer and packed == "i16" and weight.layout.interleave == 2:
@@ -124,6 +129,20 @@ def packed_weight(stage: Stage, program: Program, node: Node) -> PackedWeight:
     if own.name not in ("f64", "f32", "bf16", "f16"):
         raise unsupported(stage, f"no kernel for weights of {own}")
     return PackedWeight(weight, PanelReader(own, weight.layout, lanes, packed == "bf16"))
+
+
+def _coded_weight(stage: Stage, capabilities: Capabilities, node: Node, group: int,
+                  buffers: Sequence[Buffer]) -> CodedWeight:
+    """The weight of a product of codes by codes."""
+    weight, scales, *zeros = buffers
+    codes, lanes, block = weight.type.dtype, capabilities.vector_lanes, node["activation_block"]
+    shared = group % block == 0 or group >= evaluate(weight.type.shape[0], {})
+    if not capabilities.byte_dot or not shared:
+        raise unsupported(stage, f"no kernel for blocks of {block} codes and groups of {group}")
+    assert isinstance(weight.layout, Panels)
+    reader = ByteReader(codes, weight.layout, lanes, offset=capabilities.code_offset(codes))
+    return CodedWeight(weight, reader, scales, zeros[0] if zeros else None, group,
+                       ByteDot(capabilities.byte_dot, lanes, codes.bits), block)
 
 
 def operand_buffer(stage: Stage, program: Program, node: Node) -> Buffer | None:
@@ -170,14 +189,14 @@ class BlockedMatmul:
     scratch_bytes: int | Dim = 0
 
     def __init__(self, product: Product, blocks: Buffer, program: Program):
-        if not isinstance(blocks.layout, RowBlocks) or blocks.type.dtype != product.left_dtype:
+        layout = CodedRows if isinstance(product.weight, CodedWeight) else RowBlocks
+        if not isinstance(blocks.layout, layout) or blocks.type.dtype != product.left_dtype:
             raise unsupported(product.stage, f"its rows are packed as {blocks.type.dtype}, "
                                              f"not {product.left_dtype}")
         self.product, self.blocks = product, blocks
-        self.layout = blocks.layout
-        groups = -(-product.k // self.layout.interleave)
-        self.block_bytes = (groups * self.layout.interleave * self.layout.rows
-                            * product.left_bytes)
+        self.layout: RowBlocks | CodedRows = blocks.layout
+        block = self.layout.elements((self.layout.rows, product.k))
+        self.block_bytes = evaluate(block, {}) * product.left_bytes
         self.panel_group = max(1, min(PANEL_GROUP_BYTES // max(1, product.weight.panel_bytes),
                                       product.weight.panels // LEAST_PANEL_GROUPS))
         self.panel_groups = -(-product.weight.panels // self.panel_group)
@@ -220,13 +239,14 @@ class BlockedMatmul:
         first_row = e.b.mul(block, own)
         count = e.minimum(own, e.b.sub(all_rows, first_row))
         for size in choose_body(e, count, body_sizes(rows, product.rows)):
-            tile = product.weight.product(e, self._left(e, start, size), columns)
-            self.epilogue.keep(e, sums, tile)
+            product.weight.store_product(e, self._left(e, start, size), columns, sums)
         self.epilogue.emit(e, frame, sums, first_row, count, panel)
 
-    def _left(self, e: Emitter, block: ir.Value, size: int) -> LeftRows:
+    def _left(self, e: Emitter, block: ir.Value, size: int) -> LeftRows | LeftCodes:
         """The first rows of a block, [k / interleave][rows][interleave]: f32 of one k, or pairs
-        of bf16."""
+        of bf16; or codes."""
+        if isinstance(self.layout, CodedRows):
+            return LeftCodes(tuple(e.offset(block, row, I32) for row in range(size)), self.layout)
         lane = self.layout.interleave * self.product.left_bytes
         step = self.layout.rows * lane
         return LeftRows(tuple(e.offset(block, row * lane) for row in range(size)),
@@ -253,8 +273,11 @@ class FewRowsMatmul:
         self.epilogue = Epilogue(product.stage, program, product.node, product.reader, largest)
 
     def _prologue(self, source: Buffer | None, program: Program,
-                  high: int | None) -> RowsInPlace | RowsInScratch:
+                  high: int | None) -> RowsInPlace | RowsInScratch | RowsInCodes:
         product = self.product
+        if high is not None and isinstance(product.weight, CodedWeight):
+            layout = coded_rows(product.node, program.capabilities, 1)
+            return RowsInCodes(product.stage, program, product.node, layout, high)
         if (source is not None and source.layout == Rows()
                 and source.type.dtype == product.left_dtype):
             return RowsInPlace(source, product.k)
@@ -283,17 +306,19 @@ class FewRowsMatmul:
         with e.loop(begin, end, most, name="rows") as first:
             count = e.minimum(i64(most), e.b.sub(end, first))
             for size in choose_body(e, count, self.bodies):
-                self.epilogue.keep(e, sums, self._sums(e, frame, worker, weights, first, size))
+                left = self._left(e, frame, worker, first, size)
+                self.product.weight.store_product(e, left, weights, sums)
             self.epilogue.emit(e, frame, sums, first, count, columns)
 
-    def _sums(self, e: Emitter, frame: Frame, worker: Worker, panel: Panel, first: ir.Value,
-              size: int) -> Tile:
+    def _left(self, e: Emitter, frame: Frame, worker: Worker, first: ir.Value,
+              size: int) -> LeftRows | LeftCodes:
         """Rows beyond the end stand for the last row again; their sums are not used."""
         reader, element = self.product.reader, self.product.left_bytes
         last = e.b.sub(frame.dim(self.product.rows), i64(1))
         pointers = tuple(
             self.prologue.row(e, frame, worker, e.minimum(e.b.add(first, i64(row)), last))
             for row in range(size))
-        left = LeftRows(pointers, group_bytes=reader.layout.interleave * element,
+        if isinstance(self.prologue, RowsInCodes):
+            return LeftCodes(pointers, self.prologue.layout)
+        return LeftRows(pointers, group_bytes=reader.layout.interleave * element,
                         step_bytes=element)
-        return self.product.weight.product(e, left, panel)

@@ -230,7 +230,7 @@ def _stream(e: Emitter, reader: PanelReader, left: LeftRows, panel: ir.Value, gr
         tiles = [unflatten(flat[c * size:(c + 1) * size], vectors) for c in range(chains)]
         columns_at = e.offset(panel, e.b.mul(group, i64(reader.group_bytes)))
         base = e.b.mul(group, i64(left.group_bytes))
-        _prefetch(e, e.offset(columns_at, PREFETCH_BYTES), unroll * reader.group_bytes)
+        prefetch(e, e.offset(columns_at, PREFETCH_BYTES), unroll * reader.group_bytes)
         for u in range(unroll):
             for step, columns in enumerate(reader.group(e, columns_at, u * reader.group_bytes)):
                 tile = tiles[(u * reader.steps + step) % chains]
@@ -262,9 +262,18 @@ def dot_product(e: Emitter, accumulator: ir.Value, pairs: ir.Value,
                   e.b.bitcast(pairs, type_), e.b.bitcast(column, type_))
 
 
-def _prefetch(e: Emitter, pointer: ir.Value, count: int) -> None:
+def prefetch(e: Emitter, pointer: ir.Value, count: int) -> None:
+    """Ask for `count` bytes from an address on, which may be none of ours."""
     for line in range(0, count, 64):
         e.call("llvm.prefetch.p0", VOID, e.offset(pointer, line), i32(0), i32(3), i32(1))
+
+
+def store_tile(e: Emitter, reader: PanelReader, sums: ir.Value, tile: Tile) -> None:
+    """Store accumulators as rows of a tile in memory."""
+    lanes, columns = reader.lanes, reader.layout.columns
+    for row, accumulators in enumerate(tile):
+        for v, value in enumerate(accumulators):
+            e.store(value, e.offset(sums, row * columns + v * lanes, reader.element))
 
 
 def zeros_of(reader: PanelReader, rows: int) -> Tile:

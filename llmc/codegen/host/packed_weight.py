@@ -7,6 +7,7 @@ are widened in registers, and the sum of a group is scaled once. No dequantised 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import llvmlite.ir as ir
 
@@ -17,6 +18,7 @@ from llmc.codegen.host.microkernel import (
     PanelReader,
     Tile,
     flatten,
+    store_tile,
     tile_product,
     unflatten,
     zeros_of,
@@ -63,13 +65,17 @@ class PackedWeight:
         """left @ panel over all k."""
         return tile_product(e, self.reader, left, panel.weights, self.k)
 
+    def store_product(self, e: Emitter, left: Any, panel: Panel, sums: ir.Value) -> None:
+        """left @ panel over all k, as the first rows of a tile of sums in memory."""
+        store_tile(e, self.reader, sums, self.product(e, left, panel))
+
 
 @dataclass(frozen=True)
 class QuantizedWeight(PackedWeight):
     """w[k, n] = (codes - zeros) * scales, with scales and zeros[k / group, n] in panels of the
     same columns; group: a multiple of the codes in a 32-bit lane."""
 
-    reader: CodeReader
+    reader: Any  # a CodeReader; of other classes, their own
     scales: Buffer
     zeros: Buffer | None
     group: int

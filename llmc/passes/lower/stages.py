@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from llmc.errors import CompileError
 from llmc.ir.dims import bounds, product
-from llmc.ir.dtypes import dtype
+from llmc.ir.dtypes import dtype, f32
 from llmc.ir.graph import Graph, Node, TensorType
 from llmc.ir.layouts import RowBlocks, Rows
 from llmc.ir.ops import make, updated_state
 from llmc.ir.program import Buffer, Capabilities, Loop, Stage, Step, Weight
-from llmc.ir.quantized import stored_operands
+from llmc.ir.quantized import coded_rows, stored_operands
 from llmc.ir.views import source_of, view_of
 from llmc.passes.lower.bodies import (
     VIEWS,
@@ -221,16 +221,19 @@ class Lowering:
         columns = self.capabilities.weight_layout == "columns"
         if not columns and high is not None and high <= self.capabilities.few_rows:
             return [self._stage("matmul", body, operands, results, name)]
-        packed = dtype(self.capabilities.packed_activation(
+        coded = bool(matmul["activation_block"])
+        packed = f32 if coded else dtype(self.capabilities.packed_activation(
             stored_operands(matmul.inputs[1])[0].dtype, matmul.inputs[0].dtype))
         if columns and matmul.inputs[0].dtype is packed and is_rows_of_input(matmul.inputs[0]):
             return [self._stage("matmul", body, operands, results, name)]
         prologue, rest, stand_in = split_prologue(body, matmul, packed)
         rows = self._new_buffer(f"{name}_rows", stand_in.tensor_type, "arena")
         if not columns:
-            layout = RowBlocks(self.capabilities.matmul_rows, self.capabilities.interleave(packed))
+            block = self.capabilities.matmul_rows
+            layout = coded_rows(matmul, self.capabilities, block) if coded else RowBlocks(
+                block, self.capabilities.interleave(packed))
             self.buffers[rows] = replace(self.buffers[rows], layout=layout)
-        kind = "reduce" if is_row_wise(prologue) else "map"
+        kind = "coded_rows" if coded else "reduce" if is_row_wise(prologue) else "map"
         return [self._stage(kind, prologue, operands, [rows], f"{name}_rows"),
                 self._stage("matmul", rest, [*operands, rows], results, name)]
 
