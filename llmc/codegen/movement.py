@@ -93,6 +93,8 @@ def _flatten(x: Expression, shape: Sequence[Dim], index: Sequence[Index]) -> Ind
 def _unflatten(x: Expression, shape: Sequence[Dim], flat: Index) -> list[Index]:
     index: list[Index] = []
     for size in reversed(shape[1:]):
+        if size == 0:  # of nothing, nothing is read
+            return [0] * len(shape)
         index.insert(0, flat % x.dim(size))
         flat = flat // x.dim(size)
     return [flat, *index] if shape else []

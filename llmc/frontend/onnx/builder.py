@@ -173,6 +173,8 @@ class Builder:
         stops, steps = list(x.shape), [1] * x.rank
         for axis, (start, stop, step) in ranges.items():
             starts[axis], stops[axis], steps[axis] = start, stop, step
+            for room in (start, stop - start, x.shape[axis] - stop):
+                self.symbols.require_at_least(room, 0)
         if not any(starts) and tuple(stops) == tuple(x.shape) and set(steps) <= {1}:
             return x
         attributes = {"starts": tuple(starts), "stops": tuple(stops), "steps": tuple(steps)}

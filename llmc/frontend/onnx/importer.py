@@ -119,21 +119,39 @@ def import_onnx_bytes(
 def _import(
     model: ModelProto, path: Path, fingerprint: Callable[[], str], values: Values
 ) -> ImportedModel:
+    """Axes may be empty where that leaves nothing open; else only those of caches may."""
     check_model(model, path)
-    solutions: dict[str, Dim] = {}
     stored: dict[str, StoredTensor] = {}
-    for _ in range(MAX_SOLUTIONS):
-        conversion = Conversion(model, path, SymbolTable(solutions), stored, values)
+    try:
+        graph = _converted(model, path, stored, values, may_be_empty=True)
+    except ModelError as error:
         try:
-            graph = conversion.run()
+            graph = _converted(model, path, stored, values, may_be_empty=False)
+        except ValueNeeded as needed:
+            raise (error if isinstance(error, ValueNeeded) else needed) from None
+    return _imported(model, path, graph, stored, fingerprint())
+
+
+def _converted(
+    model: ModelProto,
+    path: Path,
+    stored: dict[str, StoredTensor],
+    values: Values,
+    may_be_empty: bool,
+) -> Graph:
+    """The graph with its symbols unified: every solution starts the conversion over."""
+    solutions: dict[str, Dim] = {}
+    for _ in range(MAX_SOLUTIONS):
+        symbols = SymbolTable(solutions, may_be_empty)
+        conversion = Conversion(model, path, symbols, stored, values)
+        try:
+            return conversion.run()
         except SymbolSolved as solved:
             solutions[solved.name] = solved.value
         except ValueNeeded as needed:
             graph = Graph("value", conversion.inputs, (("value", needed.node),))
             needed.model = _imported(model, path, graph, stored, "")
             raise
-        else:
-            return _imported(model, path, graph, stored, fingerprint())
     raise ModelError(f"{path}: its symbolic axes cannot be unified: {solutions}")
 
 
@@ -249,7 +267,7 @@ class Conversion:
                 scope.values[value.name] = items
 
     def _declare_symbols(self, declared: Iterable[Any]) -> None:
-        """Named axes that only caches have start at 0, others at 1."""
+        """Tells the table which named axes only caches have."""
         cache_only: dict[str, bool] = {}
         for value in declared:
             for axis, dim in enumerate(value.type.tensor_type.shape.dim):
@@ -257,7 +275,7 @@ class Conversion:
                     cached = axis > 0 and _is_cache(value.name)
                     cache_only[dim.dim_param] = cache_only.get(dim.dim_param, True) and cached
         for name, cached in cache_only.items():
-            self.symbols.declare(name, 0 if cached else 1)
+            self.symbols.declare(name, cached)
 
     def _input(self, value: Any) -> Node:
         location = f"{self.path}: input '{value.name}'"
@@ -265,15 +283,15 @@ class Conversion:
         if not value.type.HasField("tensor_type") or not tensor.HasField("shape"):
             raise ModelError(f"{location}: it must be a tensor of known rank")
         dtype = element_dtype(tensor.elem_type, location)
-        low = 0 if _is_cache(value.name) else 1
+        cached = _is_cache(value.name)
         shape = [
-            self._input_dim(dim, f"{value.name}.{axis}", low if axis else 1, location)
+            self._input_dim(dim, f"{value.name}.{axis}", cached and axis > 0, location)
             for axis, dim in enumerate(tensor.shape.dim)
         ]
         builder = Builder(self.symbols, location, Origin(file=str(self.path), node=value.name))
         return builder.make("input", name=value.name, type=TensorType(dtype, tuple(shape)))
 
-    def _input_dim(self, dim: Any, name: str, low: int, location: str) -> Dim:
+    def _input_dim(self, dim: Any, name: str, cached: bool, location: str) -> Dim:
         if dim.HasField("dim_value") and dim.dim_value >= 0:
             return int(dim.dim_value)
         if dim.HasField("dim_value") and dim.dim_value < -1:
@@ -283,7 +301,7 @@ class Conversion:
         return (
             known
             if known is not None
-            else self.symbols.resolve(self.symbols.declare(text or name, low))
+            else self.symbols.resolve(self.symbols.declare(text or name, cached))
         )
 
     def _initializers(self, tensors: Iterable[TensorProto], scope: Scope) -> None:
@@ -404,6 +422,7 @@ class Conversion:
         call.declared_shape = partial(self._declared_shape, node)
         call.keys = [f"{(scope.owner(each) or scope).prefix}{each}" for each in node.input]
         call.values = self.values
+        call.stored = self.stored
         return call
 
     def _declared_shape(self, node: NodeProto, index: int) -> list[Dim | None] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,11 +66,14 @@ def new_shape(
     inferred = [axis for axis, dim in enumerate(new) if isinstance(dim, int) and dim == -1]
     if len(inferred) > 1:
         raise call.error(f"cannot reshape to {wanted}: more than one -1")
-    others = [dim for axis, dim in enumerate(new) if axis not in inferred]
-    left, right = cancelled(old, others)
     if not inferred:
-        call.require_equal(left, right, f"reshape of {list(old)} to {new}")
+        call.require_equal(*cancelled(old, new), f"reshape of {list(old)} to {new}")
         return tuple(new)
+    copied = [axis for axis, dim in enumerate(wanted) if dim == 0 and not allow_zero]
+    left, right = cancelled(
+        [dim for axis, dim in enumerate(old) if axis not in copied],
+        [dim for axis, dim in enumerate(new) if axis not in (*copied, *inferred)],
+    )
     if isinstance(right, int) and right == 0:
         raise call.error(f"cannot infer a dim of {wanted}: another one is 0")
     quotient = dims.floordiv(left, right)
@@ -79,7 +82,7 @@ def new_shape(
     return tuple(new)
 
 
-def cancelled(a: tuple[Dim, ...], b: list[Dim]) -> tuple[Dim, Dim]:
+def cancelled(a: Sequence[Dim], b: Sequence[Dim]) -> tuple[Dim, Dim]:
     """The products of two lists of dims without the dims that both have.
 
     A dim that may be 0 cannot be divided by, but it can be struck out.
@@ -284,6 +287,8 @@ def gather(call: Call) -> Result:
         and not -extent <= known.min() <= known.max() < extent
     ):
         raise call.error(f"index {known.tolist()} is outside an axis of {extent}")
+    if known.size:
+        call.symbols.require_at_least(extent, max(int(known.max()) + 1, -int(known.min())))
     if isinstance(value, ShapeArray):
         return ShapeArray(np.asarray(np.take(value.items, known, axis), dtype=object), value.dtype)
     if known.size == 1:  # one place: a slice, which costs nothing

@@ -8,6 +8,7 @@ from llmc.frontend.onnx.call import Call
 from llmc.frontend.onnx.registry import Result, converter
 from llmc.frontend.onnx.shape_array import ShapeArray, scalar
 from llmc.ir import dims
+from llmc.ir.dims import Dim
 from llmc.ir.dtypes import i64
 from llmc.ir.graph import Node
 
@@ -110,6 +111,7 @@ def arg_extreme(call: Call) -> Result:
     x = call.input(0)
     axis = call.axis(call.attribute("axis", 0), x.rank)
     keep, last = bool(call.attribute("keepdims", 1)), bool(call.attribute("select_last_index", 0))
+    need_items(call, x, axis, 1)
     op = "argmax" if call.op_type == "ArgMax" else "argmin"
     return call.cast(call.make(op, x, axis=axis, keep=keep, last=last), i64)
 
@@ -127,10 +129,21 @@ def top_k(call: Call) -> Result:
     x = call.input(0)
     count = call.dims(1, "k")[0] if call.version >= 10 else call.required("k")
     axis = call.axis(call.attribute("axis", -1), x.rank)
+    need_items(call, x, axis, count)
     largest = bool(call.attribute("largest", 1))
     found = call.make("top_k", x if largest else call.unary("neg", x), k=count, axis=axis)
     values, places = call.make("get", found, index=0), call.make("get", found, index=1)
     return values if largest else call.unary("neg", values), call.cast(places, i64)
+
+
+def need_items(call: Call, x: Node, axis: int, count: Dim) -> None:
+    """ModelError if an axis has fewer items than are taken of it; a symbol must be so long."""
+    extent = x.shape[axis]
+    if not dims.known_at_least(extent, count) and dims.known_at_least(count - 1, extent):
+        raise call.error(f"takes {dims.format_dim(count)} items of an axis of "
+                         f"{dims.format_dim(extent)}")
+    if isinstance(count, int):
+        call.symbols.require_at_least(extent, count)
 
 
 @converter("Hardmax", inputs=1)

@@ -95,6 +95,8 @@ def unique(call: Call) -> Result:
         x, axis = call.reshape(x, (dims.product(x.shape),)), 0
     axis = call.axis(axis, x.rank)
     count: Dim = x.shape[axis]
+    if count == 0:
+        return x, *[call.full(0, (0,), i64)] * 3
     order = [axis, *(each for each in range(x.rank) if each != axis)]
     width = dims.product(dim for each, dim in enumerate(x.shape) if each != axis)
     rows = call.reshape(call.transpose(x, order), (count, width))

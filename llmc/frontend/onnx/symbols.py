@@ -28,19 +28,25 @@ class SymbolSolved(Exception):
 
 
 class SymbolTable:
-    """The symbols of one import: declared names, and the solutions found so far."""
+    """The symbols of one import: declared names, and the solutions found so far.
 
-    def __init__(self, solutions: dict[str, Dim]) -> None:
-        self._solutions = solutions
+    All start at 0 if axes `may_be_empty`, else only those that caches alone have.
+    """
+
+    def __init__(self, solutions: dict[str, Dim], may_be_empty: bool = False) -> None:
+        self._solutions, self._may_be_empty = solutions, may_be_empty
         self._symbols: dict[str, Symbol] = {}
+        self._cached: set[str] = set()
 
-    def declare(self, name: str, low: int) -> Symbol:
+    def declare(self, name: str, cached: bool = False) -> Symbol:
         """The symbol of an axis; the first declaration of a name decides its range."""
         identifier = re.sub(r"[^A-Za-z0-9_.]", "_", name)
         if not re.match(r"[A-Za-z_]", identifier) or identifier in dims.FUNCTIONS:
             identifier = f"dim_{identifier}"
         if identifier not in self._symbols:
+            low = 0 if cached or self._may_be_empty else 1
             self._symbols[identifier] = dims.symbol(identifier, low)
+            self._cached |= {identifier} if cached else set()
         return self._symbols[identifier]
 
     def resolve(self, dim: Dim) -> Dim:
@@ -67,6 +73,23 @@ class SymbolTable:
         if solution is not None:
             raise SymbolSolved(*solution)
         return False
+
+    def require_at_least(self, dim: Dim, least: int) -> None:
+        """Raises SymbolSolved where dim >= least only holds if some axis is longer: not empty, or,
+        where the dim is an axis, of that size."""
+        if dims.known_at_least(dim, least) or isinstance(dim, int):
+            return
+        if isinstance(dim, Symbol):
+            if dim.high is None or dim.high >= least:
+                raise SymbolSolved(dim.name, dims.symbol(dim.name, least, dim.high, dim.multiple))
+            return
+        longer = {
+            each.name: dims.symbol(each.name, 1, each.high, each.multiple)
+            for each in dims.symbols(dim)
+            if each.low == 0 and each.name not in self._cached
+        }
+        if longer and dims.known_at_least(dims.substitute(dim, longer), least):
+            raise SymbolSolved(*min(longer.items()))
 
     def same_shape(self, a: Iterable[Dim], b: Iterable[Dim]) -> bool:
         """require_equal over two shapes of one rank."""

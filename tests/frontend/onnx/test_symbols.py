@@ -52,14 +52,14 @@ def test_solutions_apply_transitively():
 
 def test_names_become_identifiers():
     table = SymbolTable({})
-    assert table.declare("input.1::axis", 1).name == "input.1__axis"
-    assert table.declare("0", 1).name == "dim_0"
-    assert table.declare("min", 1).name == "dim_min"
+    assert table.declare("input.1::axis").name == "input.1__axis"
+    assert table.declare("0").name == "dim_0"
+    assert table.declare("min").name == "dim_min"
 
 
 def test_axis_text_of_exporters():
     table = SymbolTable({})
-    past, seq = table.declare("s15", 0), table.declare("seq", 1)
+    past, seq = table.declare("s15", cached=True), table.declare("seq")
     assert table.parse("s15 + seq") == past + seq
     assert table.parse("unknown + 1") is None
     assert table.parse("not a dim (") is None
