@@ -388,14 +388,14 @@ def _erf_double(e: Emitter, x: ir.Value) -> ir.Value:
 
 
 def sin(e: Emitter, x: ir.Value) -> ir.Value:
-    """Sine, max 2 ulp (f32 up to |x| = 1e6 and far beyond; f64 up to 1e6)."""
+    """Sine, max 2 ulp (f32 up to |x| = 1e6 and far beyond; f64 up to 1e6); NaN from 2^51 on."""
     sine, cosine, quadrant = _sine_and_cosine(e, x)
     y = _by_quadrant(e, quadrant, sine, cosine)
     return e.b.select(e.b.fcmp_ordered("==", x, _constant(x, 0.0)), x, y)  # keeps -0.0
 
 
 def cos(e: Emitter, x: ir.Value) -> ir.Value:
-    """Cosine, max 2 ulp (f32 up to |x| = 1e6 and far beyond; f64 up to 1e6)."""
+    """Cosine, max 2 ulp (f32 up to |x| = 1e6 and far beyond; f64 up to 1e6); NaN from 2^51 on."""
     sine, cosine, quadrant = _sine_and_cosine(e, x)
     next_quadrant = e.b.add(quadrant, splat_constant(quadrant.type, 1))
     return _by_quadrant(e, next_quadrant, sine, cosine)
@@ -404,10 +404,13 @@ def cos(e: Emitter, x: ir.Value) -> ir.Value:
 def _sine_and_cosine(e: Emitter, x: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
     """(sin r, cos r, n) with x = n pi / 2 + r, |r| <= pi / 4.
 
-    The reduction is done in f64 also for f32: fma makes n times the leading part exact.
+    The reduction is done in f64 also for f32: fma makes n times the leading part exact, as long as
+    n is; from 2^51 on x becomes NaN.
     """
     f = _format(x)
     single = _element(x) == F32
+    far = e.b.fcmp_ordered(">=", absolute(e, x), _constant(x, 2.0**51))
+    x = e.b.select(far, _constant(x, math.nan), x)
     wide = e.b.fpext(x, like(x, F64)) if single else x
     n, quadrant = _round_small(e, e.b.fmul(wide, _constant(wide, 2 / math.pi)))
     r = wide

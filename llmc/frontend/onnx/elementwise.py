@@ -11,6 +11,7 @@ from llmc.frontend.onnx import shape_array
 from llmc.frontend.onnx.call import Call
 from llmc.frontend.onnx.registry import Result, converter
 from llmc.frontend.onnx.shape_array import ShapeArray
+from llmc.frontend.onnx.trigonometry import exp_less_one, widened
 from llmc.ir import dims
 from llmc.ir.dtypes import bool_
 from llmc.ir.graph import Node
@@ -281,14 +282,13 @@ def thresholded_relu(call: Call) -> Result:
 @converter("Elu", "Celu", "Selu", inputs=1)
 def exponential_linear(call: Call) -> Result:
     """Elu: a(e^x - 1) below 0. Celu: a(e^(x/a) - 1). Selu: gamma times Elu."""
-    x = call.input(0)
+    x = widened(call, call.input(0))
     alpha = call.attribute("alpha", 1.6732632 if call.op_type == "Selu" else 1.0)
     inner = call.scaled(x, 1 / alpha) if call.op_type == "Celu" else x
-    below = call.scaled(call.shifted(call.unary("exp", inner), -1), alpha)
-    result = select_positive(call, x, x, below)
-    return (
-        call.scaled(result, call.attribute("gamma", 1.050701)) if call.op_type == "Selu" else result
-    )
+    result = select_positive(call, x, x, call.scaled(exp_less_one(call, inner), alpha))
+    if call.op_type == "Selu":
+        result = call.scaled(result, call.attribute("gamma", 1.050701))
+    return call.cast(result, call.input(0).dtype)
 
 
 @converter("Shrink", inputs=1)
@@ -305,11 +305,3 @@ def shrink(call: Call) -> Result:
 def tan(call: Call) -> Result:
     x = call.input(0)
     return call.binary("div", call.unary("sin", x), call.unary("cos", x))
-
-
-@converter("Sinh", "Cosh", inputs=1)
-def hyperbolic(call: Call) -> Result:
-    x = call.input(0)
-    op = "sub" if call.op_type == "Sinh" else "add"
-    up, down = call.unary("exp", x), call.unary("exp", call.unary("neg", x))
-    return call.scaled(call.binary(op, up, down), 0.5)
