@@ -9,6 +9,7 @@ import numpy as np
 from onnx import NodeProto
 
 from llmc.errors import ModelError, ValueNeeded
+from llmc.frontend.model import StoredTensor
 from llmc.frontend.onnx.builder import Builder
 from llmc.frontend.onnx.registry import Value
 from llmc.frontend.onnx.shape_array import ShapeArray
@@ -32,7 +33,7 @@ class Call(Builder):
     str, tensors as TensorProto, graphs as GraphProto); `inline(graph, arguments, turn)` gives the
     outputs of a graph that is an attribute (`turn`: number of a loop's turn). `keys` name the
     inputs, and `values` has what is known of tensors that depend on data, by key (see
-    `ValueNeeded`). `declared_shape(index)` is what the
+    `ValueNeeded`); `stored` has the weights by name. `declared_shape(index)` is what the
     model declares for an output of its own that this node makes.
     """
 
@@ -55,6 +56,7 @@ class Call(Builder):
         self.declared_shape: Callable[[int], list[Dim | None] | None] = lambda index: None
         self.keys: list[str] = []
         self.values: Mapping[str, np.ndarray[Any, Any]] = {}
+        self.stored: Mapping[str, StoredTensor] = {}
 
     @property
     def op_type(self) -> str:
@@ -103,7 +105,7 @@ class Call(Builder):
     def known(self, index: int, what: str) -> np.ndarray[Any, Any]:
         """The value of an input that decides shapes. ValueNeeded if it depends on data."""
         value = self.value(index)
-        array = value.known() if isinstance(value, ShapeArray) else evaluate_constant(value)
+        array = value.known() if isinstance(value, ShapeArray) else self._constant(value)
         if array is None:
             raise self._needed(self.keys[index], self.tensor(value), what)
         return array
@@ -111,13 +113,19 @@ class Call(Builder):
     def measured(self, label: str, node: Node) -> np.ndarray[Any, Any]:
         """The value of a node that the converter made, such as a count; `label` tells several
         apart. ValueNeeded if it depends on data and is not known yet."""
-        array = evaluate_constant(node)
+        array = self._constant(node)
         if array is not None:
             return array
         key = f"{self.origin.node if self.origin else ''}#{label}"
         if key not in self.values:
             raise self._needed(key, node, label)
         return np.asarray(self.values[key])
+
+    def _constant(self, node: Node) -> np.ndarray[Any, Any] | None:
+        """The value of a node made of constants, or of a weight; None if it depends on more."""
+        if node.op == "parameter":
+            return self.stored[node["name"]].read()
+        return evaluate_constant(node)
 
     def _needed(self, key: str, node: Node, what: str) -> ValueNeeded:
         """The value of a graph input is known by that input's name."""
