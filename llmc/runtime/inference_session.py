@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from llmc.errors import LlmcError, ModelError, ShapeError, ValueNeeded
+from llmc.errors import LlmcError, ShapeError
 from llmc.ir.dims import Dim, Symbol
 from llmc.ir.listed import ITEMS, collected, spread
+from llmc.runtime.artifact import is_artifact
 from llmc.runtime.binding import Tensor
-from llmc.runtime.jit import host_plan, onnx_interface
-from llmc.runtime.plan import PlannedModel
+from llmc.runtime.jit import onnx_interface
+from llmc.runtime.plan import PlannedModel, open_model
 from llmc.runtime.session import Runtime
 from llmc.runtime.staged import StagedModel
 from llmc.runtime.targets import resolve_target
@@ -144,24 +145,12 @@ def _chosen(providers: Sequence[str | tuple[str, Mapping[str, Any]]] | None) -> 
 
 
 def _open(source: Source, target: str, options: Mapping[str, Any]) -> Model:
-    try:
-        return _compiled(source, target, options)
-    except ModelError:
-        plan = None
-        if isinstance(source, bytes) or Path(source).is_file():
-            plan = host_plan(source if isinstance(source, bytes) else Path(source))
-        if plan is None:
-            raise
-        return PlannedModel(plan, target, options)
-
-
-def _compiled(source: Source, target: str, options: Mapping[str, Any]) -> Runtime | StagedModel:
     if isinstance(source, bytes):
-        return StagedModel(source, target, options)
-    try:
-        return Runtime(source, target.partition(":")[0], **options)
-    except ValueNeeded:
-        return StagedModel(Path(source), target, options)
+        return open_model(source, target, options)
+    path = Path(source)
+    if path.suffix == ".onnx" and not is_artifact(path):
+        return open_model(path, target, options)
+    return Runtime(path, target.partition(":")[0], **options)
 
 
 def _interface(source: Source, model: Model

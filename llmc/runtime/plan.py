@@ -1,19 +1,34 @@
-"""Runs a plan: host-side functions and programs in order, over values by name."""
+"""Runs a plan: host-side functions and programs in order, over values by name. `open_model` opens
+whatever an ONNX model needs: one program, several in stages, or a plan."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llmc.errors import LlmcError, ShapeError
+from llmc.errors import LlmcError, ModelError, ShapeError
 from llmc.ir.plan import HostStep, Plan, ProgramStep
 from llmc.runtime.host_functions import HOST_FUNCTIONS
-from llmc.runtime.jit import typed_part
+from llmc.runtime.jit import host_plan, typed_part
 from llmc.runtime.staged import StagedModel
 
 Array = np.ndarray[Any, Any]
+
+
+def open_model(source: Path | bytes, target: str, options: Mapping[str, Any]
+               ) -> StagedModel | PlannedModel:
+    """An .onnx file, or such a file's content, ready to run. ModelError: it is bad or has operators
+    that llmc lacks."""
+    try:
+        return StagedModel(source, target, options)
+    except ModelError:
+        plan = host_plan(source) if isinstance(source, bytes) or source.is_file() else None
+        if plan is None:
+            raise
+        return PlannedModel(plan, target, options)
 
 
 class PlannedModel:

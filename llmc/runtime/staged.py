@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from llmc.errors import LlmcError, ShapeError
+from llmc.errors import LlmcError, ShapeError, ValueNeeded
 from llmc.ir.listed import ITEMS
 from llmc.runtime.jit import onnx_artifact
 from llmc.runtime.session import Runtime
@@ -54,12 +54,12 @@ def _tensors(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 class StagedModel:
     """An ONNX model (a file or its content) that is compiled for the values of tensors that decide
-    shapes; one whose shapes depend on no values is one stage. Not thread-safe."""
+    shapes; one whose shapes depend on no values is one stage, kept in the cache if it is a file.
+    Not thread-safe."""
 
     def __init__(self, source: Path | bytes, target: str, options: Mapping[str, Any]) -> None:
-        self.source, self.target = source, target
-        self.options = {"specialize": "none", **options}  # its programs are for values already
-        self.root = self._compile({})
+        self.source, self.target, self.options = source, target, dict(options)
+        self.root = self._whole() or self._compile({})
 
     @property
     def runtime(self) -> Runtime | None:
@@ -71,6 +71,8 @@ class StagedModel:
         stage, values = self.root, dict[str, np.ndarray]()
         while stage.key is not None:
             value = stage.value(feeds)
+            if stage.key in values:
+                raise LlmcError(f"the value of {stage.key} decides shapes and cannot be given")
             values[stage.key] = value
             stage = self._child(stage, value, values)
         if stage.runtime is None:
@@ -87,13 +89,23 @@ class StagedModel:
         stage.children.move_to_end(identity)
         return child
 
+    def _whole(self) -> Stage | None:
+        """A file that is one program, as a Runtime keeps it; None for others."""
+        if isinstance(self.source, bytes):
+            return None
+        try:
+            return Stage(Runtime(self.source, self.target.partition(":")[0], **self.options), None)
+        except ValueNeeded:
+            return None
+
     def _compile(self, values: Mapping[str, np.ndarray]) -> Stage:
+        options = {"specialize": "none", **self.options}  # its programs are for values already
         with tempfile.TemporaryDirectory() as directory:  # an open artifact needs its files no more
             path, key = onnx_artifact(self.source, values, self.target, Path(directory))
             if path is None:
                 return Stage(None, key)
             where = "host" if self.target == "host" else "nvptx"
-            return Stage(Runtime(path, where, **self.options), key)
+            return Stage(Runtime(path, where, **options), key)
 
     def close(self) -> None:
         """Stop the threads of all programs."""
