@@ -33,6 +33,7 @@ POOLING_MODES = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
 }
+LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers")
 _LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d{1,9})\.")
 
 
@@ -44,9 +45,9 @@ def load_huggingface(directory: Path, dtype: str | None = None) -> ImportedModel
     config_file = _read_config(directory)
     architecture = _architecture(config_file)
     family = ARCHITECTURES[architecture]
-    config = family.read_config(config_file)
     checkpoint = open_checkpoint(directory)
-    _check_layers(config_file, config, checkpoint.tensors)
+    _check_layers(config_file, checkpoint.tensors)
+    config = family.read_config(config_file)
     weights = Weights(
         str(directory), checkpoint.tensors, _compute_dtype(dtype, checkpoint), family.prefix
     )
@@ -83,12 +84,13 @@ def _architecture(config: ConfigFile) -> str:
     return names[0]
 
 
-def _check_layers(config: ConfigFile, facts: ModelConfig, tensors: Iterable[str]) -> None:
+def _check_layers(config: ConfigFile, tensors: Iterable[str]) -> None:
     """Refuse a config with more layers than the file has before anything is built of them."""
     stored = len({match[1] for name in tensors if (match := _LAYER_NUMBER.search(name))})
-    if facts.layers > stored:
-        raise config.error("num_hidden_layers", f"is {facts.layers}, but the weights have"
-                           f" {stored} layers")
+    for key in LAYER_KEYS:
+        value = config.values.get(key)
+        if isinstance(value, int) and value > stored:
+            raise config.error(key, f"is {value}, but the weights have {stored} layers")
 
 
 def _compute_dtype(name: str | None, checkpoint: Checkpoint) -> DType:
