@@ -25,6 +25,7 @@ from llmc.ir import interpret
 from llmc.ir.dims import Dim, format_dim
 from llmc.ir.dtypes import DType
 from llmc.ir.graph import Graph, walk
+from llmc.ir.index_ranges import index_ranges
 from llmc.ir.layouts import format_layout, pack
 from llmc.ir.program import Buffer, Capabilities, Program, Weight
 from llmc.ir.program_text import format_program
@@ -111,7 +112,7 @@ class Compiled:
         return Manifest(
             self.model.kind, self.graph.name, self.target.text(), compute_dtype(self.graph),
             self.model.fingerprint, _plain(self.model.config), symbols,
-            _tensors(program, "input", table_sizes(self.model.graph)),
+            _tensors(program, "input", self.model),
             _tensors(program, "output"), _tensors(program, "state"),
             weights, variants, size, _plain(interface) if interface else None, self.timings, hashes)
 
@@ -346,10 +347,15 @@ def table_sizes(graph: Graph) -> dict[str, int]:
     return sizes
 
 
-def _tensors(program: Program, role: str, limits: Mapping[str, int] | None = None
+def _tensors(program: Program, role: str, model: ImportedModel | None = None
              ) -> tuple[TensorInfo, ...]:
+    """The buffers of a role; of a model's inputs, what is known of their values too."""
+    limits = table_sizes(model.graph) if model else {}
+    indexes = index_ranges(model.graph) if model and model.kind == "onnx" else {}
+    ranges = {name: tuple(tuple(map(format_dim, use)) for use in uses)
+              for name, uses in indexes.items() if name not in limits}
     return tuple(TensorInfo(b.name, str(b.type.dtype), tuple(format_dim(d) for d in b.type.shape),
-                            b.count, (limits or {}).get(b.name, 0))
+                            b.count, limits.get(b.name, 0), ranges.get(b.name, ()))
                  for b in program.with_role(role))
 
 

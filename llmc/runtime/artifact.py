@@ -38,13 +38,15 @@ GRAPH = "graph.txt"
 @dataclass(frozen=True)
 class TensorInfo:
     """An input, output or state. shape: dims in text form over the symbols. limit: an input's
-    integers pick rows of a table with so many (0: they do not)."""
+    integers pick rows of a table with so many (0: they do not). ranges: the axes that its items
+    pick from, as `ir.index_ranges` has them, as dims in text form."""
 
     name: str
     dtype: str
     shape: tuple[str, ...]
     count: int = 1
     limit: int = 0
+    ranges: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True)

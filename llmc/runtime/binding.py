@@ -22,6 +22,7 @@ class Tensor:
         self.dtype = dtype(info.dtype)
         self.numpy = self.dtype.numpy
         self.shape: tuple[Dim, ...] = tuple(parse_dim(text, symbols) for text in info.shape)
+        self.ranges = [[parse_dim(text, symbols) for text in use] for use in info.ranges]
 
     def concrete_shape(self, values: Mapping[str, int]) -> tuple[int, ...]:
         return tuple(evaluate(dim, values) for dim in self.shape)
@@ -59,6 +60,21 @@ def _check(tensor: Tensor, array: np.ndarray) -> np.ndarray:
         wrong = array[(array < 0) | (array >= tensor.limit)].flat[0]
         raise ShapeError(f"input {tensor}: {wrong} is outside 0..{tensor.limit - 1}")
     return np.asarray(array, order="C")  # ascontiguousarray would give scalars an axis
+
+
+def check_indexes(tensors: Sequence[Tensor], arrays: Sequence[np.ndarray],
+                  values: Mapping[str, int]) -> None:
+    """ShapeError where an input has indexes that lie outside the axes that they pick from."""
+    for tensor, array in zip(tensors, arrays, strict=True):
+        if not array.size:
+            continue
+        for use in tensor.ranges:
+            items = array.reshape(-1, len(use))
+            for extent, low, high in zip(use, items.min(0), items.max(0), strict=True):
+                size = evaluate(extent, values)
+                if not -size <= low <= high < size:
+                    raise ShapeError(f"input {tensor}: index {low if low < -size else high} is "
+                                     f"outside an axis of {size}")
 
 
 def _overflows(array: np.ndarray, target: np.dtype) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from llmc.errors import LlmcError, ShapeError
 from llmc.ir.dims import Dim, evaluate, parse_dim
 from llmc.runtime.artifact import Artifact, VariantInfo
-from llmc.runtime.binding import Tensor, bind, check_inputs, make_symbols
+from llmc.runtime.binding import Tensor, bind, check_indexes, check_inputs, make_symbols
 from llmc.runtime.dispatch import MEMO_SHAPES, Dispatch, exact_symbols
 from llmc.runtime.host_device import Team, load_object
 from llmc.runtime.memory import aligned_empty, physical_memory
@@ -84,6 +84,7 @@ class Executor:
         self.artifact = artifact
         self.symbols = make_symbols(manifest.symbols)
         self.inputs = [Tensor(info, self.symbols) for info in manifest.inputs]
+        self._has_indexes = any(tensor.ranges for tensor in self.inputs)
         self.outputs = [Tensor(info, self.symbols) for info in manifest.outputs]
         self.states = [Tensor(info, self.symbols) for info in manifest.states]
         self.known = self._fixed()  # symbols that no input's shape has to tell
@@ -174,6 +175,8 @@ class Executor:
             raise LlmcError("this runtime is closed")
         given = check_inputs(self.inputs, arrays)
         values = self._values(given)
+        if self._has_indexes:
+            check_indexes(self.inputs, given, values)
         variant: Any = self.dispatch.choose(values)
         results = {tensor.name: np.empty(tensor.concrete_shape(values), tensor.numpy)
                    for tensor in self._wanted(want)}

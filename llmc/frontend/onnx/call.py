@@ -105,7 +105,7 @@ class Call(Builder):
     def known(self, index: int, what: str) -> np.ndarray[Any, Any]:
         """The value of an input that decides shapes. ValueNeeded if it depends on data."""
         value = self.value(index)
-        array = value.known() if isinstance(value, ShapeArray) else self._constant(value)
+        array = self.constant_of(value)
         if array is None:
             raise self._needed(self.keys[index], self.tensor(value), what)
         return array
@@ -113,7 +113,7 @@ class Call(Builder):
     def measured(self, label: str, node: Node) -> np.ndarray[Any, Any]:
         """The value of a node that the converter made, such as a count; `label` tells several
         apart. ValueNeeded if it depends on data and is not known yet."""
-        array = self._constant(node)
+        array = self.constant_of(node)
         if array is not None:
             return array
         key = f"{self.origin.node if self.origin else ''}#{label}"
@@ -121,11 +121,13 @@ class Call(Builder):
             raise self._needed(key, node, label)
         return np.asarray(self.values[key])
 
-    def _constant(self, node: Node) -> np.ndarray[Any, Any] | None:
-        """The value of a node made of constants, or of a weight; None if it depends on more."""
-        if node.op == "parameter":
-            return self.stored[node["name"]].read()
-        return evaluate_constant(node)
+    def constant_of(self, value: Value) -> np.ndarray[Any, Any] | None:
+        """What is known at compile time, a weight too; None of what depends on more."""
+        if isinstance(value, ShapeArray):
+            return value.known()
+        if value.op == "parameter" and value["name"] in self.stored:
+            return self.stored[value["name"]].read()
+        return evaluate_constant(value)
 
     def _needed(self, key: str, node: Node, what: str) -> ValueNeeded:
         """The value of a graph input is known by that input's name."""

@@ -302,6 +302,7 @@ def gather(call: Call) -> Result:
 def gather_elements(call: Call) -> Result:
     x = call.input(0)
     axis = call.axis(call.attribute("axis", 0), x.rank)
+    check_index(call, x.shape[axis : axis + 1])
     index = call.from_front(call.input(1), x.shape[axis])
     return call.make("gather_elements", x, index, axis=axis)
 
@@ -310,8 +311,31 @@ def gather_elements(call: Call) -> Result:
 def gather_nd(call: Call) -> Result:
     batch_dims = call.attribute("batch_dims", 0)
     x = call.input(0)
+    check_index(call, tuples_extents(call, x.shape[batch_dims:]))
     index = index_from_front(call, call.input(1), x.shape[batch_dims:])
     return call.make("gather_nd", x, index, batch_dims=batch_dims)
+
+
+def tuples_extents(call: Call, extents: tuple[Dim, ...]) -> tuple[Dim, ...]:
+    """The axes that an index of tuples (its last axis) picks from."""
+    depth = call.value(1).shape[-1]
+    if isinstance(depth, int) and depth > len(extents):
+        raise call.error(f"an index of {depth} items for {len(extents)} axes")
+    return extents[:depth] if isinstance(depth, int) else ()
+
+
+def check_index(call: Call, extents: tuple[Dim, ...]) -> None:
+    """ModelError if a constant index (input 1) has items, one of each last axis or all alike, that
+    lie outside these axes; what arrives at run time is checked then (`ir/index_ranges.py`)."""
+    known = call.constant_of(call.value(1))
+    if known is None or not known.size or not extents:
+        return
+    columns = known.reshape(-1, len(extents)).astype(np.int64)
+    for extent, low, high in zip(extents, columns.min(0), columns.max(0), strict=True):
+        if isinstance(extent, int) and not -extent <= low <= high < extent:
+            raise call.error(f"index {low if low < -extent else high} is outside an axis of "
+                             f"{extent}")
+        call.symbols.require_at_least(extent, max(int(high) + 1, -int(low)))
 
 
 def index_from_front(call: Call, index: Node, extents: tuple[Dim, ...]) -> Node:
@@ -327,6 +351,7 @@ def index_from_front(call: Call, index: Node, extents: tuple[Dim, ...]) -> Node:
 @converter("ScatterND", inputs=3)
 def scatter_nd(call: Call) -> Result:
     x = call.input(0)
+    check_index(call, tuples_extents(call, tuple(x.shape)))
     index = index_from_front(call, call.input(1), x.shape)
     return call.make("scatter_nd", x, index, call.input(2), reduction=reduction(call))
 
@@ -335,6 +360,7 @@ def scatter_nd(call: Call) -> Result:
 def scatter_elements(call: Call) -> Result:
     x = call.input(0)
     axis = call.axis(call.attribute("axis", 0), x.rank)
+    check_index(call, x.shape[axis : axis + 1])
     inputs = (x, call.from_front(call.input(1), x.shape[axis]), call.input(2))
     return call.make("scatter_elements", *inputs, axis=axis, reduction=reduction(call))
 
