@@ -59,7 +59,7 @@ def test_each_range_of_rows_has_its_kernel():
     stage = MatmulStage(*product_body("bf16", 1024, 4096, rows_symbol(8192, low=0)), rows=(0, 8192))
     kernels = stage.kernel.launches
     for rows, chosen in ((0, None), (1, 0), (16, 0), (17, 1), (64, 1), (65, 2), (256, 2), (257, 3),
-                         (8192, 3)):
+                         (512, 3), (513, 4), (1024, 4), (1025, 5), (8192, 5)):
         blocks = [evaluate(kernel.blocks(), {"rows": rows}) for kernel in kernels]
         assert [number for number, count in enumerate(blocks) if count] == (
             [] if chosen is None else [chosen])
@@ -68,7 +68,7 @@ def test_each_range_of_rows_has_its_kernel():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 256, 257, 2049])
+@pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 256, 257, 513, 1025, 2049])
 def test_all_ranges_against_float64(gpu, rows):
     check(gpu, "bf16", 264, 96, rows, {"result": "f32"}, (1, 4096))
 
