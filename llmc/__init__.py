@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from llmc.api import Compiled, compile, load, load_graph
     from llmc.frontend.trace import Spec, trace
     from llmc.ir.graph import Graph
+    from llmc.ir.quantization import Quantization
     from llmc.runtime.inference_session import InferenceSession
     from llmc.runtime.session import Runtime
 
@@ -42,6 +43,7 @@ __all__ = [
     "InferenceSession",
     "LlmcError",
     "ModelError",
+    "Quantization",
     "Runtime",
     "ShapeError",
     "Spec",
@@ -56,6 +58,7 @@ _HOMES = {
     "Compiled": "llmc.api",
     "Graph": "llmc.ir.graph",
     "InferenceSession": "llmc.runtime.inference_session",
+    "Quantization": "llmc.ir.quantization",
     "Runtime": "llmc.runtime.session",
     "Spec": "llmc.frontend.trace",
     "compile": "llmc.api",

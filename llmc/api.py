@@ -12,6 +12,7 @@ import numpy as np
 
 from llmc.errors import LlmcError
 from llmc.ir.graph import Graph
+from llmc.ir.quantization import Quantization, quantization
 from llmc.runtime.artifact import Artifact, Manifest
 
 
@@ -41,24 +42,29 @@ class Compiled:
 def compile(model: str | os.PathLike[str] | Graph, target: str = "host", dtype: str | None = None,
             shape: dict[str, tuple[int, int]] | None = None,
             cache_dir: str | os.PathLike[str] | None = None,
-            parameters: Mapping[str, np.ndarray] | None = None) -> Compiled:
+            parameters: Mapping[str, np.ndarray] | None = None,
+            quantize: str | Quantization | None = None) -> Compiled:
     """Compile an .onnx file, a checkpoint directory or a traced graph for this machine or another.
 
     target: "host", or a CPU such as "x86_64:znver5". dtype: compute dtype (default: the
     checkpoint's). shape: symbol -> (low, high), narrower than the model's own ranges. parameters:
-    values of a traced graph's parameters by name.
+    values of a traced graph's parameters by name. quantize: what weights become, "int8", "int4" or
+    a `Quantization` (default: they stay as they are).
     """
     from llmc.runtime.jit import cached_artifact, cached_graph
 
     cache, limits = Path(cache_dir) if cache_dir else None, dict(shape or {})
+    chosen = quantization(quantize)
     if isinstance(model, Graph):
         if dtype is not None:
             raise LlmcError("a traced graph computes in the dtypes that it was traced with")
-        artifact = cached_graph(model, parameters or {}, target, cache, limits)
+        artifact = cached_graph(model, parameters or {}, target, cache, limits,
+                                quantization=chosen)
     else:
         if parameters is not None:
             raise LlmcError("parameters are for a traced graph: other models bring their own")
-        artifact = cached_artifact(Path(model), target, dtype, cache, limits)
+        artifact = cached_artifact(Path(model), target, dtype, cache, limits,
+                                   quantization=chosen)
     return Compiled(artifact.directory, artifact.manifest)
 
 

@@ -2,42 +2,40 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llmc import knobs
 from llmc.codegen import generate
 from llmc.codegen.host import Code
 from llmc.codegen.target import Target
 from llmc.errors import CompileError, LlmcError, ValueNeeded
-from llmc.frontend.model import ImportedModel, load_model
-from llmc.ir import interpret
-from llmc.ir.dims import Dim, format_dim
+from llmc.frontend.model import ImportedModel, StoredTensor, load_model
+from llmc.ir.dims import format_dim
 from llmc.ir.dtypes import DType
 from llmc.ir.graph import Graph, walk
 from llmc.ir.index_ranges import index_ranges
-from llmc.ir.layouts import format_layout, pack
-from llmc.ir.program import Buffer, Capabilities, Program, Weight
+from llmc.ir.program import Capabilities, Program
 from llmc.ir.program_text import format_program
+from llmc.ir.quantization import Quantization
 from llmc.ir.text import format_graph
+from llmc.passes.activation_codes import code_activations
 from llmc.passes.greedy import with_greedy
 from llmc.passes.lower import ShapeKey, lower
-from llmc.passes.pipeline import optimize
+from llmc.passes.pipeline import Pass, optimize
+from llmc.passes.quantize import candidates, quantize
 from llmc.runtime.artifact import (
-    ALIGNMENT,
     GRAPH,
     WEIGHTS,
     Manifest,
+    QuantizationInfo,
     SymbolInfo,
     TensorInfo,
     VariantInfo,
@@ -47,13 +45,25 @@ from llmc.runtime.artifact import (
     write_manifest,
 )
 from llmc.runtime.progress import Progress, silent
+from llmc.weights import WeightFile, WeightMaker, write_weights
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Second moments of what quantised matrices are multiplied by: arrays f32 [k, k] by name, and
+    name of a weight -> name of its array. seconds: what it took to find them."""
+
+    arrays: Mapping[str, np.ndarray]
+    names: Mapping[str, str]
+    seconds: float
 
 
 @dataclass
 class Compiled:
     """A model lowered and compiled for a target, before it is written.
 
-    timings: seconds per phase. `write` makes the artifact.
+    timings: seconds per phase. kept: (name, reason) of the matrices that `quantization` leaves as
+    they are. `write` makes the artifact.
     """
 
     model: ImportedModel
@@ -62,6 +72,8 @@ class Compiled:
     programs: dict[str, Program]
     codes: dict
     timings: dict[str, float] = field(default_factory=dict)
+    quantization: Quantization | None = None
+    kept: tuple[tuple[str, str], ...] = ()
 
     def write(self, path: str | os.PathLike[str], progress: Progress = silent) -> Path:
         """Write the artifact directory, whole or not at all; an old one there is replaced."""
@@ -92,17 +104,25 @@ class Compiled:
             shutil.copyfile(source, directory / "files" / source.name)
         started = time.perf_counter()
         program = next(iter(self.programs.values()))
+        maker = WeightMaker(self.model)
         with open(directory / WEIGHTS, "wb") as stream:
             file = WeightFile(stream)
-            weights = tuple(write_weights(program, self.model, file, progress))
+            weights = tuple(write_weights(program, maker, file, progress))
             hashes = {WEIGHTS: file.close(), GRAPH: hash_file(directory / GRAPH),
                       **hash_files(directory / "variants"),
                       **hash_files(directory / "files")}
         self.timings["weights"] = time.perf_counter() - started
-        write_manifest(directory, self._manifest(program, weights, file.size, hashes))
+        write_manifest(directory, self._manifest(program, weights, file.size, hashes,
+                                                 self._quantized(maker)))
+
+    def _quantized(self, maker: WeightMaker) -> QuantizationInfo | None:
+        if self.quantization is None:
+            return None
+        return QuantizationInfo(asdict(self.quantization), tuple(maker.quantized), self.kept,
+                                self.timings.get("calibration", 0.0))
 
     def _manifest(self, program: Program, weights: tuple[WeightInfo, ...], size: int,
-                  hashes: dict[str, str]) -> Manifest:
+                  hashes: dict[str, str], quantized: QuantizationInfo | None) -> Manifest:
         variants = tuple(
             variant_info(name, program, self.codes[name])
             for name, program in self.programs.items())
@@ -114,20 +134,23 @@ class Compiled:
             self.model.fingerprint, _plain(self.model.config), symbols,
             _tensors(program, "input", self.model),
             _tensors(program, "output"), _tensors(program, "state"),
-            weights, variants, size, _plain(interface) if interface else None, self.timings, hashes)
+            weights, variants, size, _plain(interface) if interface else None, quantized,
+            self.timings, hashes)
 
 
 def compile_model(path: str | Path, target: Target, dtype: str | None = None,
-                  progress: Progress = silent, limits: ShapeKey | None = None) -> Compiled:
+                  progress: Progress = silent, limits: ShapeKey | None = None,
+                  quantization: Quantization | None = None) -> Compiled:
     """Read, optimise, lower and compile a model.
 
     path: an .onnx file or a checkpoint directory. dtype: compute dtype (default: the
-    checkpoint's). limits: symbol -> (low, high), narrower than the model's own.
+    checkpoint's). limits: symbol -> (low, high), narrower than the model's own. quantization: what
+    the weights become, uncalibrated (`calibrate.compile_quantized` calibrates).
     """
     timings: dict[str, float] = {}
-    with _timed(timings, "import"):
+    with timed(timings, "import"):
         model = load_model(path, dtype=dtype)
-    return compile_imported(model, target, progress, limits, timings)
+    return compile_imported(model, target, progress, limits, timings, quantization)
 
 
 def compile_onnx(source: Path | bytes, target: Target, values: Mapping[str, np.ndarray]
@@ -157,22 +180,58 @@ def graph_for(model: ImportedModel, capabilities: Capabilities) -> Graph:
 
 def compile_imported(model: ImportedModel, target: Target, progress: Progress = silent,
                      limits: ShapeKey | None = None,
-                     timings: dict[str, float] | None = None) -> Compiled:
+                     timings: dict[str, float] | None = None,
+                     quantization: Quantization | None = None,
+                     calibration: Calibration | None = None) -> Compiled:
     """The part of compile_model after the frontend."""
     timings = {} if timings is None else timings
     capabilities = target.capabilities()
-    with _timed(timings, "passes"):
-        graph = optimize(graph_for(model, capabilities), capabilities)
+    kept: list[tuple[str, str]] = []
+    if calibration is not None:
+        timings["calibration"] = calibration.seconds
+        model = _with_moments(model, calibration)
+    with timed(timings, "passes"):
+        graph = optimize(graph_for(model, capabilities), capabilities, before_outline=(
+            "quantize", _quantizing(model, quantization, calibration, kept))
+            if quantization is not None else None)
     programs, codes = {}, {}
     keys = variant_keys(graph, capabilities, dict(limits or {}))
     for number, (name, key) in enumerate(keys.items()):
         progress("compile", number / len(keys))
-        with _timed(timings, "lower"):
+        with timed(timings, "lower"):
             programs[name] = lower(graph, capabilities, key)
-        with _timed(timings, "codegen"):
+        with timed(timings, "codegen"):
             codes[name] = generate(programs[name], target)
     progress("compile", 1.0)
-    return Compiled(model, graph, target, programs, codes, timings)
+    return Compiled(model, graph, target, programs, codes, timings, quantization, tuple(kept))
+
+
+def _with_moments(model: ImportedModel, calibration: Calibration) -> ImportedModel:
+    """The model with the moments among its tensors."""
+    tensors = {name: StoredTensor.from_array(name, array, model.path)
+               for name, array in calibration.arrays.items()}
+    return replace(model, parameters=dict(model.parameters) | tensors)
+
+
+def makes_logits(model: ImportedModel) -> bool:
+    """Whether the model's last product is a language model's head."""
+    return model.kind == "causal_lm" or model.token_interface is not None
+
+
+def _quantizing(model: ImportedModel, quantization: Quantization, calibration: Calibration | None,
+                kept: list[tuple[str, str]]) -> Pass:
+    """The pass `quantize` for a model, which also fills `kept`."""
+    moments = calibration.names if calibration is not None else {}
+
+    def apply(graph: Graph, capabilities: Capabilities) -> Graph:
+        found = candidates(graph, quantization, makes_logits(model))
+        kept.extend((each.name, each.reason) for each in found if each.options is None)
+        graph = quantize(graph, found, capabilities, moments)
+        if quantization.activations == "int8" and capabilities.byte_dot:
+            return code_activations(graph)
+        return graph
+
+    return apply
 
 
 FEW = ("tokens", "sequences", "rows")
@@ -226,96 +285,6 @@ def variant_info(name: str, program: Program, code: Code) -> VariantInfo:
                        len(list(program.stages())))
 
 
-def place(size: int, count: int) -> int:
-    """Offset at which the next `count` bytes of weights go, after `size` bytes: a page or more
-    begins on a page, less on a cache line."""
-    return size + -size % (ALIGNMENT if count >= ALIGNMENT else 64)
-
-
-class WeightFile:
-    """Appends packed weights to a file, aligned and hashed. A thread of its own writes, so that
-    writing one tensor and packing the next overlap."""
-
-    def __init__(self, file):
-        self.file = file
-        self.size = 0
-        self.hash = hashlib.sha256()
-        self._writer = ThreadPoolExecutor(1)
-        self._pending: Future | None = None
-
-    def append(self, packed: np.ndarray) -> int:
-        """Write raw bytes; returns their offset. At most one tensor waits."""
-        offset = place(self.size, packed.nbytes)
-        padding = offset - self.size
-        self.size = offset + packed.nbytes
-        self.flush()
-        self._pending = self._writer.submit(self._write, b"\0" * padding, packed)
-        return offset
-
-    def _write(self, padding: bytes, packed: np.ndarray) -> None:
-        for part in (padding, packed.data):
-            self.file.write(part)
-            self.hash.update(part)
-
-    def flush(self) -> None:
-        """Wait for what was appended; raises its OSError."""
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
-
-    def close(self) -> str:
-        """Finish; the contents' SHA-256."""
-        self.flush()
-        self._writer.shutdown()
-        return self.hash.hexdigest()
-
-
-def write_weights(program: Program, model: ImportedModel, file: WeightFile, progress: Progress
-                  ) -> Iterator[WeightInfo]:
-    """Evaluate, pack and append every weight, tensor by tensor. Copies that are made of the same
-    tensors (turns of a loop share a block) are one."""
-    total = sum(w_bytes(program, w) * program.buffers[w.buffer].count
-                for w in program.weights.values())
-    threads = knobs.cores()
-    for weight in program.weights.values():
-        buffer = program.buffers[weight.buffer]
-        places: dict[tuple, int] = {}
-        for names in weight.names:
-            if names not in places:
-                places[names] = file.append(
-                    pack_weight(weight, names, buffer.layout, model, threads))
-            progress("weights", file.size / max(total, 1))
-        offsets = [places[names] for names in weight.names]
-        yield WeightInfo(
-            buffer.name, str(buffer.type.dtype), static_shape(buffer),
-            format_layout(buffer.layout), w_bytes(program, weight), tuple(offsets),
-            tuple(tuple(source for _, source in names) for names in weight.names))
-
-
-def static_shape(buffer: Buffer) -> tuple[int, ...]:
-    """The shape of a weight; CompileError if it has symbols."""
-    shape = tuple(dim for dim in buffer.type.shape if isinstance(dim, int))
-    if len(shape) != len(buffer.type.shape):
-        raise CompileError(f"weight {buffer.name} has a symbolic shape: {buffer.type}")
-    return shape
-
-
-def w_bytes(program: Program, weight: Weight) -> int:
-    size: Dim = program.buffers[weight.buffer].bytes()
-    if not isinstance(size, int):
-        raise CompileError(f"weight {weight.buffer} has a symbolic size {size}")
-    return size
-
-
-def pack_weight(weight: Weight, names: tuple[tuple[str, str], ...], layout, model: ImportedModel,
-                threads: int) -> np.ndarray:
-    """One copy of a weight as raw bytes: read, evaluate the prelude's expression, pack."""
-    arrays = {leaf: model.parameters[source].read() for leaf, source in names}
-    with interpret.allowed():
-        (value,) = interpret.interpret(weight.expression, {}, arrays).values()
-    return pack(np.asarray(value), layout, threads=threads).view(np.uint8)
-
-
 def compute_dtype(graph: Graph) -> str:
     """The floating dtype that most of a graph's values have."""
     counts: dict[str, int] = {}
@@ -359,7 +328,7 @@ def _tensors(program: Program, role: str, model: ImportedModel | None = None
                  for b in program.with_role(role))
 
 
-class _timed:
+class timed:
     """Adds the seconds of a with-block to timings[name]."""
 
     def __init__(self, timings: dict[str, float], name: str):

@@ -19,10 +19,11 @@ import numpy as np
 from llmc.codegen.host.abi import generate_abi
 from llmc.codegen.host.abi_header import header
 from llmc.codegen.host.abi_interface import Interface, check_prefix, fingerprint
-from llmc.driver import Compiled, WeightFile, place, w_bytes, write_weights
+from llmc.driver import Compiled
 from llmc.errors import CompileError
 from llmc.ir.program import Program
 from llmc.runtime.progress import Progress, silent
+from llmc.weights import WeightFile, WeightMaker, place, w_bytes, write_weights
 
 SUFFIXES = {"obj": ".o", "so": ".so", "header": ".h"}
 _WEIGHTS = ".weights"
@@ -110,7 +111,7 @@ def _write_weights(compiled: Compiled, path: Path, progress: Progress) -> int:
     with open(path, "wb") as stream:
         file = WeightFile(stream)
         program = next(iter(compiled.programs.values()))
-        for _ in write_weights(program, compiled.model, file, progress):
+        for _ in write_weights(program, WeightMaker(compiled.model), file, progress):
             pass
         file.close()
     packed = np.memmap(path, np.uint8, "r") if file.size else np.empty(0, np.uint8)

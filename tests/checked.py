@@ -6,7 +6,7 @@ from llmc.ir.graph import Graph
 from llmc.ir.program import Capabilities
 from llmc.ir.text import format_graph, parse_graph
 from llmc.ir.verify import verify
-from llmc.passes.pipeline import Callback, optimize
+from llmc.passes.pipeline import Callback, Pass, optimize
 
 
 def check_graph(graph: Graph) -> None:
@@ -15,8 +15,8 @@ def check_graph(graph: Graph) -> None:
     assert format_graph(parse_graph(text)) == text
 
 
-def checked_optimize(graph: Graph, capabilities: Capabilities, callback: Callback | None = None
-                     ) -> Graph:
+def checked_optimize(graph: Graph, capabilities: Capabilities, callback: Callback | None = None,
+                     before_outline: tuple[str, Pass] | None = None) -> Graph:
     """`optimize`, with every graph on the way checked."""
 
     def check(name: str, before: Graph, after: Graph) -> None:
@@ -25,4 +25,4 @@ def checked_optimize(graph: Graph, capabilities: Capabilities, callback: Callbac
             callback(name, before, after)
 
     check_graph(graph)
-    return optimize(graph, capabilities, check)
+    return optimize(graph, capabilities, check, before_outline)

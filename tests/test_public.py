@@ -11,8 +11,8 @@ import llmc
 
 DOCUMENTED = [
     "CacheError", "CompileError", "Compiled", "DeviceError", "Graph", "GraphError",
-    "InferenceSession", "LlmcError", "ModelError", "Runtime", "ShapeError", "Spec", "TraceError",
-    "compile", "load", "load_graph", "trace",
+    "InferenceSession", "LlmcError", "ModelError", "Quantization", "Runtime", "ShapeError", "Spec",
+    "TraceError", "compile", "load", "load_graph", "trace",
 ]
 
 

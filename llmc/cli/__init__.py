@@ -6,10 +6,13 @@ import argparse
 import importlib
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmc import knobs
 from llmc.errors import LlmcError
+
+if TYPE_CHECKING:
+    from llmc.ir.quantization import Quantization
 
 COMMANDS = ("generate", "compile", "run", "bench", "inspect", "capture", "compare",
             "devices", "cache", "profile", "serve", "bench-serve")
@@ -63,6 +66,7 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
                        help="where to run (default: host)")
     group.add_argument("--dtype", default=os.environ.get("LLMC_DTYPE"),
                        help="compute dtype, such as f32 or bf16 (default: the checkpoint's)")
+    add_quantization_options(parser)
     group.add_argument("--threads", type=int, default=None,
                        help="host threads (default: LLMC_THREADS, else all cores)")
     group.add_argument("--max-context", type=int, default=knobs.positive("LLMC_MAX_CONTEXT"),
@@ -81,6 +85,43 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
                        help="most such variants (default 32)")
 
 
+def add_quantization_options(parser: argparse.ArgumentParser) -> None:
+    """What weights are compiled to; `quantization_of` reads it."""
+    group = parser.add_argument_group("quantisation")
+    group.add_argument("--quantize", choices=("int8", "int4"), default=None,
+                       help="store the matrices of weights as integers (default: as the model has "
+                            "them)")
+    group.add_argument("--group", type=int, choices=(32, 64, 128), default=None,
+                       help="elements that share a scale (default: 128 for int8, 32 for int4)")
+    group.add_argument("--asymmetric", action="store_true",
+                       help="groups have zero points too: more exact, slower, larger")
+    group.add_argument("--quantize-head", choices=("int8", "int4", "float"), default=None,
+                       help="the matrix that makes logits, and an embedding tied to it (default: "
+                            "int8)")
+    group.add_argument("--activations", choices=("int8", "float"), default=None,
+                       help="what quantised weights are multiplied by: rounded to 8 bits block by "
+                            "block where the CPU has instructions for it (int8, the default), or "
+                            "not")
+    group.add_argument("--calibrate", choices=("auto", "always", "never"), default=None,
+                       help="int4: choose codes on text that the model itself makes while "
+                            "compiling (default: auto, for models where that takes seconds)")
+
+
+def quantization_of(arguments: argparse.Namespace) -> Quantization | None:
+    """What the options say; LlmcError where some need --quantize."""
+    given = {"group": arguments.group, "head": arguments.quantize_head,
+             "activations": arguments.activations, "calibrate": arguments.calibrate,
+             "symmetric": False if arguments.asymmetric else None}
+    given = {name: value for name, value in given.items() if value is not None}
+    if arguments.quantize is None:
+        if given:
+            raise LlmcError("options of quantisation go with --quantize int8 or --quantize int4")
+        return None
+    from llmc.ir.quantization import Quantization
+
+    return Quantization(arguments.quantize, **given)
+
+
 def open_runtime(model: str, arguments: argparse.Namespace, **options: Any):
     """The Runtime for a command line, with a progress bar while it compiles or loads."""
     from llmc.cli.progress import progress_bar
@@ -88,6 +129,7 @@ def open_runtime(model: str, arguments: argparse.Namespace, **options: Any):
 
     with progress_bar() as progress:
         return Runtime(model, target=arguments.target, dtype=arguments.dtype,
+                       quantize=quantization_of(arguments),
                        threads=arguments.threads, max_context=arguments.max_context,
                        cache_dir=arguments.cache_dir, progress=progress,
                        specialize=arguments.specialize, promote_after=arguments.promote_after,

@@ -6,7 +6,7 @@ import json
 import time
 from pathlib import Path
 
-from llmc.cli import add_command
+from llmc.cli import add_command, add_quantization_options, quantization_of
 from llmc.errors import LlmcError
 
 
@@ -33,17 +33,15 @@ def add(subparsers) -> None:
     parser.add_argument("--prefix", default=None,
                         help="with --emit: what names in C begin with (default: llmc_)")
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")
+    add_quantization_options(parser)
 
 
 def run(arguments) -> int:
     from llmc.cli.progress import progress_bar
-    from llmc.driver import compile_model
-
-    emit = _emitter(arguments)
+    emit, quantization = _emitter(arguments), quantization_of(arguments)
     started = time.perf_counter()
     with progress_bar() as progress:
-        compiled = compile_model(arguments.model, _target(arguments), arguments.dtype, progress,
-                                 parse_shape(arguments.shape))
+        compiled = _compile(arguments, quantization, progress)
         paths = emit(compiled, progress) if emit else [compiled.write(arguments.output, progress)]
     seconds = time.perf_counter() - started
     if emit:
@@ -51,6 +49,19 @@ def run(arguments) -> int:
     else:
         _report(paths[0], compiled, seconds, arguments.json)
     return 0
+
+
+def _compile(arguments, quantization, progress):
+    """The compiled model, not yet written."""
+    target, limits = _target(arguments), parse_shape(arguments.shape)
+    if quantization is None:
+        from llmc.driver import compile_model
+
+        return compile_model(arguments.model, target, arguments.dtype, progress, limits)
+    from llmc.calibrate import compile_quantized
+
+    return compile_quantized(arguments.model, target, quantization, arguments.dtype, progress,
+                             limits)
 
 
 def _target(arguments):

@@ -10,6 +10,7 @@ from llmc.cli.generate import EMBEDDED
 from llmc.errors import LlmcError
 
 STAGES = ("imported", "optimized", "program", "llvm", "asm")
+QUANTIZATION = "quantization"
 
 
 def add(subparsers) -> None:
@@ -18,9 +19,10 @@ def add(subparsers) -> None:
         "llmc inspect model.onnx --stage optimized")
     parser.add_argument("model", nargs="?", default=str(EMBEDDED), metavar="MODEL",
                         help="default: the embedded model")
-    parser.add_argument("--stage", choices=(*STAGES, "ptx"), default="program",
+    parser.add_argument("--stage", choices=(*STAGES, "ptx", QUANTIZATION), default="program",
                         help="ptx: with --target nvptx, the last architecture's, under the "
-                             "assembler's report")
+                             "assembler's report; quantization: of an artifact, what was quantised "
+                             "and the error of each matrix")
     parser.add_argument("--variant", default=None, metavar="NAME",
                         help="which variant's program or code, such as few or generic (default: "
                              "few, where there is one)")
@@ -45,6 +47,9 @@ def run(arguments) -> int:
         raise LlmcError(f"{arguments.model} is no artifact: --verify checks artifacts")
     if arguments.json:
         raise LlmcError(f"{arguments.model} is no artifact: --json prints an artifact's manifest")
+    if arguments.stage == QUANTIZATION:
+        raise LlmcError(f"{arguments.model} is no artifact: --stage quantization reports what "
+                        "`llmc compile --quantize` did")
     if arguments.stage == "ptx" and not arguments.target.startswith("nvptx"):
         raise LlmcError("--stage ptx is of GPU code: add --target nvptx:sm_90a")
     if arguments.html:
@@ -126,6 +131,11 @@ def _inspect_artifact(arguments) -> int:
         return 0
     if arguments.json:
         print((artifact.directory / "manifest.json").read_text())
+        return 0
+    if arguments.stage == QUANTIZATION:
+        from llmc.cli.inspect_quantization import report
+
+        print(report(artifact.manifest))
         return 0
     if arguments.stage != "program":
         raise LlmcError(f"an artifact holds programs and object code: inspect the model it was "

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llmc.cli import add_command, add_runtime_options
+from llmc.cli import add_command, add_runtime_options, quantization_of
 from llmc.errors import LlmcError
 
 EXTRA = ("starlette", "uvicorn", "msgspec", "prometheus_client")
@@ -136,7 +136,8 @@ def serve_options(arguments: argparse.Namespace):
         if path is not None and not Path(path).exists():
             raise LlmcError(f"{path}: no such file or directory")
     runtime = {name: getattr(arguments, name) for name in RUNTIME}
-    runtime |= {"kv_memory": arguments.kv_memory, "profile_dir": arguments.profile_dir}
+    runtime |= {"kv_memory": arguments.kv_memory, "profile_dir": arguments.profile_dir,
+                "quantize": quantization_of(arguments)}
     return ServeOptions(
         arguments.model, arguments.served_name or Path(arguments.model).resolve().name,
         arguments.target, runtime, arguments.max_batch, arguments.max_step_tokens,

@@ -424,6 +424,17 @@ def dequantize(
     return apply("dequantize", *operands, group=group, dtype=dtype)
 
 
+def quantize(
+    matrix: Tensor, moments: Tensor | None = None, *, dtype: DType | str, group: int
+) -> tuple[Tensor, ...]:
+    """Codes and scales (and, of unsigned codes, zeros) of a matrix of parameters [n, k], as
+    `dequantize` takes them; moments [k, k] of what it is multiplied by say which errors count."""
+    operands = (matrix,) if moments is None else (matrix, moments)
+    whole = apply("quantize", *operands, dtype=dtype, group=group).node
+    assert isinstance(whole.type, tuple)
+    return tuple(Tensor(make_node("get", whole, index=index)) for index in range(len(whole.type)))
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """x [.., heads, size] with the first 2r of each head rotated by cos and sin [.., r]."""
     return apply("rope", x, cos, sin, interleaved=interleaved)

@@ -2,7 +2,7 @@
 
 Each op has its type rule, NumPy reference and (composites) decomposition in one place, the file of
 its group: ops_leaves, ops_structure, ops_elementwise, ops_movement, ops_reduce, ops_matmul,
-ops_attention, ops_experts, ops_recurrent.
+ops_attention, ops_experts, ops_recurrent, ops_quantize.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from llmc.ir import (
     ops_leaves,
     ops_matmul,
     ops_movement,
+    ops_quantize,
     ops_recurrent,
     ops_reduce,
     ops_structure,
@@ -34,6 +35,7 @@ for _group in (
     ops_attention,
     ops_experts,
     ops_recurrent,
+    ops_quantize,
 ):
     OPS.update((op.name, op) for op in _group.TABLE)
 

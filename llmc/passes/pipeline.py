@@ -43,9 +43,14 @@ PIPELINE: list[tuple[str, Pass]] = [
 ]
 
 
-def optimize(graph: Graph, capabilities: Capabilities, callback: Callback | None = None) -> Graph:
-    """The graph after every pass. callback(name, before, after) may print, time or verify."""
-    for name, apply in PIPELINE:
+def optimize(graph: Graph, capabilities: Capabilities, callback: Callback | None = None,
+             before_outline: tuple[str, Pass] | None = None) -> Graph:
+    """The graph after every pass. callback(name, before, after) may print, time or verify.
+    before_outline: (name, pass) for raised patterns, such as quantisation."""
+    passes = list(PIPELINE)
+    if before_outline is not None:
+        passes.insert([name for name, _ in passes].index("outline"), before_outline)
+    for name, apply in passes:
         before, graph = graph, apply(graph, capabilities)
         if callback is not None:
             callback(name, before, graph)

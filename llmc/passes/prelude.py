@@ -6,7 +6,8 @@ repeats too (their parameters have `names`, one per turn). A parameter that is r
 
 A quantised matrix that a matmul multiplies by is not evaluated, where the target's matmul reads
 codes: its codes, scales and zeros become parameters, each [k, n] as packed weights are, and
-`dequantize` stays in the graph.
+`dequantize` stays in the graph. Their expressions may hold a `quantize`, which `llmc/weights.py`
+evaluates once for all three.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def weight_expressions(graph: Graph) -> set[Node]:
             weights.add(node)
         elif node.op in ("constant", "iota") and is_static(node):
             fixed.add(node)
-        elif node.inputs and is_static(node) and not node.bodies and all(
+        elif node.inputs and (is_static(node) or node.op == "quantize") and not node.bodies and all(
                 each in fixed or each in weights for each in node.inputs):
             (weights if any(each in weights for each in node.inputs) else fixed).add(node)
     return weights
@@ -65,6 +66,8 @@ def _store_quantized(graph: Graph, weights: set[Node]) -> tuple[Graph, set[Node]
         return with_inputs(node, (left, matrix))
 
     return map_graph(graph, store), kept
+
+
 def _is_read_in_codes(found: Quantized, weights: set[Node]) -> bool:
     """Whether the matmul kernel reads the matrix as it is: whole lanes of codes to each group."""
     codes, zeros = found.codes.dtype, found.zeros

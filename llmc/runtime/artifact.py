@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from llmc.errors import ModelError
+from llmc.errors import LlmcError, ModelError
+from llmc.ir.quantization import Quantization
 
 FORMAT = 1
 ALIGNMENT = 4096
@@ -66,6 +67,33 @@ class WeightInfo:
 
 
 @dataclass(frozen=True)
+class QuantizedInfo:
+    """A matrix [n, k] of the model's files as it was quantised. error: root of the mean squared
+    error over the root mean square; source_bytes: before, bytes: codes, scales and zeros;
+    calibrated: codes were chosen for the errors of products, not of the matrix."""
+
+    name: str
+    dtype: str
+    group: int
+    shape: tuple[int, int]
+    error: float
+    source_bytes: int
+    bytes: int
+    calibrated: bool = False
+
+
+@dataclass(frozen=True)
+class QuantizationInfo:
+    """What `quantize` was asked for (its options by name), and what became of it: the matrices that
+    were quantised, and (name, reason) of those that were not. calibration: seconds that it took."""
+
+    options: dict[str, Any]
+    quantized: tuple[QuantizedInfo, ...]
+    kept: tuple[tuple[str, str], ...]
+    calibration: float = 0.0
+
+
+@dataclass(frozen=True)
 class VariantInfo:
     """One program's code. key: symbol -> (low, high); arena, and scratch of each worker: bytes, as
     dims over the symbols."""
@@ -89,6 +117,7 @@ class SymbolInfo:
 class Manifest:
     """kind: causal_lm, encoder or onnx. config: the model's facts (vocabulary, limits, end ids).
     fingerprint: identity of the source files; dtype: compute dtype; target: CPU and features.
+    quantization: None where weights are as the model has them.
     hashes: SHA-256 of every other file, by its name relative to the artifact."""
 
     kind: str
@@ -105,6 +134,7 @@ class Manifest:
     variants: tuple[VariantInfo, ...]
     weight_bytes: int
     token_interface: dict[str, Any] | None = None
+    quantization: QuantizationInfo | None = None
     timings: dict[str, float] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
@@ -135,9 +165,16 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         for name, kind in _LISTS.items():
             data[name] = tuple(kind(**_tuples(item)) for item in data[name])
+        if data.get("quantization") is not None:
+            data["quantization"] = _quantization(data["quantization"])
         return Manifest(**data)
     except (KeyError, TypeError) as error:
         raise ModelError(f"{path} is damaged ({error}): compile the model again") from None
+
+
+def _quantization(data: dict[str, Any]) -> QuantizationInfo:
+    quantized = tuple(QuantizedInfo(**_tuples(item)) for item in data["quantized"])
+    return QuantizationInfo(**_tuples(data) | {"quantized": quantized})
 
 
 def _checksum(data: Mapping[str, Any]) -> str:
@@ -152,6 +189,15 @@ def _tuples(item: Any) -> Any:
     if isinstance(item, dict):
         return {key: _tuples(value) for key, value in item.items()}
     return item
+
+
+def check_quantization(manifest: Manifest, wanted: Quantization | None) -> None:
+    """LlmcError if an artifact's weights are not what is asked for (None: whatever they are)."""
+    found = manifest.quantization.options if manifest.quantization is not None else None
+    if wanted is not None and found != asdict(wanted):
+        has = Quantization(**found).text() if found is not None else "none"
+        raise LlmcError(f"{manifest.name} was compiled with the quantisation {has}, not "
+                        f"{wanted.text()}: compile the model again")
 
 
 class Artifact:

@@ -105,6 +105,18 @@ class Executor:
             self._states += [aligned_empty(stride) for _ in range(tensor.count)]
         self._state_table = _pointer_table([state.ctypes.data for state in self._states])
 
+    def state_copies(self, name: str) -> list[np.ndarray]:
+        """The memory of each copy of a state that lies in rows, in its shape and dtype."""
+        first = 0
+        for tensor in self.states:
+            if tensor.name == name:
+                shape = tensor.concrete_shape(self.known)
+                size = int(np.prod(shape, dtype=np.int64)) * tensor.dtype.bits // 8
+                return [memory[:size].view(tensor.numpy).reshape(shape)
+                        for memory in self._states[first:first + tensor.count]]
+            first += tensor.count
+        raise LlmcError(f"there is no state {name}")
+
     def _know(self, known: Mapping[str, int]) -> None:
         """Symbols whose values are now given. Of pages there is one more than anybody gets: steps
         on nobody's behalf use it."""

@@ -22,42 +22,58 @@ import numpy as np
 from llmc import knobs
 from llmc.ir.graph import Graph
 from llmc.ir.plan import Plan
+from llmc.ir.quantization import Quantization
 from llmc.runtime.artifact import Artifact
 from llmc.runtime.cache import Cache, source_key, text_key
 from llmc.runtime.progress import Progress, silent
 
 
 def cached_artifact(path: Path, target: str, dtype: str | None, cache_dir: Path | None,
-                    limits: dict[str, tuple[int, int]], progress: Progress = silent) -> Artifact:
+                    limits: dict[str, tuple[int, int]], progress: Progress = silent,
+                    quantization: Quantization | None = None) -> Artifact:
     """The model's artifact from the cache, compiled first if it is not there."""
-    options = f"{target} {dtype} {sorted(limits.items())} {_cpu()}"
+    options = f"{target} {dtype} {sorted(limits.items())} {_cpu()}{_text(quantization)}"
     key = source_key(path, options)
 
     def build(output: Path) -> None:
         from llmc.codegen.target import Target
         from llmc.driver import compile_model
 
-        compile_model(path, Target.parse(target), dtype, progress, limits).write(output, progress)
+        own = Target.parse(target)
+        if quantization is None:
+            compiled = compile_model(path, own, dtype, progress, limits)
+        else:
+            from llmc.calibrate import compile_quantized
+
+            compiled = compile_quantized(path, own, quantization, dtype, progress, limits)
+        compiled.write(output, progress)
 
     return Cache(cache_dir or knobs.cache_directory()).artifact(key, build)
 
 
 def cached_graph(graph: Graph, parameters: Mapping[str, np.ndarray], target: str,
                  cache_dir: Path | None, limits: dict[str, tuple[int, int]],
-                 progress: Progress = silent) -> Artifact:
+                 progress: Progress = silent, quantization: Quantization | None = None
+                 ) -> Artifact:
     """The artifact of a traced graph with these parameters from the cache, or compiled into it."""
     from llmc.frontend.traced_model import traced_model
 
     model = traced_model(graph, parameters)
-    key = text_key(f"{model.fingerprint} {target} {sorted(limits.items())} {_cpu()}")
+    key = text_key(f"{model.fingerprint} {target} {sorted(limits.items())} {_cpu()}"
+                   f"{_text(quantization)}")
 
     def build(output: Path) -> None:
         from llmc.codegen.target import Target
         from llmc.driver import compile_imported
 
-        compile_imported(model, Target.parse(target), progress, limits).write(output, progress)
+        compile_imported(model, Target.parse(target), progress, limits,
+                         quantization=quantization).write(output, progress)
 
     return Cache(cache_dir or knobs.cache_directory()).artifact(key, build)
+
+
+def _text(quantization: Quantization | None) -> str:
+    return f" {quantization.text()}" if quantization is not None else ""
 
 
 def onnx_artifact(source: Path | bytes, values: Mapping[str, np.ndarray], target: str,

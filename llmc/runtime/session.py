@@ -15,7 +15,8 @@ import numpy as np
 from llmc import knobs
 from llmc.errors import LlmcError, ModelError, ShapeError
 from llmc.ir.graph import Graph
-from llmc.runtime.artifact import Artifact, is_artifact
+from llmc.ir.quantization import Quantization, quantization
+from llmc.runtime.artifact import Artifact, check_quantization, is_artifact
 from llmc.runtime.cpu import check_cpu
 from llmc.runtime.decode import DecodeLoop, Start, decode_loop
 from llmc.runtime.dispatch import DispatchTable
@@ -45,6 +46,8 @@ class Options:
     """What Runtime takes besides the model and the target.
 
     dtype        compute dtype (default: the checkpoint's)
+    quantize     what weights are compiled to: "int8", "int4" or a `Quantization` (default: they
+                 stay as the model has them)
     threads      host threads (default: LLMC_THREADS, else what the model's size pays for)
     max_context  tokens of a sequence, at most (default: the model's limit)
     max_batch    sequences that must fit the KV cache together at full length (default 1)
@@ -65,6 +68,7 @@ class Options:
     """
 
     dtype: str | None = None
+    quantize: str | Quantization | None = None
     threads: int | None = None
     max_context: int | None = None
     max_batch: int = 1
@@ -136,7 +140,7 @@ class Runtime:
         if isinstance(model, Graph):
             target = resolve_target(target, self.options.device)
             return cached_graph(model, self.options.parameters or {}, target, cache, {},
-                                self.options.progress)
+                                self.options.progress, quantization(self.options.quantize))
         if self.options.parameters is not None:
             raise LlmcError("parameters are for a traced graph: other models bring their own")
         path = Path(getattr(model, "path", model))
@@ -146,11 +150,13 @@ class Runtime:
             if self.options.dtype not in (None, artifact.manifest.dtype):
                 raise LlmcError(f"{path} was compiled for {artifact.manifest.dtype}, not "
                                 f"{self.options.dtype}: compile the model again with that dtype")
+            check_quantization(artifact.manifest, quantization(self.options.quantize))
             return artifact
         if not path.exists():
             raise ModelError(f"{path}: no such file or directory")
         target = resolve_target(target, self.options.device)
-        return cached_artifact(path, target, self.options.dtype, cache, {}, self.options.progress)
+        return cached_artifact(path, target, self.options.dtype, cache, {}, self.options.progress,
+                               quantization(self.options.quantize))
 
     def _make_executor(self) -> Executor:
         """Memory and code on the machine that the artifact was compiled for."""

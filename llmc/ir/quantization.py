@@ -1,0 +1,78 @@
+"""What the weights of a model are quantised to: the options of `--quantize`, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from llmc.errors import LlmcError
+from llmc.ir.dtypes import DType, dtype
+
+WEIGHTS = ("int8", "int4")
+GROUPS = (32, 64, 128)
+HEADS = ("int8", "int4", "float")
+ACTIVATIONS = ("int8", "float")
+CALIBRATE = ("auto", "always", "never")
+DEFAULT_GROUPS = {"int8": 128, "int4": 32}
+_CODES = {("int8", True): "i8", ("int8", False): "u8", ("int4", True): "i4", ("int4", False): "u4"}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the matrices that a model multiplies by are stored.
+
+    weights      "int8" or "int4"
+    group        elements of a row (along the inner dimension) that share a scale: 32, 64 or 128
+                 (default: 128 for int8, 32 for int4)
+    symmetric    False: groups have zero points too
+    head         the same for the matrix that makes logits: "int8" (the default), "int4" or "float"
+    activations  "int8" (the default): where the target has instructions for it, what is multiplied
+                 by quantised weights is rounded to 8 bits, block by block; "float": never
+    calibrate    int4 only. "always": choose codes for the errors of products, on text that the
+                 model makes; "auto" (the default): where that takes seconds; "never": for those of
+                 the weights
+    """
+
+    weights: str
+    group: int = 0
+    symmetric: bool = True
+    head: str = "int8"
+    activations: str = "int8"
+    calibrate: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("weights", WEIGHTS), ("head", HEADS), ("calibrate", CALIBRATE),
+                              ("activations", ACTIVATIONS), ("group", (0, *GROUPS)),
+                              ("symmetric", (True, False))):
+            value = getattr(self, name)
+            if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
+                wanted = ", ".join(str(each) for each in allowed if each != 0 or name != "group")
+                raise LlmcError(f"quantize: {name} must be one of {wanted}, got {value!r}")
+        if not self.group:
+            object.__setattr__(self, "group", DEFAULT_GROUPS[self.weights])
+
+    @property
+    def codes(self) -> DType:
+        """The dtype of the codes."""
+        return dtype(_CODES[self.weights, self.symmetric])
+
+    def of_head(self) -> Quantization | None:
+        """The same for the matrix that makes logits; None if it stays as it is."""
+        if self.head == "float":
+            return None
+        return self if self.head == self.weights else replace(
+            self, weights=self.head, group=DEFAULT_GROUPS[self.head])
+
+    def text(self) -> str:
+        """Every option, for cache keys."""
+        return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+
+
+def quantization(given: Any) -> Quantization | None:
+    """The option `quantize` of Python's functions: None, "int8", "int4" or a Quantization."""
+    if given is None or isinstance(given, Quantization):
+        return given
+    if not isinstance(given, str):
+        raise LlmcError(f"quantize must be one of {', '.join(WEIGHTS)} or a Quantization, got "
+                        f"{given!r}")
+    return Quantization(given)

@@ -1,0 +1,178 @@
+"""Quantised models from end to end: how far their logits are from those of floats, where they go,
+and what artifacts tell."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import llmc
+from llmc.cli import main
+from llmc.errors import LlmcError
+from llmc.ir.quantization import Quantization
+from tests.conftest import EMBEDDED, GOLDENS
+
+
+def log_softmax(logits):
+    wide = logits.astype(np.float64)
+    wide = wide - wide.max(-1, keepdims=True)
+    return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+
+
+def divergence(wanted, found):
+    """Mean Kullback-Leibler divergence of rows of logits, in nats."""
+    p, q = log_softmax(wanted), log_softmax(found)
+    return float((np.exp(p) * (p - q)).sum(-1).mean())
+
+
+@pytest.fixture(scope="module")
+def texts(embedded_goldens):
+    return [text["prompt_ids"] + text["greedy_ids"] for text in embedded_goldens]
+
+
+@pytest.fixture(scope="module")
+def wanted(texts):
+    with llmc.Runtime(EMBEDDED) as runtime:
+        return np.concatenate(runtime.run(texts))
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory):
+    """Options -> an artifact, compiled once."""
+    made = {}
+
+    def artifact(**options):
+        key = tuple(sorted(options.items()))
+        if key not in made:
+            made[key] = llmc.compile(EMBEDDED, quantize=Quantization(activations="float",
+                                                                     **options))
+        return made[key]
+
+    return artifact
+
+
+def divergence_of(compiled, texts, wanted):
+    with llmc.Runtime(compiled) as runtime:
+        return divergence(wanted, np.concatenate(runtime.run(texts)))
+
+
+@pytest.mark.parametrize("options, bound", [
+    ({"weights": "int8"}, 0.001),
+    ({"weights": "int8", "symmetric": False, "group": 32}, 0.001),
+    ({"weights": "int4"}, 0.06),
+    ({"weights": "int4", "calibrate": "never"}, 0.09)])
+def test_divergence_of_the_embedded_model(options, bound, artifacts, texts, wanted):
+    """Plain rounding of int4 in groups of 32, with the head in int8, gives 0.105."""
+    assert divergence_of(artifacts(**options), texts, wanted) < bound
+
+
+def test_calibration_pays(artifacts, texts, wanted):
+    calibrated, plain = (divergence_of(artifacts(weights="int4", **more), texts, wanted)
+                         for more in ({}, {"calibrate": "never"}))
+    assert calibrated < 0.8 * plain
+
+
+def test_the_text_is_readable(artifacts):
+    with llmc.Runtime(artifacts(weights="int4")) as runtime:
+        made = runtime.decode(list(runtime.generate(runtime.encode("Once upon a time"), 24)))
+    assert made.startswith(", there was a little girl named Lily. She loved to play")
+
+
+def test_the_artifact_tells_what_was_done(artifacts, tmp_path, capsys):
+    compiled = artifacts(weights="int4")
+    info = compiled.manifest.quantization
+    assert info.options["weights"] == "int4" and info.kept == () and info.calibration > 0
+    assert len(info.quantized) == 1 + 5 * 7
+    head, query = info.quantized[:2]
+    assert (head.name, head.dtype, head.shape) == ("model.embed_tokens", "i8", (512, 64))
+    assert (query.name, query.dtype, query.group) == ("model.layers.0.self_attn.q_proj", "i4", 32)
+    assert head.error < 0.01 < query.error < 0.15 and query.calibrated and not head.calibrated
+    assert query.bytes * 8 == 64 * 64 * 4.5 and query.source_bytes == 64 * 64 * 4
+    stored = sum(each.bytes for each in info.quantized)
+    assert stored < compiled.manifest.weight_bytes < 1.2 * stored
+    assert main(["inspect", str(compiled.path), "--stage", "quantization"]) == 0
+    printed = capsys.readouterr().out
+    assert "i4/32*  model.layers.4.mlp.down_proj" in printed and "36 matrices" in printed
+    assert main(["inspect", str(compiled.path), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["quantization"]["quantized"]) == 36
+
+
+def test_an_artifact_moves_and_checks_what_is_asked_of_it(artifacts, tmp_path):
+    compiled = artifacts(weights="int8")
+    moved = tmp_path / "moved.llmc"
+    shutil.copytree(compiled.path, moved)
+    with llmc.Runtime(moved) as runtime, llmc.Runtime(compiled) as other:
+        np.testing.assert_array_equal(runtime.run([1, 2, 3]), other.run([1, 2, 3]))
+    with pytest.raises(LlmcError, match="not weights=int4"):
+        llmc.Runtime(moved, quantize="int4")
+
+
+def test_options_are_keys_of_the_cache(artifacts):
+    paths = {artifacts(weights="int8").path, artifacts(weights="int4").path,
+             llmc.compile(EMBEDDED).path}
+    assert len(paths) == 3
+
+
+@pytest.mark.parametrize("name", ["llama_gqa4_tied", "gpt2"])
+def test_int8_of_other_families(name):
+    """Wide random logits: each matrix adds some 0.6 % of noise."""
+    path = GOLDENS / "hf" / name
+    ids = np.arange(1, 20)
+    options = Quantization("int8", activations="float")
+    with llmc.Runtime(path, quantize=options) as codes, llmc.Runtime(path) as floats:
+        wanted = floats.run(ids)
+        lost = codes.run(ids) - wanted
+        reasons = {reason for _, reason in codes.manifest.quantization.kept}
+    assert reasons <= {"it has fewer than 32 columns"}
+    assert np.square(lost).mean() < 0.03**2 * np.square(wanted).mean()
+
+
+def test_experts_stay_floats_and_routers_too():
+    compiled = llmc.compile(GOLDENS / "hf" / "mixtral", quantize="int8")
+    reasons = sorted({reason for _, reason in compiled.manifest.quantization.kept})
+    assert len(reasons) == 2 and "experts" in reasons[1] and "columns" in reasons[0]
+
+
+def test_onnx_graphs_are_quantised_too():
+    path = GOLDENS / "onnx" / "bert_torchscript_opset14" / "model.onnx"
+    inputs = {"input_ids": np.array([[1, 5, 7, 2]]), "attention_mask": np.ones((1, 4), np.int64),
+              "token_type_ids": np.zeros((1, 4), np.int64)}
+    options = Quantization("int8", activations="float")
+    with llmc.Runtime(path, quantize=options) as codes, llmc.Runtime(path) as floats:
+        assert codes.manifest.quantization.quantized
+        given = {tensor.name: inputs[tensor.name] for tensor in codes.executor.inputs}
+        for name, wanted in floats.run(given).items():
+            lost = codes.run(given)[name] - wanted
+            assert np.square(lost).mean() < 0.03**2 * np.square(wanted).mean()
+
+
+def test_traced_graphs_are_quantised_too():
+    rng = np.random.default_rng(0)
+    w, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((70, 40), (3, 70)))
+    graph = llmc.trace(lambda x: x @ llmc.frontend.trace.parameter("w", "f32", (70, 40)),
+                       llmc.Spec("x", "f32", (3, 70)))
+    with llmc.Runtime(graph, parameters={"w": w}, quantize="int8") as runtime:
+        found = runtime.run({"x": x})["output"]
+        assert runtime.manifest.weight_bytes < w.nbytes / 3
+    assert np.abs(found - x @ w).max() < 0.3
+
+
+def test_what_cannot_be_calibrated_says_so(tmp_path):
+    path = GOLDENS / "hf" / "bert"
+    with pytest.raises(LlmcError, match="makes no text to calibrate with"):
+        llmc.compile(path, quantize=Quantization("int4", calibrate="always"))
+
+
+def test_command_line(tmp_path, capsys):
+    target = tmp_path / "model.llmc"
+    assert main(["compile", str(EMBEDDED), "--quantize", "int4", "--group", "64", "--asymmetric",
+                 "--quantize-head", "float", "--calibrate", "never", "--activations", "float",
+                 "-o", str(target)]) == 0
+    options = llmc.load(target).manifest.quantization.options
+    assert options == {"weights": "int4", "group": 64, "symmetric": False, "head": "float",
+                       "activations": "float", "calibrate": "never"}
+    assert main(["compile", str(EMBEDDED), "--group", "64", "-o", str(target)]) == 1
+    assert "go with --quantize" in capsys.readouterr().err
+    assert main(["inspect", str(EMBEDDED), "--stage", "quantization"]) == 1
+    assert "is no artifact" in capsys.readouterr().err
