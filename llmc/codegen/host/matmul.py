@@ -171,10 +171,10 @@ def choose_body(e: Emitter, count: ir.Value, sizes: Sequence[int]) -> Iterator[i
 
 
 def body_sizes(most: int, rows: Dim) -> list[int]:
-    """Rows of the tiles that code is made for, ascending: one (of a prompt, the logits of the last
-    token), and from half a block of `most` rows to a whole one; where the number of rows is known,
-    those that its blocks need."""
-    sizes = sorted({1, *range(max(1, most // 2), most, max(1, most // 6)), most})
+    """Rows of the tiles that code is made for, ascending: from half a block of `most` rows to a
+    whole one (a row alone is no faster: its few sums wait for each other); where the number of rows
+    is known, those that its blocks need."""
+    sizes = sorted({*range(max(1, most // 2), most, max(1, most // 6)), most})
     if not isinstance(rows, int) or rows < 1:
         return sizes
     own = -(-rows // -(-rows // most))
