@@ -61,6 +61,8 @@ def make_comparison(arguments, progress: Progress) -> Comparison:
     model = load_model(arguments.model, dtype=arguments.dtype)
     dtypes = [model.config.compute_dtype.name]
     if arguments.other and is_capture(Path(arguments.other)):
+        _refuse_with(arguments, "what was captured brings its own inputs and runs nowhere",
+                     "prompt", "tokens", "input", "other_target", "other_dtype", "onnxruntime")
         captured = Captured(Path(arguments.other))
         captured.check(model)
         first = open_tapped(model, arguments.target, captured.inputs(), arguments.threads)
@@ -68,6 +70,7 @@ def make_comparison(arguments, progress: Progress) -> Comparison:
         return Comparison(first, points, saved, _tolerance(arguments, dtypes), progress)
     first = open_tapped(model, arguments.target, model_inputs(model, arguments), arguments.threads)
     if arguments.onnxruntime:
+        _refuse_with(arguments, "onnxruntime is B", "other", "other_target", "other_dtype")
         return _with_onnxruntime(first, arguments, dtypes, progress)
     other = load_model(arguments.other or arguments.model,
                        dtype=arguments.other_dtype or arguments.dtype)
@@ -78,6 +81,14 @@ def make_comparison(arguments, progress: Progress) -> Comparison:
     dtypes.append(other.config.compute_dtype.name)
     return Comparison(first, [node for node, _ in pairs], side, _tolerance(arguments, dtypes),
                       progress)
+
+
+def _refuse_with(arguments, why: str, *names: str) -> None:
+    """LlmcError for options that would be ignored."""
+    for name in names:
+        if getattr(arguments, name):
+            shown = "B" if name == "other" else f"--{name.replace('_', '-')}"
+            raise LlmcError(f"{shown} has no meaning here: {why}")
 
 
 def _with_onnxruntime(first: TappedModel, arguments, dtypes: list[str],

@@ -38,6 +38,8 @@ from llmc.ir.graph import Graph, Node, TensorType
 from llmc.runtime.progress import Progress, silent
 
 INDEX, BLOCK = "capture.json", "block.json"
+MOST_NAMED = 24  # paths in a message
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 INPUTS, OUTPUTS = "inputs.safetensors", "outputs.safetensors"
 _FORMAT = 1
 
@@ -62,8 +64,8 @@ def find_blocks(graph: Graph, pattern: str) -> list[Block]:
     paths = list(dict.fromkeys(path for node in graph.nodes() for path in _paths(node)))
     chosen = [path for path in paths if _matches(path, pattern)]
     if not chosen:
-        known = sorted({path for path in paths if path.count(".") <= pattern.count(".")})
-        some = ", ".join(known[:20]) + (" ..." if len(known) > 20 else "")
+        known = sorted({_NUMBER.sub("*", path) for path in paths}, key=lambda p: (p.count("."), p))
+        some = ", ".join(known[:MOST_NAMED]) + (" ..." if len(known) > MOST_NAMED else "")
         raise LlmcError(f"no block matches {pattern!r}; there are {some or 'none with a name'}")
     return [block for path in chosen if (block := _block(graph, path)) is not None]
 

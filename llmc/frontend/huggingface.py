@@ -67,7 +67,10 @@ def load_huggingface(directory: Path, dtype: str | None = None) -> ImportedModel
 def _read_config(directory: Path) -> ConfigFile:
     path = directory / "config.json"
     if not path.is_file():
-        raise ModelError(f"{path}: no such file; a checkpoint directory needs one")
+        found = sorted(each.name for each in directory.glob("*.onnx"))
+        hint = f"; or give {found[0]} in it" if found else ""
+        raise ModelError(f"{path}: no such file; a checkpoint directory needs one, and an artifact "
+                         f"has manifest.json{hint}")
     config = ConfigFile(path, read_json_object(path))
     if config.has("quantization_config"):
         raise config.error("quantization_config", "is set; quantised checkpoints are not read yet")

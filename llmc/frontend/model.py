@@ -128,6 +128,9 @@ def load_model(path: str | Path, dtype: str | None = None) -> ImportedModel:
         from llmc.frontend.onnx import genai_model_file
 
         path = genai_model_file(path)
+    if (path / "manifest.json").is_file() and not (path / "config.json").is_file():
+        raise ModelError(f"{path}: an artifact, which is compiled already; give the .onnx file or "
+                         "the checkpoint directory that it was made from")
     if path.is_dir():
         from llmc.frontend.huggingface import load_huggingface
 

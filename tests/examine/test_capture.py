@@ -74,5 +74,5 @@ def test_attention_keeps_its_cache_out_of_the_arrays():
 def test_a_pattern_that_matches_nothing(capsys, tmp_path):
     assert main(["capture", str(LLAMA), "--blocks", "model.layers.*.mpl", "--output",
                  str(tmp_path / "none")]) == 1
-    assert "model.layers.0.mlp" in capsys.readouterr().err
+    assert "model.layers.*.mlp" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
