@@ -40,10 +40,16 @@ def _given(index: Node, any_shape: bool) -> Node:
     """The tensor whose items these are: behind casts, changes of shape where all items are alike,
     and `where(i < 0, i + n, i)`."""
     while True:
-        if index.op == "where" and index.inputs[0].op == "less" and (
-                index.inputs[0].inputs[0] is index.inputs[2]):
-            index = index.inputs[2]
-        elif (index.op == "cast" and index.inputs[0].dtype.is_integer) or (any_shape and index.op in ("reshape", "broadcast", "transpose")):
+        moved = any_shape and index.op in ("reshape", "broadcast", "transpose")
+        if moved or (index.op == "cast" and index.inputs[0].dtype.is_integer):
             index = index.inputs[0]
+        elif index.op == "where" and _wraps(index):
+            index = index.inputs[2]
         else:
             return index
+
+
+def _wraps(where: Node) -> bool:
+    """Whether it is `where(i < 0, ..., i)`."""
+    negative, _, index = where.inputs
+    return negative.op == "less" and negative.inputs[0] is index
