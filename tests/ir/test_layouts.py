@@ -103,3 +103,14 @@ def test_rows_are_dealt_out_evenly_to_as_few_blocks_as_will_do(rows, each):
     assert layout.rows_of_block((rows, 9)) == each
     assert -(-rows // each) == -(-rows // 6)
     assert layout.rows_of_block((1, rows, 9)) == each
+
+
+@pytest.mark.parametrize("name", ["i4", "u4"])
+@pytest.mark.parametrize("k, n, parts", [(8, 1, 1), (64, 33, 1), (40, 64, 2), (2048, 70, 1)])
+def test_codes_that_lie_side_by_side_are_packed_alike(name, k, n, parts):
+    """Checkpoints hold [n, k]: their codes are joined before they are packed."""
+    codes = np.random.default_rng(k).integers(-8 if name == "i4" else 0, 8, (n, k + 8))
+    stored = codes.astype(np.int8).view(PACKED[name])[:, :k]
+    layout = Panels(16, 8, parts)
+    slow = pack(np.ascontiguousarray(stored.T), layout)
+    assert (pack(stored.T, layout, threads=2) == slow).all()
