@@ -18,7 +18,7 @@ import json
 import os
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -89,11 +89,12 @@ class Runner:
         weights = [_ones(evaluate(buffer.bytes(), {}))
                    for buffer in self.program.with_role("weight") for _ in range(self.copies)]
         most = {"rows": MOST_ROWS}
-        left, result = (_ones(evaluate(self.program.buffers[name].bytes(), most))
-                        for name in ("a", "y"))
-        self._memory = [*weights, left, result]
+        left = _ones(evaluate(self.program.buffers["a"].bytes(), most))
+        results = [_ones(evaluate(buffer.bytes(), most))
+                   for buffer in self.program.with_role("output")]
+        self._memory = [*weights, left, *results]
         self._symbols = (ctypes.c_int64 * 1)()
-        tables = [_table([left]), _table([result]), _table(weights), _table([])]
+        tables = [_table([left]), _table(results), _table(weights), _table([])]
         self._tables = tables
         cancel = np.zeros(1, np.int32)
         self._memory.append(cancel)
@@ -112,7 +113,8 @@ class Runner:
 
 
 def make_program(case: Case, copies: int, target: Target) -> Program:
-    """y = a @ w (or silu(gate) * up) for `copies` weights in turn; every turn rewrites y."""
+    """y = a @ w (or silu(gate) * up) for `copies` weights in turn; every turn rewrites y, and
+    codes its rows anew."""
     capabilities = target.capabilities()
     high = MOST_ROWS if case.blocked else capabilities.few_rows
     rows = symbol("rows", 1, high)
@@ -125,10 +127,8 @@ def make_program(case: Case, copies: int, target: Target) -> Program:
     product = make("matmul", a, matrix, dtype=dtype("f32"),
                    activation_block=min(case.group, LARGEST_BLOCK) if case.coded else 0)
     y = make("cast", _epilogue(product, rows, case.parts), dtype=case.activation)
-    left = Rows()
-    if case.blocked:
-        left = coded_rows(product, capabilities, capabilities.matmul_rows) if case.coded else \
-            RowBlocks(capabilities.matmul_rows, capabilities.interleave(packed))
+    left = RowBlocks(capabilities.matmul_rows, capabilities.interleave(packed)) \
+        if case.blocked and not case.coded else Rows()
     buffers = {"a": Buffer("a", a.type, "input", left), "y": Buffer("y", y.type, "output")}
     for leaf in leaves:
         interleave = capabilities.interleave(leaf.dtype) if leaf is leaves[0] else 1
@@ -136,8 +136,14 @@ def make_program(case: Case, copies: int, target: Target) -> Program:
         buffers[leaf["name"]] = Buffer(leaf["name"], leaf.type, "weight", panels, copies)
     body = Graph(case.name, (a, *leaves), (("y", y),))
     stage = Stage(case.name, "matmul", body, ("a", *(leaf["name"] for leaf in leaves)), ("y",))
+    stages = (stage,)
+    if case.blocked and case.coded:
+        layout = coded_rows(product, capabilities, capabilities.matmul_rows)
+        buffers["codes"] = Buffer("codes", a.type, "output", layout)
+        stages = (Stage("codes", "coded_rows", Graph("codes", (a,), (("codes", a),)), ("a",),
+                        ("codes",)), replace(stage, operands=("codes", *stage.operands[1:])))
     return Program(case.name, capabilities, (("rows", 1, high),), buffers, {},
-                   (Loop(copies, (stage,)),), 0)
+                   (Loop(copies, stages),), 0)
 
 
 def _weight(case: Case) -> tuple[list[Node], Node]:
