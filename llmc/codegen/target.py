@@ -192,7 +192,7 @@ class Target:
         name = f"{self.processor}-{32 * lanes}" + ("-bf16" if self.bf16_dot else "")
         return Capabilities(
             name=name, vector_lanes=lanes, matmul_rows=12 if many else 6, panel_columns=2 * lanes,
-            few_rows=4, bf16_dot=self.bf16_dot, byte_dot=self.byte_dot,
+            few_rows=8 if lanes == 16 else 4, bf16_dot=self.bf16_dot, byte_dot=self.byte_dot,
             kernels=HOST_KERNELS | {QUANTIZED_MATMUL, INTEGER_MATMUL, GROUPED_MATMUL})
 
 

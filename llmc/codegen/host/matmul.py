@@ -265,8 +265,9 @@ class FewRowsMatmul:
     def __init__(self, product: Product, source: Buffer | None, program: Program):
         self.product = product
         high = bounds(product.rows)[1]
-        largest = program.capabilities.matmul_rows if high is None else max(
-            1, min(program.capabilities.matmul_rows, high))
+        largest = program.capabilities.matmul_rows
+        if high is not None:  # dealt out evenly: 8 rows by tiles of up to 6 are 4 and 4
+            largest = max(1, -(-high // -(-high // largest)))
         self.bodies = sorted({min(size, largest) for size in (1, 2, 4, 8, largest)})
         self.prologue = self._prologue(source, program, high)
         self.scratch_bytes: int | Dim = self.prologue.scratch_bytes
