@@ -145,10 +145,13 @@ def module(function: Function) -> Function:
 
 
 @module
-def linear(x: Tensor, weights: Weights, inner: Dim, outer: Dim, bias: bool = False) -> Tensor:
-    """x [.., inner] times `weight` [outer, inner] transposed, plus `bias` [outer]."""
-    result = trace.matmul(x, trace.transpose(weights("weight", outer, inner), (1, 0)))
-    return result + weights("bias", outer) if bias else result
+def linear(x: Tensor, weights: Weights, inner: Dim, outer: Dim, bias: bool = False,
+           dtype: DType | None = None) -> Tensor:
+    """x [.., inner] times `weight` [outer, inner] transposed, plus `bias` [outer]; dtype: of the
+    result, by default the operands'."""
+    matrix = trace.transpose(weights("weight", outer, inner), (1, 0))
+    result = trace.matmul(x, matrix, dtype=dtype)
+    return result + weights.cast_to(result.dtype)("bias", outer) if bias else result
 
 
 @module

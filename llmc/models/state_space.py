@@ -3,8 +3,9 @@
 For every head, with time step dt and decay A < 0, the state S [state_size, head_size] and the
 output y are S = exp(dt A) S + B (dt x)^T and y = S^T C + D x.
 
-A recurrence magnifies what is rounded. What is computed in f32 (norms of what layers add up, time
-steps, decays, D) therefore takes its weights as the file has them, never by way of bf16 or f16.
+A recurrence magnifies what is rounded. Between its two projections the mixer therefore computes in
+f32, as do the norms of what layers add up, with vectors of weights as the file has them, never by
+way of bf16 or f16; only the convolution has its weights, state and results in the step's dtype.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def mix(mixer: Mixer, step: Step, layer: int, weights: Weights, x: Tensor) -> Te
     """[tokens, hidden] of x [tokens, hidden]; extends the layer's two states."""
     hidden = x.shape[1]
     width = mixer.inner + mixer.channels + mixer.heads
-    projected = linear(x, weights.under("in_proj"), hidden, width, mixer.bias)
+    projected = linear(x, weights.under("in_proj"), hidden, width, mixer.bias, f32)
     gate, mixed, steps = _split(projected, mixer.inner, mixer.channels, mixer.heads)
     mixed = convolve(mixer, step, layer, weights.under("conv1d"), mixed)
     groups = mixer.groups * mixer.state_size
@@ -78,8 +79,8 @@ def convolve(mixer: Mixer, step: Step, layer: int, weights: Weights, x: Tensor) 
                         kind="slot", group="recurrent")
     weight = trace.reshape(weights("weight", channels, 1, mixer.taps), (channels, mixer.taps))
     bias = weights("bias", channels) if mixer.conv_bias else None
-    y, new = trace.slot_conv(state, x, weight, step.slots, step.offsets, step.positions,
-                             step.sequence, bias, activation="silu")
+    y, new = trace.slot_conv(state, trace.cast(x, step.dtype), weight, step.slots, step.offsets,
+                             step.positions, step.sequence, bias, activation="silu")
     trace.update(state, new)
     return y
 

@@ -18,3 +18,18 @@ def test_weights_of_f32_arithmetic_are_never_rounded(name):
     for node in found:
         assert node.dtype is f32
         assert not any(user.op == "cast" for user in users[node]), node["name"]
+
+
+@pytest.mark.parametrize("name", ["mamba2", "zamba2"])
+def test_gates_and_time_steps_are_never_rounded(name):
+    """Nothing of f32 becomes bf16 between the projection and the functions that take it in f32."""
+    nodes = load_model(GOLDENS / name, "bf16").graph.nodes()
+    found = [node for node in nodes if node.op in ("silu", "softplus")]
+    assert len(found) >= 2 * 3
+    for node in found:
+        sources = list(node.inputs)
+        while sources:
+            source = sources.pop()
+            assert source.dtype is f32, (node, source)
+            if source.op != "matmul":
+                sources += source.inputs
