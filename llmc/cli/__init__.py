@@ -63,26 +63,32 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
     """Options that every command which runs a model has; each has an LLMC_* variable too."""
     group = parser.add_argument_group("runtime")
     group.add_argument("--target", default=os.environ.get("LLMC_TARGET", "host"),
-                       help="where to run (default: host)")
+                       help="where to run: host, nvptx (an NVIDIA GPU) or auto (default: host) "
+                            "[LLMC_TARGET]")
     group.add_argument("--dtype", default=os.environ.get("LLMC_DTYPE"),
-                       help="compute dtype, such as f32 or bf16 (default: the checkpoint's)")
+                       help="compute dtype, such as f32 or bf16 (default: the checkpoint's) "
+                            "[LLMC_DTYPE]")
     add_quantization_options(parser)
-    group.add_argument("--threads", type=int, default=None,
-                       help="host threads (default: LLMC_THREADS, else all cores)")
+    group.add_argument("--threads", type=int, default=None, metavar="N",
+                       help="host threads (default: all cores; for a small model as many as it "
+                            "pays for) [LLMC_THREADS]")
     group.add_argument("--max-context", type=int, default=knobs.positive("LLMC_MAX_CONTEXT"),
-                       help="longest sequence in tokens (default: the model's limit)")
-    group.add_argument("--cache-dir", default=None,
-                       help="where compiled models are kept (default: LLMC_CACHE_DIR)")
+                       metavar="N", help="longest sequence in tokens (default: the model's "
+                                         "limit) [LLMC_MAX_CONTEXT]")
+    group.add_argument("--cache-dir", default=None, metavar="DIR",
+                       help="where compiled models are kept (default: the platform's cache "
+                            "directory) [LLMC_CACHE_DIR]")
     group.add_argument("--specialize", default=None, choices=("lazy", "eager", "none"),
                        help="code of their own for shapes that keep coming: compiled in the "
                             "background (lazy, the default), also before ready what earlier runs "
-                            "found (eager), or not")
+                            "found (eager), or not [LLMC_SPECIALIZE]")
     group.add_argument("--promote-after", type=int, default=None, metavar="N",
-                       help="calls after which a shape gets its own code (default: when it pays)")
+                       help="calls after which a shape gets its own code (default: when it pays) "
+                            "[LLMC_PROMOTE_AFTER]")
     group.add_argument("--code-budget-mb", type=int, default=None, metavar="MB",
-                       help="most memory for such code (default 64)")
+                       help="most memory for such code (default 64) [LLMC_CODE_BUDGET_MB]")
     group.add_argument("--max-variants", type=int, default=None, metavar="N",
-                       help="most such variants (default 32)")
+                       help="most such variants (default 32) [LLMC_MAX_VARIANTS]")
 
 
 def add_quantization_options(parser: argparse.ArgumentParser) -> None:

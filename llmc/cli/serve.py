@@ -48,6 +48,7 @@ def port(text: str) -> int:
     return value
 
 
+METAVARS = {positive: "N", seconds: "SECONDS", size: "SIZE"}
 # Flag, type, default, help. The variable LLMC_FLAG is read where a flag is not given.
 FLAGS: tuple[tuple[str, Any, Any, str], ...] = (
     ("host", str, "127.0.0.1", "address to listen on; 0.0.0.0 is every one (default 127.0.0.1: "
@@ -60,7 +61,7 @@ FLAGS: tuple[tuple[str, Any, Any, str], ...] = (
     ("max-step-tokens", positive, None, "most tokens of a step (default: what suits the model)"),
     ("mixed-step-tokens", positive, None, "most tokens of a step in which some answers go on while "
                                           "prompts are read: fewer make shorter pauses (default: "
-                                          "32 for each thread; on a GPU --max-step-tokens)"),
+                                          "32 a thread, up to 256; on a GPU --max-step-tokens)"),
     ("kv-memory", size, None, "memory for the KV cache, such as 4G (default: what --max-batch and "
                               "--max-context need, at most half of this machine's)"),
     ("queue-limit", positive, 256, "most requests that wait; beyond, 429 (default 256)"),
@@ -83,15 +84,42 @@ def add(subparsers) -> None:
         "llmc serve path/to/Llama-3.2-1B --port 8000\n"
         "  curl localhost:8000/v1/completions -H 'content-type: application/json' \\\n"
         "    -d '{\"prompt\": \"The sky is\"}'          # and see localhost:8000/dashboard")
-    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face directory, or an artifact "
+                        "made by `llmc compile`")
     for name, kind, default, text in FLAGS:
         variable = "LLMC_" + name.upper().replace("-", "_")
         parser.add_argument(f"--{name}", type=kind, default=os.environ.get(variable) or default,
-                            help=f"{text} [{variable}]", metavar=name.split("-")[-1].upper())
+                            help=f"{text} [{variable}]",
+                            metavar=METAVARS.get(kind) or name.split("-")[-1].upper())
     parser.add_argument("--otel", action="store_true", default=bool(os.environ.get("LLMC_OTEL")),
                         help="send a span for each request, by OpenTelemetry (needs llmc[otel]; "
                              "the OTEL_* variables say where) [LLMC_OTEL]")
     add_runtime_options(parser)
+    read_variables(parser)
+
+
+def read_variables(parser: argparse.ArgumentParser) -> None:
+    """Give every option that has no variable yet one of its name; LlmcError for a wrong value."""
+    for action in parser._actions:  # argparse has no other list of them
+        if not action.option_strings or action.dest == "help" or "[LLMC_" in (action.help or ""):
+            continue
+        variable = "LLMC_" + action.dest.upper()
+        action.help = f"{action.help} [{variable}]"
+        if text := os.environ.get(variable):
+            action.default = True if action.nargs == 0 else value_of(action, text, variable)
+
+
+def value_of(action: argparse.Action, text: str, variable: str) -> Any:
+    """What a variable says for an option; LlmcError if it may not say that."""
+    kind: Any = action.type or str
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or (action.choices is not None and value not in action.choices):
+        allowed = f"one of {', '.join(map(str, action.choices))}" if action.choices else "a number"
+        raise LlmcError(f"{variable} must be {allowed}, got {text[:40]!r}")
+    return value
 
 
 def run(arguments) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import signal
 import socket
 import threading
@@ -14,6 +15,7 @@ import urllib.request
 import pytest
 
 from llmc import cli
+from llmc.errors import LlmcError
 from llmc.server import load
 from tests.server.serving import Child, child
 
@@ -107,7 +109,21 @@ def test_flags_have_variables_and_limits(monkeypatch, capsys):
     assert "LLMC_DRAIN_SECONDS" not in capsys.readouterr().out
     with pytest.raises(SystemExit):
         parser.parse_args(["serve", "--help"])
-    assert "LLMC_DRAIN_SECONDS" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "LLMC_DRAIN_SECONDS" in told
+    assert told.count("\n  --") == len(re.findall(r"\[\s*LLMC_\w+\s*\]", told))
+
+
+def test_options_of_other_commands_have_variables_here(monkeypatch):
+    monkeypatch.setenv("LLMC_QUANTIZE", "int8")
+    monkeypatch.setenv("LLMC_GROUP", "64")
+    monkeypatch.setenv("LLMC_ASYMMETRIC", "1")
+    arguments = cli.make_parser().parse_args(["serve", "model"])
+    assert (arguments.quantize, arguments.group, arguments.asymmetric) == ("int8", 64, True)
+    for wrong in ("65", "x"):
+        monkeypatch.setenv("LLMC_GROUP", wrong)
+        with pytest.raises(LlmcError, match="LLMC_GROUP must be one of 32, 64, 128"):
+            cli.make_parser()
 
 
 def test_a_missing_extra_says_how_to_get_it(monkeypatch, capsys):
