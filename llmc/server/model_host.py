@@ -20,6 +20,7 @@ from llmc.server.templates import ChatTemplate
 from llmc.server.vocabulary import Vocabulary
 
 MIXED_TOKENS_A_THREAD = 32
+MOST_MIXED_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -189,11 +190,11 @@ def mixed_step_tokens(runtime: Any) -> int | None:
     """Most tokens of a step that a decoding sequence waits for; None where all steps may be of the
     same size.
 
-    Decoding reads all weights for few tokens, which takes as long on one core as on many; prompts
-    are arithmetic, which is done by so many threads. So many tokens a thread make a step of some 3
-    to 6 decodes' time on hosts, for 5 to 10 % of the speed of prompts (docs/server.md). A GPU has
-    arithmetic to spare.
+    Decoding reads all weights for few tokens, which takes as long on a few cores as on many;
+    prompts are arithmetic, which is done by all threads. So many tokens a thread are a step of 5 to
+    8 decodes' time, and at most a tenth slower for prompts than longer ones (docs/server.md). A GPU
+    has arithmetic to spare.
     """
     if runtime.manifest.target.startswith("nvptx"):
         return None
-    return MIXED_TOKENS_A_THREAD * runtime.threads
+    return min(MOST_MIXED_TOKENS, MIXED_TOKENS_A_THREAD * runtime.threads)
