@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +30,7 @@ from llmc.runtime.artifact import (
 if TYPE_CHECKING:
     from filelock import FileLock
 
-HEADER_BYTES = 1 << 16
+HEADER_BYTES = 1 << 16  # most of a line in a variant's file
 VARIANT_CACHE_BYTES = 256 << 20  # most that variants of hot shapes take on disk
 
 
@@ -119,54 +118,6 @@ def _name(path: Path) -> str:
         return read_manifest(path).name
     except ModelError:
         return "(damaged)"
-
-
-def source_key(path: Path, options: str) -> str:
-    """Identity of a model's files, the options and this llmc: 32 hex digits.
-
-    Files count by name, size, time of change, and the first 64 KiB of their contents.
-    """
-    digest = hashlib.blake2b(options.encode(), digest_size=16)
-    digest.update(str(path.resolve()).encode())
-    for file in _source_files(path):
-        status = file.stat()
-        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
-        with open(file, "rb") as stream:
-            digest.update(stream.read(HEADER_BYTES))
-    digest.update(_own_sources().encode())
-    return digest.hexdigest()
-
-
-def text_key(text: str) -> str:
-    """Identity of what a text describes, and this llmc: 32 hex digits."""
-    digest = hashlib.blake2b(text.encode(), digest_size=16)
-    digest.update(_own_sources().encode())
-    return digest.hexdigest()
-
-
-def _source_files(path: Path) -> list[Path]:
-    directory = path if path.is_dir() else path.parent
-    try:
-        return sorted(f for f in directory.iterdir() if f.is_file() or f == path)
-    except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}") from None
-
-
-@cache
-def _own_sources() -> str:
-    """Changes when a file of this package does; what this process has loaded does not."""
-    stamps = []
-    root = str(Path(__file__).parent.parent)
-    folders = [root]
-    for folder in folders:
-        with os.scandir(folder) as entries:  # every start pays for this: several times Path.rglob
-            for entry in entries:
-                if entry.name.endswith(".py"):
-                    status = entry.stat()
-                    stamps.append(f"{entry.path[len(root):]} {status.st_size} {status.st_mtime_ns}")
-                elif entry.is_dir() and entry.name != "__pycache__":
-                    folders.append(entry.path)
-    return os.linesep.join(sorted(stamps))
 
 
 # ---- variants of hot shapes -----------------------------------------------------------------

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import CompileError, LlmcError
-from llmc.runtime.cache import StoredVariant, VariantCache, text_key, variant_info
+from llmc.runtime.cache import StoredVariant, VariantCache, variant_info
+from llmc.runtime.sources import text_key
 
 TIMEOUT = 600.0  # seconds that one variant may take; at the lowest priority, that is not much
 IDLE = 30.0  # seconds after which a worker without work is let go

@@ -13,7 +13,7 @@ import os
 import struct
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,8 +24,9 @@ from llmc.ir.graph import Graph
 from llmc.ir.plan import Plan
 from llmc.ir.quantization import Quantization
 from llmc.runtime.artifact import Artifact
-from llmc.runtime.cache import Cache, source_key, text_key
+from llmc.runtime.cache import Cache
 from llmc.runtime.progress import Progress, silent
+from llmc.runtime.sources import Memory, source_key, text_key
 
 
 def cached_artifact(path: Path, target: str, dtype: str | None, cache_dir: Path | None,
@@ -33,7 +34,8 @@ def cached_artifact(path: Path, target: str, dtype: str | None, cache_dir: Path 
                     quantization: Quantization | None = None) -> Artifact:
     """The model's artifact from the cache, compiled first if it is not there."""
     options = f"{target} {dtype} {sorted(limits.items())} {_cpu()}{_text(quantization)}"
-    key = source_key(path, options)
+    place = cache_dir or knobs.cache_directory()
+    key = source_key(path, options, Memory(place / "sources.json"), _external_names)
 
     def build(output: Path) -> None:
         from llmc.codegen.target import Target
@@ -48,7 +50,14 @@ def cached_artifact(path: Path, target: str, dtype: str | None, cache_dir: Path 
             compiled = compile_quantized(path, own, quantization, dtype, progress, limits)
         compiled.write(output, progress)
 
-    return Cache(cache_dir or knobs.cache_directory()).artifact(key, build)
+    return Cache(place).artifact(key, build)
+
+
+def _external_names(path: Path) -> list[str]:
+    """The files beside an .onnx file that hold its weights."""
+    from llmc.frontend.onnx.protobuf import external_files, read_model
+
+    return [str(file.relative_to(path.parent)) for file in external_files(read_model(path), path)]
 
 
 def cached_graph(graph: Graph, parameters: Mapping[str, np.ndarray], target: str,
@@ -102,11 +111,12 @@ def host_plan(source: Path | bytes) -> Plan | None:
     return plan_of(source.read_bytes(), str(source))
 
 
-def typed_part(model: bytes, arrays: Mapping[str, np.ndarray]) -> bytes:
-    """A program step's model with the types of its inputs."""
+def typed_part(model: bytes, arrays: Mapping[str, np.ndarray],
+               varying: Mapping[str, Collection[int]]) -> bytes:
+    """A program step's model with the types of its inputs; axes that vary are symbols."""
     from llmc.frontend.onnx.plan import declared_part
 
-    return declared_part(model, dict(arrays))
+    return declared_part(model, arrays, varying)
 
 
 def _cpu() -> str:

@@ -15,7 +15,7 @@ import pytest
 import llmc
 from llmc.errors import CacheError
 from llmc.runtime.artifact import Artifact
-from llmc.runtime.cache import Cache, source_key
+from llmc.runtime.cache import Cache
 from tests.conftest import EMBEDDED
 
 ROOT = Path(llmc.__file__).parent.parent
@@ -135,20 +135,6 @@ def test_a_cache_filled_before_can_be_read_only(embedded_artifact: Path, tmp_pat
     before = sorted(cache.directory.iterdir())
     cache.artifact("key", lambda path: pytest.fail("built again"))
     assert sorted(cache.directory.iterdir()) == before
-
-
-def test_the_key_follows_the_files_and_the_options(tmp_path: Path):
-    model = Path(shutil.copytree(EMBEDDED, tmp_path / "model"))
-    key = source_key(model, "host f32")
-    assert source_key(model, "host f32") == key
-    assert source_key(model, "host bf16") != key
-    config = model / "config.json"
-    config.write_text(config.read_text() + " ")
-    changed = source_key(model, "host f32")
-    assert changed != key
-    status = (model / "model.safetensors").stat()
-    os.utime(model / "model.safetensors", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    assert source_key(model, "host f32") != changed
 
 
 def test_use_moves_an_entry_to_the_end_of_the_list(counted):

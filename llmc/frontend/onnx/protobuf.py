@@ -177,12 +177,17 @@ def small_array(proto: Any, location: str) -> tuple[np.ndarray[Any, Any], DType]
 
 
 def external_files(model: ModelProto, model_path: Path) -> list[Path]:
-    """The files besides the model's own that its initializers name, sorted."""
+    """The files besides the model's own that its initializers name, sorted; also those of the
+    bodies of loops and branches."""
     found = set()
-    for proto in model.graph.initializer:
-        if is_external(proto):
-            location = f"{model_path}: tensor '{proto.name}'"
-            found.add(_external_path(_external_entries(proto), model_path, location))
+    graphs = [model.graph]
+    for graph in graphs:
+        for proto in graph.initializer:
+            if is_external(proto):
+                location = f"{model_path}: tensor '{proto.name}'"
+                found.add(_external_path(_external_entries(proto), model_path, location))
+        for attribute in (each for node in graph.node for each in node.attribute):
+            graphs += [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
     return sorted(found - {model_path})
 
 
