@@ -26,6 +26,7 @@ from llmc.runtime.cuda_device import (
     event,
     launch,
     prepared,
+    record_event,
 )
 from llmc.runtime.decode import RING, Start
 
@@ -89,8 +90,7 @@ class CudaDecoder:
     """Memory and graphs for `count` sequences that decode together on a CudaExecutor.
 
     `start`, then `step` and `read` in turn (at most RING - 1 steps may be unread). Whoever uses it
-    serialises that with the executor's own steps. most_pages: of a sequence; waited: seconds that
-    `read` has waited for the GPU.
+    serialises that with the executor's own steps. most_pages: of a sequence.
     """
 
     def __init__(self, executor: CudaExecutor, count: int, most_pages: int):
@@ -107,24 +107,25 @@ class CudaDecoder:
         self._table = Region(executor.device, {
             "page_table": 4 * count * round_width(most_pages)}, copies=2)
         self._ring = PinnedMemory(4 * RING * count)
-        self._tokens = self._ring.array[:4 * RING * count].view(np.int32).reshape(RING, count)
+        self._tokens = list(self._ring.array[:4 * RING * count].view(np.int32).reshape(RING, count))
         self._events = [event() for _ in range(RING)]
         self._mark = [prepared("cuEventRecord", each, executor.device.stream)
                       for each in self._events]
         self._wait = [prepared("cuEventSynchronize", each) for each in self._events]
         self._launched = self._read = 0
+        self._closed = False
+        self._plans: dict[tuple, Plan] = {}
+        self._prepared: tuple | None = None  # what the arguments on the device are for
+        self._moves, self._width = executor.moves, 0
         self._choices: list[Any] = [None] * RING  # of the steps that were not read
         self._counted: Any = None  # the choice of steps that were read and nobody was told of
         self._calls, self._seconds = 0, 0.0  # of these
-        self.waited = 0.0
 
     def start(self, starts: Sequence[Start]) -> None:
         """Begin with these sequences, as many as this decoder is for."""
         self.executor.device.use()
         self._launched = self._read = 0
         self._chosen_by: Any = None  # the dispatch table
-        self._moves, self._width = -1, 0
-        self._prepared: tuple | None = None  # what the arguments on the device are for
         self._sampled = any(each.sampling.temperature > 0 for each in starts)
         numbers = np.arange(self.count + 1, dtype=np.int32)
         self._carried.copy({
@@ -137,8 +138,9 @@ class CudaDecoder:
     def step(self, page_rows: Sequence[np.ndarray] | None) -> None:
         """Put the next step on the stream. page_rows: each sequence's pages, i32, enough for the
         step's tokens; None where they are those of the step before."""
+        if self._closed:
+            self.executor.require_open()  # says that it is closed
         executor = self.executor
-        executor.require_open()
         executor.device.use()
         if page_rows is not None:
             self._take_pages(page_rows)
@@ -158,31 +160,29 @@ class CudaDecoder:
 
     def read(self) -> np.ndarray:
         """The tokens of the oldest step that was not read, i32 [count]; waits for it."""
-        self.executor.require_open()
+        if self._closed:
+            self.executor.require_open()  # says that it is closed
         slot = self._read % RING
         began = time.perf_counter()
         self._wait[slot]()
         now = time.perf_counter()
         self._read += 1
-        self.waited += now - began
-        self._count(self._choices[slot], now - self._since)
+        self.executor.waited += now - began
+        choice = self._choices[slot]
+        if choice is not self._counted or self._calls == COUNTED_TOGETHER:
+            self._tell()
+            self._counted = choice
+        self._calls += 1
+        self._seconds += now - self._since
         self._since = now
         return self._tokens[slot].copy()
 
     def drain(self) -> None:
         """Wait for all steps, whose tokens are dropped."""
-        if self._launched > self._read and not self.executor.closed:
+        if self._launched > self._read and not self._closed:
             self._wait[(self._launched - 1) % RING]()
         self._read = self._launched
         self._tell()
-
-    def _count(self, choice: Choice, seconds: float) -> None:
-        """Count a step that was read."""
-        if choice is not self._counted or self._calls == COUNTED_TOGETHER:
-            self._tell()
-            self._counted = choice
-        self._calls += 1
-        self._seconds += seconds
 
     def _tell(self) -> None:
         """Let the variant, its trial and the profile know of the steps that were counted."""
@@ -197,11 +197,9 @@ class CudaDecoder:
             choice.trial.observe(choice.variant, seconds)
 
     def _launch_between_events(self, trace: list[tuple[Any, Any]]) -> None:
-        begin, end = event(timed=True), event(timed=True)
-        call("cuEventRecord", begin, self.executor.device.stream)
+        begin = record_event(self.executor.device)
         self._graph.launch()
-        call("cuEventRecord", end, self.executor.device.stream)
-        trace.append((begin, end))
+        trace.append((begin, record_event(self.executor.device)))
 
     # ---- what steps are given -------------------------------------------------------------------
 
@@ -224,14 +222,18 @@ class CudaDecoder:
         variant: Any = dispatch.choose(values)
         self._choice = Choice(variant, values, dispatch.trial)
         executor.unload_retired(variant)
-        plan = executor.plan(variant, values)
+        if self._moves != executor.moves:
+            self._plans.clear()
+        plan = self._plans.get((id(variant), self._width))
+        if plan is None:
+            plan = self._plans[id(variant), self._width] = executor.plan(variant, values)
         arena, outputs = executor.memory_for(plan)
         prepared = (id(variant), self._width, executor.moves)
         if prepared != self._prepared:
             self._block.copy({"choice": self._choice_fields(plan, outputs),
                               "arguments": self._arguments(plan, arena, outputs)})
-            self._graph = self._graph_of(variant, plan)
             self._prepared = prepared
+        self._graph = self._graph_of(variant, plan)
         self._moves = executor.moves
         self._chosen_by = None if dispatch.trial else table
 
@@ -276,10 +278,13 @@ class CudaDecoder:
         """Drop the graphs of code that is about to be unloaded; the device is done with it."""
         for key in [key for key in self._graphs if key[0] == id(variant)]:
             self._graphs.pop(key).close()
+        for key in [key for key in self._plans if key[0] == id(variant)]:
+            del self._plans[key]
         self._prepared = None
 
     def close(self) -> None:
         """Free everything; the device must be done with it. Nothing can be read any more."""
+        self._closed = True
         for graph in self._graphs.values():
             graph.close()
         for region in (self._carried, self._block, self._table):

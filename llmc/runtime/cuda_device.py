@@ -97,7 +97,7 @@ def device_count() -> int:
 class Device:
     """One GPU, its primary context and a stream of our own.
 
-    capability: (major, minor); driver: CUDA version that it supports, such as 13000.
+    capability: (major, minor); driver: CUDA version that it supports, such as 13000; memory: bytes.
     """
 
     def __init__(self, ordinal: int = 0):
@@ -117,6 +117,9 @@ class Device:
             call("cuDeviceGetAttribute", each, self._handle) for each in (
                 attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
                 attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR))
+        self.multiprocessors = call("cuDeviceGetAttribute",
+                                    attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+                                    self._handle)
         self.memory = call("cuDeviceTotalMem", self._handle)
         # `use` makes the context current in this thread.
         self.use = prepared("cuCtxSetCurrent", call("cuDevicePrimaryCtxRetain", self._handle))
@@ -161,6 +164,18 @@ def event(timed: bool = False) -> Any:
     flags = _driver().CUevent_flags
     return call("cuEventCreate",
                 flags.CU_EVENT_DEFAULT if timed else flags.CU_EVENT_DISABLE_TIMING)
+
+
+def record_event(device: Device) -> Any:
+    """A new timed event at the end of what the stream has to do."""
+    made = event(timed=True)
+    call("cuEventRecord", made, device.stream)
+    return made
+
+
+def seconds_between(begin: Any, end: Any) -> float:
+    """Seconds of the GPU from one timed event to another; both must have passed."""
+    return call("cuEventElapsedTime", begin, end) / 1e3
 
 
 class Memory:

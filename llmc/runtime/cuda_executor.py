@@ -260,10 +260,6 @@ class CudaExecutor(Executor):
         outputs = self._at_least("outputs", plan.output_bytes)
         return self._grown["arena"].address, outputs.address
 
-    @property
-    def closed(self) -> bool:
-        return self._closed
-
     def require_open(self) -> None:
         """LlmcError once it is closed."""
         if self._closed:
@@ -295,7 +291,9 @@ class CudaExecutor(Executor):
         for place, array in zip(plan.inputs, given, strict=True):
             host[place:place + array.nbytes] = array.reshape(-1).view(np.uint8)
         self._run(variant, plan, tuple(results))
+        began = time.perf_counter()
         self.device.wait()
+        self.waited += time.perf_counter() - began
         for name, result in results.items():
             place = plan.outputs[name][0]
             result.reshape(-1).view(np.uint8)[:] = host_outputs.array[place:place + result.nbytes]

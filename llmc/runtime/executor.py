@@ -89,6 +89,7 @@ class Executor:
         self.states = [Tensor(info, self.symbols) for info in manifest.states]
         self.known = self._fixed()  # symbols that no input's shape has to tell
         self._bound: dict[tuple, dict[str, int]] = {}
+        self.waited = 0.0  # seconds that the host has waited for a device
         self._closed = False
 
     def state_memory(self) -> int:

@@ -181,8 +181,8 @@ VOCABULARY = 1000
 class MadeUpExecutor:
     """A model whose next token is told by the last one, its position and the page it stands in."""
 
-    closed = False
     graph_launches = moves = 0
+    waited = 0.0
     known = MappingProxyType({"pool_pages": 64})
     symbols = ("tokens", "sequences", "rows", "table_width", "pool_pages")
     inputs = tuple(SimpleNamespace(name=name) for name in
@@ -365,6 +365,7 @@ def test_trials_judge_the_steps_that_were_theirs(host_device, monkeypatch):
     assert executor.new.seconds == 0.75 * executor.new.calls == 0.75 * 25
     assert executor.old.seconds == executor.old.calls == 71
     assert sum(calls for _, calls in executor.counted) == 96
+    assert executor.waited == executor.now
 
 
 def test_few_widths_of_page_tables():
