@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,9 +22,12 @@ from llmc.errors import LlmcError, ShapeError
 from llmc.ir.cost import Cost, Shape, program_cost
 from llmc.ir.program import Program
 from llmc.ir.program_text import parse_program
+from llmc.runtime.decode import Start
+from llmc.runtime.memory import physical_memory
 from llmc.runtime.pages import PAGE, Sequence
-from llmc.runtime.session import CHUNK_TOKENS, Runtime
-from llmc.runtime.step import Chunk
+from llmc.runtime.sampling import Sampling
+from llmc.runtime.session import Runtime
+from llmc.runtime.step import GREEDY, Chunk
 
 PROMPT_TOKENS = 512
 GENERATE_TOKENS = 64
@@ -41,66 +45,109 @@ class Settings:
     repeat: int = 5
 
 
+class Peaks(Protocol):
+    """Ceilings of the machine that a model runs on; each call is one fresh sample, a second."""
+
+    def read_bandwidth(self) -> float: ...
+
+    def peak_f32(self) -> float: ...
+
+    def peak_bf16(self) -> float: ...
+
+
 @dataclass(frozen=True)
 class Sample:
-    """One round of one thing: wall and native seconds, and the best ceiling measured around it."""
+    """One round of one thing: seconds by the clock, of them in the model's steps and waiting for a
+    GPU, and the best ceiling measured around it."""
 
     wall: float
     native: float
+    waited: float
     ceiling: float
 
 
 def measure(runtime: Runtime, settings: Settings) -> dict[str, Any]:
     """The report of `llmc bench --json`; rates in decimal units (GB/s = 1e9 bytes a second)."""
-    if runtime.manifest.target.startswith("nvptx"):
-        raise LlmcError("bench measures this CPU's ceilings: give a model compiled for the host")
-    ceilings = Ceilings(runtime.threads)
+    kinds: dict[str, type[Bench]] = {"causal_lm": LanguageModelBench, "encoder": EncoderBench}
+    kind = kinds.get(runtime.manifest.kind)
+    if kind is None:
+        raise LlmcError(f"{runtime.manifest.name} is an ONNX graph: bench measures checkpoints of "
+                        "language models and encoders")
     report: dict[str, Any] = {
-        "dtype": runtime.manifest.dtype, "threads": runtime.threads,
-        "target": runtime.manifest.target, "batch": settings.batch, "repeat": settings.repeat}
-    if runtime.manifest.kind == "causal_lm":
-        return report | LanguageModelBench(runtime, settings, ceilings).report()
-    if runtime.manifest.kind == "encoder":
-        return report | EncoderBench(runtime, settings, ceilings).report()
-    raise LlmcError(f"{runtime.manifest.name} is an ONNX graph: bench measures checkpoints of "
-                    "language models and encoders")
+        "dtype": runtime.manifest.dtype, "target": runtime.manifest.target,
+        "batch": settings.batch, "repeat": settings.repeat}
+    if not on_gpu(runtime):
+        host = {"threads": runtime.threads}
+        return report | host | kind(runtime, settings, Ceilings(runtime.threads)).report()
+    from llmc.cuda_ceilings import CudaCeilings
+
+    executor: Any = runtime.executor
+    gpu = {"device": executor.device.name}
+    with CudaCeilings(executor.device) as ceilings:
+        return report | gpu | kind(runtime, settings, ceilings).report()
+
+
+def on_gpu(runtime: Runtime) -> bool:
+    """Whether the model's steps run there."""
+    return runtime.manifest.target.startswith("nvptx")
+
+
+class StepCosts:
+    """What steps of a model must move and compute, by the artifact's programs: those of code that
+    came later compute the same."""
+
+    def __init__(self, runtime: Runtime):
+        self._runtime = runtime
+        self._programs: dict[str, Program] = {}
+
+    def of(self, symbols: dict[str, int], context: int = 0) -> Cost:
+        """Of one step; context: tokens of each sequence that attention sees."""
+        artifact = self._runtime.artifact
+        values = self._runtime.executor.known | symbols
+        covering = (info for info in artifact.manifest.variants if all(
+            low <= values[name] <= high for name, (low, high) in info.key.items()))
+        info = min(covering, key=lambda info: sum(high - low for low, high in info.key.values()))
+        if info.name not in self._programs:
+            self._programs[info.name] = parse_program(artifact.program_text(info))
+        return program_cost(self._programs[info.name], Shape(values, context))
+
+    def of_tokens(self, sequences: int, tokens: int, context: int) -> Cost:
+        """Of a language model's step of so many tokens of each sequence."""
+        return self.of({"tokens": sequences * tokens, "sequences": sequences, "rows": sequences,
+                        "table_width": -(-context // PAGE)}, context)
 
 
 class Bench:
     """What both kinds of model share: the clock and the ceilings."""
 
-    def __init__(self, runtime: Runtime, settings: Settings, ceilings: Ceilings):
+    def __init__(self, runtime: Runtime, settings: Settings, ceilings: Peaks):
         self.runtime = runtime
         self.settings = settings
         self.ceilings = ceilings
+        self.costs = StepCosts(runtime)
         self.random = np.random.default_rng(0)
         self.vocabulary = runtime.config["vocab_size"]
-        self._programs: dict[str, Program] = {}
-        bf16 = runtime.manifest.dtype == "bf16"
-        self.peak = ceilings.peak_bf16 if bf16 else ceilings.peak_f32
-        self.peak_dtype = ("bf16" if bf16 and Target.host().capabilities().bf16_dot else "f32")
+        halves = runtime.manifest.dtype in (("bf16", "f16") if on_gpu(runtime) else ("bf16",))
+        self.peak = ceilings.peak_bf16 if halves else ceilings.peak_f32
+        dots = on_gpu(runtime) or Target.host().capabilities().bf16_dot
+        self.peak_dtype = "bf16" if halves and dots else "f32"
+
+    def report(self) -> dict[str, Any]:
+        """The figures."""
+        raise NotImplementedError
 
     def sample(self, ceiling: Callable[[], float], work: Callable[[], None]) -> Sample:
         samples = [ceiling() for _ in range(SAMPLES)]
-        native = self._native_seconds()
+        native, waited = self._native_seconds(), self.runtime.executor.waited
         started = time.perf_counter()
         work()
         wall = time.perf_counter() - started
-        native = self._native_seconds() - native
+        native, waited = self._native_seconds() - native, self.runtime.executor.waited - waited
         samples += [ceiling() for _ in range(SAMPLES)]
-        return Sample(wall, native, max(samples))
+        return Sample(wall, native, waited, max(samples))
 
     def _native_seconds(self) -> float:
         return sum(variant.seconds for variant in self.runtime.executor.variants)
-
-    def cost(self, symbols: dict[str, int], context: int = 0) -> Cost:
-        """Of one step, for the variant that runs it."""
-        executor = self.runtime.executor
-        values = executor.known | symbols
-        info = executor.choose(values).info
-        if info.name not in self._programs:
-            self._programs[info.name] = parse_program(self.runtime.artifact.program_text(info))
-        return program_cost(self._programs[info.name], Shape(values, context))
 
     def ids(self, count: int) -> np.ndarray:
         return self.random.integers(0, self.vocabulary, count).astype(np.int32)
@@ -119,7 +166,7 @@ class Bench:
 class LanguageModelBench(Bench):
     """Prefill and decode of `batch` sequences."""
 
-    def __init__(self, runtime: Runtime, settings: Settings, ceilings: Ceilings):
+    def __init__(self, runtime: Runtime, settings: Settings, ceilings: Peaks):
         super().__init__(runtime, settings, ceilings)
         context = runtime.max_context
         self.made = settings.generate_tokens or min(GENERATE_TOKENS, max(1, context // 4))
@@ -127,6 +174,21 @@ class LanguageModelBench(Bench):
         if self.prompt + self.made > context:
             raise ShapeError(f"{self.prompt} prompt tokens and {self.made} made exceed the context "
                              f"of {context}: lower --prompt-tokens or --generate-tokens")
+        self.model = runtime.language_model
+        self.output = GREEDY if self.model.chooses else "logits"
+        self._require_cache()
+
+    def _require_cache(self) -> None:
+        """ShapeError if the batch does not fit a step or the cache."""
+        batch, model = self.settings.batch, self.model
+        most = min(model.most_sequences, model.most_tokens)
+        if batch > most:
+            raise ShapeError(f"--batch {batch}: a step takes {most} sequences at most")
+        pages = batch * -(-(self.prompt + self.made) // PAGE)
+        if pages > model.pool.size:
+            raise ShapeError(f"--batch {batch} needs {pages} pages of {PAGE} tokens, there is "
+                             f"memory for {model.pool.size}: lower --batch, --prompt-tokens or "
+                             "--generate-tokens")
 
     def report(self) -> dict[str, Any]:
         prefill: list[Sample] = []
@@ -137,7 +199,7 @@ class LanguageModelBench(Bench):
                 samples.append(sample)
         tokens = self.prompt * self.settings.batch
         flops = self.settings.batch * sum(
-            self._step_cost(1, count, end).products for count, end in self._chunks())
+            self.costs.of_tokens(1, count, end).products for count, end in self._chunks())
         return {
             "decode": self._decode_report(decode),
             "prefill": {"tokens": self.prompt, **self.compute_report(prefill, tokens, flops)},
@@ -155,32 +217,39 @@ class LanguageModelBench(Bench):
 
     def _chunks(self) -> list[tuple[int, int]]:
         """(tokens, end) of each step of a prompt."""
-        ends = [*range(CHUNK_TOKENS, self.prompt, CHUNK_TOKENS), self.prompt]
+        size = self.model.chunk_tokens
+        ends = [*range(size, self.prompt, size), self.prompt]
         return [(end - start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
     def _prefill(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
             for count, end in self._chunks():
-                self.runtime.step([Chunk(sequence, self.ids(count), int(end == self.prompt))])
+                self.runtime.step([Chunk(sequence, self.ids(count), int(end == self.prompt))],
+                                  self.output)
 
     def _decode(self, sequences: list[Sequence]) -> None:
         """Greedy steps, the choice of the next tokens included."""
         tokens = self.ids(len(sequences))
+        steps = self.runtime.decode_ahead(sequences, [
+            Start(token, sequence.length, Sampling(), slot=sequence.slot or 0) for token, sequence
+            in zip(tokens.tolist(), sequences, strict=True)], self.made)
+        if steps is not None:
+            with closing(steps):
+                for _ in steps:
+                    pass
+            return
         for _ in range(self.made):
             logits = self.runtime.step([Chunk(sequence, [token], 1) for sequence, token
                                         in zip(sequences, tokens, strict=True)])
             tokens = logits.argmax(axis=1)
 
-    def _step_cost(self, sequences: int, tokens: int, context: int) -> Cost:
-        symbols = {"tokens": sequences * tokens, "sequences": sequences, "rows": sequences,
-                   "table_width": -(-context // PAGE)}
-        return self.cost(symbols, context)
-
     def _decode_report(self, samples: list[Sample]) -> dict[str, Any]:
         batch, steps = self.settings.batch, self.made
-        cost = self._step_cost(batch, 1, self.prompt + (self.made + 1) // 2)
+        cost = self.costs.of_tokens(batch, 1, self.prompt + (self.made + 1) // 2)
         step_bytes = cost.weight_bytes + cost.state_bytes
+        host = {"host_us_per_step": median((s.wall - s.waited) / steps for s in samples) * 1e6}
         return {
+            **(host if on_gpu(self.runtime) else {}),
             "tokens": self.made,
             "tokens_per_second": median(batch * steps / s.wall for s in samples),
             "ms_per_token": median(s.wall / steps for s in samples) * 1e3,
@@ -198,6 +267,11 @@ class EncoderBench(Bench):
         limit = self.runtime.max_context
         tokens = self.settings.prompt_tokens or min(128, limit)
         batch = self.settings.batch
+        wanted = 4 * batch * tokens * self.runtime.config["hidden_size"]
+        if wanted > physical_memory() // 2:
+            raise ShapeError(f"--batch {batch} of {tokens} tokens makes {wanted >> 30} GiB of "
+                             "hidden states, which must fit half of this machine's memory: lower "
+                             "--batch or --prompt-tokens")
         sentences = [self.ids(tokens) for _ in range(batch)]
 
         def work() -> None:
@@ -205,7 +279,7 @@ class EncoderBench(Bench):
 
         work()
         samples = [self.sample(self.peak, work) for _ in range(self.settings.repeat)]
-        cost = self.cost({"tokens": tokens * batch, "sequences": batch})
+        cost = self.costs.of({"tokens": tokens * batch, "sequences": batch})
         return {"encode": {
             "tokens": tokens,
             "sentences_per_second": median(batch / s.wall for s in samples),

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from llmc.errors import LlmcError
 
+MOST_THREADS = 1024  # of a host's step
+MOST_DIGITS = 18  # of a number: one that no computer counts to is a mistake
+
 
 def cache_directory() -> Path:
     """LLMC_CACHE_DIR: where compiled models are kept (default: the platform's cache directory)."""
@@ -19,7 +22,10 @@ def cache_directory() -> Path:
 
 def threads() -> int | None:
     """LLMC_THREADS: host threads of a step (None: as many as the model's size pays for)."""
-    return positive("LLMC_THREADS")
+    count = positive("LLMC_THREADS")
+    if count is not None and count > MOST_THREADS:
+        raise LlmcError(f"LLMC_THREADS must be at most {MOST_THREADS}, got {count}")
+    return count
 
 
 def cores() -> int:
@@ -32,8 +38,8 @@ def positive(name: str) -> int | None:
     text = os.environ.get(name)
     if not text:
         return None
-    if not text.isdecimal() or int(text) < 1:
-        raise LlmcError(f"{name} must be a positive integer, got {text!r}")
+    if not text.isdecimal() or len(text) > MOST_DIGITS or int(text) < 1:
+        raise LlmcError(f"{name} must be a positive integer, got {text[:40]!r}")
     return int(text)
 
 

@@ -45,15 +45,23 @@ def run(arguments) -> int:
     return 0
 
 
+def describe_host(decode: dict[str, Any]) -> str:
+    """What Python takes of the steps."""
+    if "host_us_per_step" in decode:
+        return f"the host takes {decode['host_us_per_step']:.1f} us a step, and waits for the rest"
+    return f"outside the native call {decode['outside_share']:.1%}"
+
+
 def describe(report: dict[str, Any]) -> str:
     """The report in a few lines for people."""
-    lines = [f"{report['model']}: {report['dtype']}, {report['threads']} threads, "
+    where = report.get("device") or f"{report['threads']} threads"
+    lines = [f"{report['model']}: {report['dtype']}, {where}, "
              f"batch {report['batch']}, medians of {report['repeat']} rounds"]
     if decode := report.get("decode"):
         lines.append(
             f"decode   {decode['tokens_per_second']:10.1f} tokens/s   "
             f"{decode['gb_per_second']:8.2f} GB/s of {decode['read_bandwidth_gb_per_second']:.2f} "
-            f"({decode['share']:.0%}); outside the native call {decode['outside_share']:.1%}")
+            f"({decode['share']:.0%}); {describe_host(decode)}")
     if prefill := report.get("prefill"):
         lines.append(
             f"prefill  {prefill['tokens_per_second']:10.1f} tokens/s   "

@@ -6,6 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,6 @@ from llmc.runtime.step import GREEDY, Chunk, LanguageModel
 from llmc.runtime.targets import check_target, resolve_target
 from llmc.runtime.traffic import SeenShape
 
-MOST_THREADS = 1024
 CHUNK_TOKENS = 512  # tokens of one step: enough to be bound by arithmetic, small in memory
 LOGIT_BYTES = 64 << 20  # most memory for the logits of one step
 
@@ -106,8 +106,8 @@ def _options(given: Mapping[str, Any]) -> Options:
         value = getattr(options, name)
         if value is not None and (not isinstance(value, int) or value < 1):
             raise LlmcError(f"{name} must be a positive int, got {value!r}")
-    if (options.threads or 1) > MOST_THREADS:
-        raise LlmcError(f"threads must be at most {MOST_THREADS}, got {options.threads}")
+    if (options.threads or 1) > knobs.MOST_THREADS:
+        raise LlmcError(f"threads must be at most {knobs.MOST_THREADS}, got {options.threads}")
     return options
 
 
@@ -334,27 +334,36 @@ class Runtime:
             return
         token = self._next_token(sequence, ids, sampling, number)
         yield token
-        loop = None
+        ahead = None
         if isinstance(model, LanguageModel) and count > 1:
             start = Start(token, sequence.length, sampling, number, sequence.slot or 0)
-            with self._lock:
-                loop = decode_loop(model, [sequence], [start], count - 1)
-        if loop is not None:
-            yield from self._run_ahead(loop)
+            ahead = self.decode_ahead([sequence], [start], count - 1)
+        if ahead is not None:
+            with closing(ahead):
+                for tokens in ahead:
+                    yield tokens.item()
             return
         for _ in range(count - 1):
             token = self._next_token(sequence, np.array([token], np.int32), sampling, number)
             yield token
 
-    def _run_ahead(self, loop: DecodeLoop) -> Generator[int, None, None]:
-        """The tokens of a loop of one sequence."""
+    def decode_ahead(self, sequences: Sequence[CachedSequence], starts: Sequence[Start], steps: int
+                     ) -> Generator[np.ndarray, None, None] | None:
+        """Decode sequences together, so many tokens each, where the device can choose tokens and
+        feed them to its next step by itself (else None): yields those of each step, i32
+        [sequences]. Close it before anything else is done with the sequences."""
+        with self._lock:
+            loop = decode_loop(self.language_model, sequences, starts, steps)
+        return None if loop is None else self._run_ahead(loop)
+
+    def _run_ahead(self, loop: DecodeLoop) -> Generator[np.ndarray, None, None]:
         try:
             while True:
                 with self._lock:
                     tokens = loop.next()
                 if tokens is None:
                     return
-                yield tokens.item()
+                yield tokens
         finally:
             with self._lock:
                 loop.finish()

@@ -67,10 +67,18 @@ def test_an_encoder_does_not_generate(llmc_command):
     (("--prompt-tokens", "600"), ("600 prompt tokens", "exceed the context of 512")),
     (("--generate-tokens", "0"), ("--generate-tokens must be 1 or more",)),
     (("--batch", "0"), ("--batch",)),
+    (("--batch", "100000000"), ("--batch 100000000 needs", "pages of 32 tokens", "lower --batch")),
+    (("--batch", "1000000000000"), ("--batch 1000000000000: a step takes",)),
     (("--repeat", "-1"), ("--repeat",)),
 ])
 def test_bench(llmc_command, options, words):
     refused(llmc_command("bench", EMBEDDED, *options), *words)
+
+
+def test_bench_of_too_many_sentences(llmc_command):
+    bert = Path(__file__).parent.parent / "goldens" / "hf" / "bert"
+    refused(llmc_command("bench", bert, "--batch", 10**10), "--batch 10000000000 of", "GiB",
+            "lower --batch or --prompt-tokens")
 
 
 @pytest.mark.parametrize(("options", "words"), [
@@ -157,7 +165,8 @@ def test_an_artifact_of_another_cpu(llmc_command, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "value"), [
-    ("LLMC_THREADS", "many"), ("LLMC_THREADS", "0"), ("LLMC_MAX_CONTEXT", "-1"),
+    ("LLMC_THREADS", "many"), ("LLMC_THREADS", "0"), ("LLMC_THREADS", "1025"),
+    pytest.param("LLMC_THREADS", "9" * 5000, id="very-large"), ("LLMC_MAX_CONTEXT", "-1"),
     ("LLMC_CACHE_DIR", "/proc/cache"),
 ])
 def test_bad_environment_variables_are_named(llmc_command, monkeypatch, name, value):
