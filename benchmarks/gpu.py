@@ -43,112 +43,35 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import gpu_peers  # noqa: E402
 import make_model  # noqa: E402
 
+from llmc.cuda_ceilings import CudaCeilings  # noqa: E402
 from llmc.errors import DeviceError  # noqa: E402
+from llmc.runtime.cuda_device import Device, record_event, seconds_between  # noqa: E402
 
 CONTEXT = 1024  # tokens behind the middle one of those that are timed
 WARM, TIMED, SPARE = 32, 128, 8  # tokens of a decode run; those that are not read keep it going
 PROMPT = 2048
-BANDWIDTH_BYTES = 4 << 30
 MODEL_BYTES = 45 << 30
-READ_BLOCKS, READ_THREADS, READS = 8, 256, 8  # blocks of a multiprocessor; 16-byte loads of a turn
-
-# Reads `turns` times READS pieces of 16 bytes a thread, all threads side by side.
-READ_PTX = """
-.version 8.0
-.target sm_80
-.address_size 64
-.visible .entry read(.param .u64 base, .param .u64 turns)
-{{
-  .reg .pred %p<3>;
-  .reg .b32 %r<8>, %v<{values}>;
-  .reg .b64 %at, %turns, %step, %wide;
-  ld.param.u64 %at, [base];
-  ld.param.u64 %turns, [turns];
-  mov.u32 %r1, %ctaid.x;
-  mov.u32 %r2, %ntid.x;
-  mov.u32 %r3, %tid.x;
-  mov.u32 %r4, %nctaid.x;
-  mad.lo.u32 %r5, %r1, %r2, %r3;
-  mul.wide.u32 %wide, %r5, 16;
-  cvta.to.global.u64 %at, %at;
-  add.u64 %at, %at, %wide;
-  mul.lo.u32 %r6, %r4, %r2;
-  mul.wide.u32 %step, %r6, 16;
-  mov.u32 %r7, 0;
-LOOP:
-{loads}
-{joins}
-  sub.u64 %turns, %turns, 1;
-  setp.ne.u64 %p1, %turns, 0;
-  @%p1 bra LOOP;
-  setp.eq.u32 %p2, %r7, 0x12345678;
-  @%p2 st.global.u32 [%at], %r7;
-  ret;
-}}
-"""
-
-
-def read_ptx() -> str:
-    """PTX of the kernel `read`. What it reads is joined and, so that it must be read, might be
-    stored."""
-    loads, joins = [], []
-    for number in range(READS):
-        values = [f"%v{4 * number + i}" for i in range(4)]
-        loads += [f"  ld.global.nc.L1::no_allocate.v4.u32 {{{', '.join(values)}}}, [%at];",
-                  "  add.u64 %at, %at, %step;"]
-        joins += [f"  xor.b32 %r7, %r7, {value};" for value in values]
-    return READ_PTX.format(values=4 * READS, loads="\n".join(loads), joins="\n".join(joins))
-
-
-def make_event(device: Any) -> Any:
-    """A point of the GPU's stream, with its time."""
-    from llmc.runtime.cuda_device import call, event
-
-    made = event(timed=True)
-    call("cuEventRecord", made, device.stream)
-    return made
-
-
-def between(begin: Any, end: Any) -> float:
-    """Seconds from one event to another; both must have passed."""
-    from llmc.runtime.cuda_device import call
-
-    return call("cuEventElapsedTime", begin, end) / 1e3
+BANDWIDTH_SAMPLES = 11
 
 
 def read_bandwidth(device: Any) -> float:
-    """Bytes per second at which all multiprocessors together read memory."""
-    from llmc.runtime.cuda_device import Memory, Module, _driver, call, launch
-
-    attribute = _driver().CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
-    blocks = READ_BLOCKS * call("cuDeviceGetAttribute", attribute, call("cuDeviceGet", 0))
-    turns = BANDWIDTH_BYTES // (blocks * READ_THREADS * READS * 16)
-    module = Module(read_ptx().encode(), "read")
-    function = module.function("read", 0)
-    memory = Memory(device, BANDWIDTH_BYTES, "bandwidth")
-    memory.clear(device, 0x5A)
-    seconds = []
-    for _ in range(12):
-        begin = make_event(device)
-        launch(device, function, blocks, READ_THREADS, 0, memory.address, turns)
-        end = make_event(device)
-        device.wait()
-        seconds.append(between(begin, end))
-    memory.close()
-    module.close()
-    return turns * blocks * READ_THREADS * READS * 16 / statistics.median(seconds[2:])
-
-
-def open_device() -> Any:
-    from llmc.runtime.cuda_device import Device
-
-    return Device()
+    """Bytes per second at which the GPU reads memory."""
+    with CudaCeilings(device) as ceilings:
+        ceilings.read_bandwidth()
+        return statistics.median(ceilings.read_bandwidth() for _ in range(BANDWIDTH_SAMPLES))
 
 
 def bandwidth_part(work: Path) -> dict[str, Any]:
-    return {"gigabytes": round(read_bandwidth(open_device()) / 1e9)}
+    """The ceilings: bytes that are read, and operations, in a second."""
+    device = Device()
+    with CudaCeilings(device) as ceilings:
+        peaks = {name: statistics.median(sample() for _ in range(BANDWIDTH_SAMPLES))
+                 for name, sample in (("bf16", ceilings.peak_bf16), ("f32", ceilings.peak_f32))}
+    return {"gigabytes": round(read_bandwidth(device) / 1e9)} | {
+        f"teraflops_{name}": round(peak / 1e12, 1) for name, peak in peaks.items()}
 
 
 # ---- compiling and starting ---------------------------------------------------------------------
@@ -163,7 +86,7 @@ def compile_part(shape: str, work: Path) -> dict[str, Any]:
     started = time.perf_counter()
     make_model.make_model(shape, checkpoint, tiled=True)
     made = time.perf_counter()
-    compiled = compile_model(checkpoint, Target.parse(f"nvptx:{open_device().architecture}"))
+    compiled = compile_model(checkpoint, Target.parse(f"nvptx:{Device().architecture}"))
     seconds = time.perf_counter() - made
     compiled.write(work / f"{shape}.llmc")
     shutil.rmtree(checkpoint)
@@ -200,16 +123,13 @@ def start_part(shape: str, work: Path) -> dict[str, Any]:
 # ---- a model's steps ----------------------------------------------------------------------------
 
 
-def decode_bytes(shape: str) -> int:
+def decode_bytes(runtime: Any) -> int:
     """Bytes that a decode step at CONTEXT must read: every weight that is multiplied by, and the
     cache."""
-    config = make_model.LLAMA[shape]
-    tensors = dict(make_model.llama_tensors(config))
-    if not config["tie_word_embeddings"]:
-        del tensors["model.embed_tokens.weight"]  # one row is read
-    cache = (2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
-             * CONTEXT)
-    return 2 * (cache + sum(int(np.prod(shape)) for shape in tensors.values()))
+    from llmc.bench import StepCosts
+
+    cost = StepCosts(runtime).of_tokens(1, 1, CONTEXT)
+    return cost.weight_bytes + cost.state_bytes
 
 
 class Timeline:
@@ -226,43 +146,31 @@ class Timeline:
             decoder.trace = steps
 
     def _timed(self, *arguments: Any) -> None:
-        begin = make_event(self._executor.device)
+        begin = record_event(self._executor.device)
         self._run(*arguments)
-        self.steps.append((begin, make_event(self._executor.device)))
+        self.steps.append((begin, record_event(self._executor.device)))
 
     def stop(self) -> list[float]:
         """Seconds of each step."""
         self._executor._run = self._run
         self._trace(None)
         self._executor.device.wait()
-        return [between(begin, end) for begin, end in self.steps]
+        return [seconds_between(begin, end) for begin, end in self.steps]
 
     def busy(self) -> float:
         """Share of the time from the first step's begin to the last one's end in which one ran."""
-        running = sum(between(begin, end) for begin, end in self.steps)
-        return running / between(self.steps[0][0], self.steps[-1][1])
+        running = sum(seconds_between(begin, end) for begin, end in self.steps)
+        return running / seconds_between(self.steps[0][0], self.steps[-1][1])
 
 
 class Waiting:
     """The seconds for which the host waits for the GPU, from now on until `stop`."""
 
     def __init__(self, executor: Any):
-        self._device, self._wait = executor.device, executor.device.wait
-        self._decoders = executor._decoders
-        self._seconds = -self._waited()
-        self._device.wait = self._timed
-
-    def _waited(self) -> float:
-        return sum(decoder.waited for decoder in self._decoders)
-
-    def _timed(self) -> None:
-        started = time.perf_counter()
-        self._wait()
-        self._seconds += time.perf_counter() - started
+        self._executor, self._before = executor, executor.waited
 
     def stop(self) -> float:
-        self._device.wait = self._wait
-        return self._seconds + self._waited()
+        return self._executor.waited - self._before
 
 
 def decode(runtime: Any, watch: Callable[[], Any] = lambda: None) -> tuple[float, Any]:
@@ -307,7 +215,7 @@ def open_model(shape: str, work: Path) -> Any:
                         specialize="none")
 
 
-def decoding(runtime: Any, shape: str, bandwidth: float) -> dict[str, float]:
+def decoding(runtime: Any, bandwidth: float) -> dict[str, float]:
     """Figures of a token. bandwidth: bytes per second."""
     decode(runtime)
     wall = statistics.median(decode(runtime)[0] for _ in range(3))
@@ -315,7 +223,7 @@ def decoding(runtime: Any, shape: str, bandwidth: float) -> dict[str, float]:
         decode(runtime, lambda: Waiting(runtime.executor)) for _ in range(3)))
     _, events = decode(runtime, lambda: Timeline(runtime.executor))
     steps = statistics.median(events.result)
-    own = decode_bytes(shape) / bandwidth
+    own = decode_bytes(runtime) / bandwidth
     return {"milliseconds": round(wall * 1e3, 3), "events_ms": round(steps * 1e3, 3),
             "share_of_bandwidth": round(own / wall, 3), "events_share": round(own / steps, 3),
             "host_microseconds": round(host * 1e6, 1),
@@ -327,7 +235,7 @@ def steps_part(shape: str, work: Path) -> dict[str, Any]:
     runtime = open_model(shape, work)
     runtime.executor.borrow_decoder = lambda *_: None
     bandwidth = read_bandwidth(runtime.executor.device)
-    return {"decode": decoding(runtime, shape, bandwidth)}
+    return {"decode": decoding(runtime, bandwidth)}
 
 
 def model_part(shape: str, work: Path) -> dict[str, Any]:
@@ -337,7 +245,7 @@ def model_part(shape: str, work: Path) -> dict[str, Any]:
     bandwidth = read_bandwidth(runtime.executor.device)
     clock, device = prefill(runtime)
     return {"load_seconds": round(loading, 2), "bandwidth_gigabytes": round(bandwidth / 1e9),
-            "decode": decoding(runtime, shape, bandwidth),
+            "decode": decoding(runtime, bandwidth),
             "prefill": {"tokens": PROMPT, "milliseconds": round(clock * 1e3, 2),
                         "events_ms": round(device * 1e3, 2),
                         "tokens_per_second": round(PROMPT / clock),
@@ -355,8 +263,6 @@ def torch_part(shape: str, work: Path, wanted: Sequence[str]) -> dict[str, Any]:
         import transformers
     except ImportError as error:
         return {"left_out": str(error)}
-    import gpu_peers
-
     result: dict[str, Any] = {"torch": torch.__version__, "transformers": transformers.__version__}
     for name, figures in gpu_peers.measure(make_model.LLAMA[shape], wanted, CONTEXT, TIMED, PROMPT):
         result[name] = figures
@@ -511,8 +417,6 @@ def run_parts(names: Sequence[str], options: argparse.Namespace, device: Any) ->
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    import gpu_peers
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--peers", default=",".join(gpu_peers.MEASUREMENTS),
@@ -537,7 +441,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(PARTS[options.inside][0](options)))
         return 0
     try:
-        device = open_device()
+        device = Device()
     except DeviceError as error:
         print(f"gpu.py: {error}", file=sys.stderr)
         return 1
