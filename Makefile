@@ -34,7 +34,7 @@ test-gpu: $(VENV)/dev   ## what needs an NVIDIA GPU; one process, for they share
 
 bench-gpu: $(VENV)/dev   ## figures of this machine's GPU, beside torch's where it is there
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cuda]'
-	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/gpu.py $(OPTIONS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check llmc tests examples benchmarks tools
