@@ -22,6 +22,7 @@ from llmc.errors import CacheError, ModelError
 from llmc.runtime.artifact import (
     MANIFEST,
     Artifact,
+    Manifest,
     VariantInfo,
     is_artifact,
     read_manifest,
@@ -36,12 +37,29 @@ VARIANT_CACHE_BYTES = 256 << 20  # most that variants of hot shapes take on disk
 
 @dataclass(frozen=True)
 class Entry:
-    """A cached artifact: name, size on disk in bytes, time of last use (seconds since 1970)."""
+    """What is cached. kind: artifact, variant or profile; model and target: in a few words;
+    variant: its name, which says the shape, or those of an artifact; bytes on disk; used: time of
+    last use (seconds since 1970)."""
 
     path: Path
-    name: str
+    kind: str
+    model: str
+    target: str
+    variant: str
     bytes: int
     used: float
+
+
+def describe(manifest: Manifest) -> str:
+    """A model in a few words: its name, layers and width, dtype."""
+    layers, width = (manifest.config.get(name) for name in ("layers", "hidden_size"))
+    size = f" {layers}x{width}" if layers and width else ""
+    return f"{manifest.name}{size} {manifest.dtype}"
+
+
+def short_target(target: str) -> str:
+    """A target without its features."""
+    return ":".join(target.split(":")[:2])
 
 
 class Cache:
@@ -84,7 +102,8 @@ class Cache:
         for path in self.directory.glob("*.llmc"):
             if is_artifact(path):
                 size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-                found.append(Entry(path, _name(path), size, (path / MANIFEST).stat().st_mtime))
+                used = (path / MANIFEST).stat().st_mtime
+                found.append(Entry(path, "artifact", *_facts(path), size, used))
         yield from sorted(found, key=lambda entry: entry.used)
 
     def clear(self) -> int:
@@ -113,11 +132,14 @@ def _mark_used(manifest: Path) -> None:
         os.utime(manifest)
 
 
-def _name(path: Path) -> str:
+def _facts(path: Path) -> tuple[str, str, str]:
+    """Model, target and variants of an artifact."""
     try:
-        return read_manifest(path).name
+        manifest = read_manifest(path)
     except ModelError:
-        return "(damaged)"
+        return "(damaged)", "", ""
+    names = " ".join(variant.name for variant in manifest.variants)
+    return describe(manifest), short_target(manifest.target), names
 
 
 # ---- variants of hot shapes -----------------------------------------------------------------
@@ -126,12 +148,15 @@ def _name(path: Path) -> str:
 @dataclass(frozen=True)
 class StoredVariant:
     """A variant that was compiled for a shape: what the runtime must know, and object code (for a
-    GPU a cubin or PTX). launches: how a GPU runs it, as JSON ("" for a host)."""
+    GPU a cubin or PTX). launches: how a GPU runs it, as JSON ("" for a host); model and target, as
+    people know them."""
 
     info: VariantInfo
     object: bytes
     compile_seconds: float
     launches: str = ""
+    model: str = ""
+    target: str = ""
 
 
 class VariantCache:
@@ -199,7 +224,8 @@ class VariantCache:
         for path in self.directory.glob("*.variant"):
             with suppress(OSError):
                 status = path.stat()
-                found.append(Entry(path, _variant_name(path), status.st_size, status.st_mtime))
+                found.append(Entry(path, "variant", *_variant_facts(path), status.st_size,
+                                   status.st_mtime))
         yield from sorted(found, key=lambda entry: entry.used)
 
     def clear(self) -> int:
@@ -221,7 +247,7 @@ class VariantCache:
 
 def _format_variant(variant: StoredVariant) -> bytes:
     facts = {"info": asdict(variant.info), "compile_seconds": variant.compile_seconds,
-             "launches": variant.launches}
+             "launches": variant.launches, "model": variant.model, "target": variant.target}
     contents = json.dumps(facts).encode() + b"\n" + variant.object
     return hashlib.sha256(contents).hexdigest().encode() + b"\n" + contents
 
@@ -234,7 +260,7 @@ def _parse_variant(data: bytes) -> StoredVariant:
     facts, _, code = contents.partition(b"\n")
     parsed = json.loads(facts)
     return StoredVariant(variant_info(parsed["info"]), code, float(parsed["compile_seconds"]),
-                         str(parsed["launches"]))
+                         str(parsed["launches"]), str(parsed["model"]), str(parsed["target"]))
 
 
 def variant_info(data: Mapping) -> VariantInfo:
@@ -243,8 +269,27 @@ def variant_info(data: Mapping) -> VariantInfo:
     return VariantInfo(**{**data, "key": key})
 
 
-def _variant_name(path: Path) -> str:
-    with suppress(OSError, ValueError, KeyError), open(path, "rb") as stream:
+def _variant_facts(path: Path) -> tuple[str, str, str]:
+    """Model, target and name of a variant, without a look at its code."""
+    with suppress(OSError, ValueError, KeyError, TypeError), open(path, "rb") as stream:
         stream.readline(HEADER_BYTES)
-        return str(json.loads(stream.readline(HEADER_BYTES))["info"]["name"])
-    return "(damaged)"
+        facts = json.loads(stream.readline(HEADER_BYTES))
+        return str(facts["model"]), str(facts["target"]), str(facts["info"]["name"])
+    return "(damaged)", "", ""
+
+
+# ---- profiles -----------------------------------------------------------------------------------
+
+
+def profile_entries(directory: Path) -> Iterator[Entry]:
+    """The profiles of a cache directory, oldest use first."""
+    from llmc.runtime.profile import read_profile
+
+    found = []
+    for path in (directory / "profiles").glob("*.json"):
+        with suppress(OSError):
+            profile, status = read_profile(path), path.stat()
+            facts = ("(damaged)", "", "") if profile is None else (
+                profile.model, profile.target, f"{len(profile.hottest())} shapes")
+            found.append(Entry(path, "profile", *facts, status.st_size, status.st_mtime))
+    yield from sorted(found, key=lambda entry: entry.used)

@@ -21,13 +21,13 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from llmc.errors import CompileError, LlmcError
-from llmc.runtime.cache import StoredVariant, VariantCache, variant_info
+from llmc.runtime.cache import StoredVariant, VariantCache, short_target, variant_info
 from llmc.runtime.sources import text_key
 
 TIMEOUT = 600.0  # seconds that one variant may take; at the lowest priority, that is not much
@@ -40,12 +40,14 @@ COMMAND = (sys.executable, "-m", "llmc.runtime.jit")
 @dataclass(frozen=True)
 class Source:
     """What variants of one artifact are made from: texts of its optimised graph and generic
-    program, what it is compiled for, and the versions of what compiles and loads it."""
+    program, what it is compiled for, and the versions of what compiles and loads it. model: what
+    people call it, which changes nothing."""
 
     graph: str
     program: str
     target: str
     versions: str = ""
+    model: str = ""
 
     @cached_property
     def identity(self) -> str:
@@ -283,7 +285,8 @@ class Compiler:
                 writable = False  # a read-only cache, or a holder that hangs: go on without
             if (found := self.cache.get(key)) is not None:
                 return Outcome(job, found, cached=True)
-            variant = self._worker.ask(self._request(job), self._timeout)
+            variant = replace(self._worker.ask(self._request(job), self._timeout),
+                              model=self.source.model, target=short_target(self.source.target))
             if writable:
                 with suppress(OSError):  # a full disk: the code works without its copy
                     self.cache.put(key, variant)

@@ -97,6 +97,7 @@ class Profile:
         self.cells: dict[tuple[Shape, str], Cell] = {}
         self.verdicts: dict[Shape, Verdict] = {}
         self.ranges: dict[tuple[int, int], Verdict] = {}  # by (fewest, most) tokens
+        self.model = self.target = ""  # in words, for whoever finds the file
         self._folded_at = time.monotonic()
         self._folding = threading.Lock()
 
@@ -179,12 +180,14 @@ class Profile:
                 cell.saved, cell.saved_seconds = calls, seconds
         merged.verdicts |= self.verdicts
         merged.ranges |= self.ranges
+        merged.model, merged.target = self.model, self.target
 
     def as_json(self) -> dict[str, Any]:
         """What a profile file holds; verdicts of shapes that are forgotten go too."""
         shapes = {shape for shape, _ in self.cells}
         return {
             "format": FORMAT, "time": time.time(), "names": self.names,
+            "model": self.model, "target": self.target,
             "cells": [[shape, variant, cell.weight, cell.weighted_seconds]
                       for (shape, variant), cell in self.cells.items()],
             "verdicts": [[shape, asdict(verdict)] for shape, verdict in self.verdicts.items()
@@ -207,6 +210,7 @@ def read_profile(path: Path, now: float | None = None) -> Profile | None:
 
 def _from_json(data: Mapping[str, Any], factor: float) -> Profile:
     profile = Profile(str(name) for name in data["names"])
+    profile.model, profile.target = str(data.get("model", "")), str(data.get("target", ""))
     for shape, variant, weight, seconds in data["cells"]:
         key = _shape(shape, profile.names), str(variant)
         profile.cells[key] = Cell(float(weight) * factor, float(seconds) * factor)

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from llmc import knobs
 from llmc.errors import LlmcError
 from llmc.runtime.artifact import Artifact, VariantInfo
-from llmc.runtime.cache import StoredVariant, VariantCache
+from llmc.runtime.cache import StoredVariant, VariantCache, describe, short_target
 from llmc.runtime.compiler import Compiler, Job, Outcome, Source
 from llmc.runtime.dispatch import Dispatch
 from llmc.runtime.events import EventFeed
@@ -114,6 +114,7 @@ class Specializer:
         self.path = cache_dir / "profiles" / f"{source.identity}.json"
         self.traffic = Traffic(executor.dispatch, source.identity,
                                source.target.startswith("nvptx"))
+        self.profile.model, self.profile.target = source.model, short_target(source.target)
         self.promoted: dict[Own, Promoted] = {}
         self.attempt: Attempt | None = None
         self.error = ""  # why the thread gave up, if it did
@@ -492,7 +493,8 @@ def make_source(artifact: Artifact, target: str, versions: str = "") -> Source |
     graph = artifact.graph_text()
     if graph is None:
         return None
-    return Source(graph, artifact.program_text(generic), target, versions)
+    return Source(graph, artifact.program_text(generic), target, versions,
+                  describe(artifact.manifest))
 
 
 def _run(reference: weakref.ref[Specializer], wake: threading.Event, interval: float) -> None:

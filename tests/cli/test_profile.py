@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from llmc.cli.cache import age
 from llmc.runtime.artifact import VariantInfo
 from llmc.runtime.cache import StoredVariant, VariantCache
 from llmc.runtime.profile import Profile, Verdict
@@ -72,8 +74,23 @@ def test_the_cache_lists_and_clears_variants_and_profiles(llmc_command, saved: P
     directory = saved.parent.parent
     monkeypatch.setenv("LLMC_CACHE_DIR", str(directory))
     info = VariantInfo("tokens=8,rows=1", {"tokens": (8, 8)}, "64", "0", 3)
-    VariantCache(directory).put("0123", StoredVariant(info, b"code", 1.0))
-    listed = llmc_command("cache", "ls").out
-    assert "tokens=8,rows=1" in listed and "profiles/model.json" in listed
+    VariantCache(directory).put("0123", StoredVariant(info, b"code", 1.0, "", "llama 4x64 f32",
+                                                      "x86_64:znver3"))
+    VariantCache(directory).path("4567").write_bytes(b"broken")
+    heads, *lines = llmc_command("cache", "ls").out.splitlines()
+    assert heads.split() == ["kind", "model", "target", "variant", "size", "used", "file"]
+    (variant,) = (line for line in lines if "0123.variant" in line)
+    for fact in ("llama 4x64 f32", "x86_64:znver3", "tokens=8,rows=1", "KB", "s ago"):
+        assert fact in variant
+    assert any("(damaged)" in line and "4567" in line for line in lines)
+    assert any("3 shapes" in line and "profiles/model.json" in line for line in lines)
+    entries = json.loads(llmc_command("cache", "ls", "--json").out)
+    assert [entry["kind"] for entry in entries] == ["variant", "variant", "profile"]
+    assert {"path", "model", "target", "variant", "bytes", "used"} < set(entries[0])
     assert llmc_command("cache", "clear").status == 0
-    assert llmc_command("cache", "ls").out == ""
+    assert json.loads(llmc_command("cache", "ls", "--json").out) == []
+
+
+def test_ages_are_in_their_largest_unit():
+    assert [age(seconds) for seconds in (-1.0, 5.0, 90.0, 7200.0, 200000.0)] == [
+        "0 s", "5 s", "2 min", "2 h", "2 d"]

@@ -53,7 +53,10 @@ def test_an_entry_is_built_once(counted):
     first = cache.artifact("key", build)
     assert cache.artifact("key", build).directory == first.directory
     assert len(calls) == 1
-    assert [entry.name for entry in cache.entries()] == [first.manifest.name]
+    (entry,) = cache.entries()
+    assert (entry.kind, entry.variant) == ("artifact", "generic few")
+    assert entry.model == "llama 5x64 f32" and entry.target.startswith("x86_64:")
+    assert entry.path == first.directory
 
 
 @pytest.mark.parametrize("damage", ["manifest.json", "weights.bin", "variants/few.o"])
