@@ -186,7 +186,8 @@ class Target:
         if self.kind == "nvptx":
             return Capabilities(
                 name="nvptx", vector_lanes=4, matmul_rows=16, panel_columns=1, few_rows=8,
-                bf16_dot=True, kernels=HOST_KERNELS, weight_layout="columns")
+                bf16_dot=True, kernels=HOST_KERNELS | {GROUPED_MATMUL},
+                weight_layout="columns")
         lanes = self.vector_lanes
         many = lanes == 16 or self.processor == "aarch64"
         name = f"{self.processor}-{32 * lanes}" + ("-bf16" if self.bf16_dot else "")

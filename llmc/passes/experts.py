@@ -28,7 +28,7 @@ def expand_experts(capabilities: Capabilities) -> Rule:
         inner, columns = node.inputs[3].shape[0] // node["experts"], capabilities.panel_columns
         hidden = node.inputs[0].shape[1]
         if GROUPED_MATMUL not in capabilities.kernels or node.dtype.bits == 64 \
-                or inner % (columns // 2) or hidden % columns:
+                or inner % max(1, columns // 2) or hidden % columns:
             return None
         return _chosen_only(node)
 

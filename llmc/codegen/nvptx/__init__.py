@@ -36,9 +36,11 @@ KERNELS = {
     "argmax": ("extreme", "extreme"),
     "argmin": ("extreme", "extreme"),
     "cumsum": ("single", "AlongAxisKernel"),
-    "top_k": ("single", "AlongAxisKernel"),
+    "top_k": ("top_k", "top_k"),
     "scatter": ("single", "ScatterKernel"),
     "scan": ("scan", "scan"),
+    "group_rows": ("grouped", "GroupRowsKernel"),
+    "grouped_matmul": ("grouped", "grouped_matmul"),
 }
 
 

@@ -22,7 +22,7 @@ from llmc.ir.program import Program, Stage
 # Each gives a kernel, or None where it does not fit the product or the architecture; in order.
 KERNELS: list[Callable[[Product, Target], Kernel | RangedMatmul | None]] = [
     tensor_kernel,
-    lambda product, target: MatrixVector(product) if _few(product) else None,
+    lambda product, target: MatrixVector(product, bounds(product.rows)) if _few(product) else None,
     lambda product, target: TiledMatmul(product),
 ]
 

@@ -14,7 +14,7 @@ import llvmlite.ir as ir
 from llmc.codegen.host.kernel import Frame
 from llmc.codegen.llvm import I32, I64, Emitter, i32, i64
 from llmc.codegen.nvptx.matmul_ptx import copy_async, shared_pointer
-from llmc.codegen.nvptx.product import Product
+from llmc.codegen.nvptx.product import Product, RowTile
 
 PIECE = 16  # bytes of a copy
 CHUNK = 128  # bytes of k of a chunk
@@ -40,9 +40,9 @@ class TileLoader:
     in chunk 0."""
 
     def __init__(self, e: Emitter, frame: Frame, product: Product, shape: TileShape,
-                 thread: ir.Value, first_row: ir.Value, first_column: ir.Value):
-        """thread: i32; first_row, first_column (of each part): i64."""
-        self.e, self.product, self.shape = e, product, shape
+                 thread: ir.Value, tile: RowTile, first_column: ir.Value):
+        """thread: i32; first_column (of each part): i64."""
+        self.e, self.product, self.shape, self.tile = e, product, shape, tile
         self.step = shape.threads // PIECES  # rows that one round of copies covers
         self.row = e.b.lshr(thread, i32(3))
         self.piece = e.b.and_(thread, i32(PIECES - 1))
@@ -52,36 +52,35 @@ class TileLoader:
         self.whole = product.k * size % PIECE == 0  # rows start at pieces
         along = e.b.mul(e.b.zext(self.piece, I64), i64(PIECE))
         left, right = frame.pointer(product.left), frame.pointer(product.weight)
-        last_row = e.b.sub(frame.dim(product.rows), i64(1))
+        last_row = e.b.sub(tile.stop, i64(1))
         self.left = []
         for start in range(0, shape.rows, self.step):
-            row = e.minimum(e.b.add(first_row, e.b.add(self._row64(), i64(start))), last_row)
+            row = e.minimum(e.b.add(tile.first, e.b.add(self._row64(), i64(start))), last_row)
             self.left.append(e.offset(left, e.b.add(e.b.mul(row, i64(product.k * size)), along)))
         self.right = []
         for start in range(0, shape.columns, self.step):
-            column = self._column(start, first_column)
-            self.right.append(e.offset(right, e.b.add(
-                e.b.mul(column, i64(product.stride * size)), along)))
+            place = e.b.mul(self._column(start, first_column), i64(size))
+            self.right.append(e.offset(right, e.b.add(place, along)))
 
     def _row64(self) -> ir.Value:
         return self.e.b.zext(self.row, I64)
 
     def _column(self, start: int, first_column: ir.Value) -> ir.Value:
-        """The right operand's column behind a column of the tile; beyond the end, the last one."""
+        """First element of the right operand's column behind a column of the tile; beyond the end,
+        of the last one."""
         e, product = self.e, self.product
         width = self.shape.columns // product.parts
         if width % self.step == 0:  # all threads are in one part
-            part, inside = divmod(start, width)
+            number, inside = divmod(start, width)
+            part: ir.Value = i64(number)
             column = e.b.add(first_column, e.b.add(self._row64(), i64(inside)))
-            first = i64(part * product.part_size)
         else:
             place = e.b.add(self._row64(), i64(start))
             part = e.minimum(e.b.udiv(place, i64(width)), i64(product.parts - 1))
             column = e.b.add(first_column, e.b.sub(place, e.b.mul(part, i64(width))))
-            first = e.b.mul(part, i64(product.part_size))
         if product.part_size % width or self.shape.columns % product.parts:
             column = e.minimum(column, i64(product.part_size - 1))
-        return e.b.add(first, column)
+        return product.column(e, self.tile, part, column)
 
     def load(self, chunk: ir.Value, stage: ir.Value) -> None:
         """Start this thread's copies of a chunk (i64) to a stage (its shared address, i32)."""

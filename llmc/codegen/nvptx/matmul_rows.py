@@ -23,6 +23,7 @@ MATVEC_ROWS = 16  # beyond, reading the rows costs more than the weight
 # a 1B shape as one for those; with these, 1.15 times at most by the estimate.
 RANGES = (MATVEC_ROWS, 64, 256, 512, 1024, MANY_ROWS)
 MOST_PARTS = 4
+ENDLESS = 1 << 62  # the last row of a range without end
 
 
 def tensor_kernel(product: Product, target: Target) -> Kernel | RangedMatmul | None:
@@ -41,7 +42,7 @@ def tensor_kernel(product: Product, target: Target) -> Kernel | RangedMatmul | N
 def _ranges() -> list[tuple[int, int]]:
     """(first, last) rows of each; the last one is without end."""
     starts = [0, *(last + 1 for last in RANGES[:-1])]
-    return list(zip(starts, [*RANGES[:-1], 1 << 62], strict=True))
+    return list(zip(starts, [*RANGES[:-1], ENDLESS], strict=True))
 
 
 def _kernel(product: Product, architecture: str, rows: int) -> TensorMatvec | TensorMatmul:
@@ -52,15 +53,15 @@ def _kernel(product: Product, architecture: str, rows: int) -> TensorMatvec | Te
 class InRange:
     """A kernel that has blocks only where first <= rows <= last."""
 
-    def __init__(self, kernel: TensorMatvec | TensorMatmul, rows: Dim, first: int, last: int):
+    def __init__(self, kernel: Kernel, rows: Dim, first: int, last: int):
         self.kernel, self.rows, self.first, self.last = kernel, rows, first, last
         self.threads, self.shared_bytes = kernel.threads, kernel.shared_bytes
-        self.attributes = kernel.attributes
+        self.attributes: dict[str, int] = getattr(kernel, "attributes", {})
         self.awaits_earlier = getattr(kernel, "awaits_earlier", False)
 
     def blocks(self) -> Dim:
         inside: Dim = self._beyond(self.first - 1) if self.first else 1
-        if self.last <= RANGES[-1]:
+        if self.last < ENDLESS:
             inside = inside - self._beyond(self.last)
         return self.kernel.blocks() * inside
 

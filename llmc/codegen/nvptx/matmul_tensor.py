@@ -26,7 +26,7 @@ from llmc.codegen.nvptx.matmul_ptx import (
     wait_copies,
 )
 from llmc.codegen.nvptx.matmul_tiles import choose_tiling, chunk_count, make_consumer
-from llmc.codegen.nvptx.product import Epilogue, Product
+from llmc.codegen.nvptx.product import Epilogue, Product, RowTile
 from llmc.ir.dims import Dim, ceildiv
 
 PADDING = 8  # elements behind a row of sums: rows a power of two apart would share banks
@@ -64,20 +64,23 @@ class TensorMatmul:
         rank = e.b.urem(e.block, i64(self.split))
         count = e.b.mul(row_tiles, i64(self.column_tiles))
         with e.b.if_then(e.b.icmp_signed("<", tile, count)):
-            self._tile(e, frame, e.b.mul(e.b.urem(tile, row_tiles), i64(self.shape.rows)),
-                       e.b.mul(e.b.udiv(tile, row_tiles), i64(self.width)), rank)
+            first = e.b.mul(e.b.urem(tile, row_tiles), i64(self.shape.rows))
+            self.emit_tile(e, frame, self.product.all_rows(frame, first),
+                           e.b.udiv(tile, row_tiles), rank)
 
-    def _tile(self, e: DeviceEmitter, frame: DeviceFrame, first_row: ir.Value,
-              first_column: ir.Value, rank: ir.Value) -> None:
+    def emit_tile(self, e: DeviceEmitter, frame: DeviceFrame, rows: RowTile, number: ir.Value,
+                  rank: ir.Value) -> None:
+        """The number-th tile of columns of these rows, by block `rank` of a cluster."""
         thread = e.b.trunc(e.thread, I32)
-        loader = TileLoader(e, frame, self.product, self.shape, thread, first_row, first_column)
+        first_column = e.b.mul(number, i64(self.width))
+        loader = TileLoader(e, frame, self.product, self.shape, thread, rows, first_column)
         first, last = (e.b.udiv(e.b.mul(i64(self.chunks), e.b.add(rank, i64(more))),
                                 i64(self.split)) for more in (0, 1))
         sums = self._stream(e, loader, self.consumer.begin(e, thread), first, last)
         self.consumer.keep(e, shared_memory(e), self.sums.stride, sums)
         meet = barrier if self.split == 1 else cluster_barrier
         meet(e)
-        self.sums.finish(e, frame, self.epilogue, first_row, first_column, rank)
+        self.sums.finish(e, frame, self.epilogue, rows, first_column, rank)
         if self.split > 1:
             meet(e)  # nobody leaves while others read its sums
 
@@ -144,15 +147,15 @@ class SumTile:
         return VECTOR if self.width % VECTOR == 0 and product.part_size % VECTOR == 0 else 1
 
     def finish(self, e: DeviceEmitter, frame: DeviceFrame, epilogue: Epilogue,
-               first_row: ir.Value, first_column: ir.Value, rank: ir.Value) -> None:
+               tile: RowTile, first_column: ir.Value, rank: ir.Value) -> None:
         """The epilogue of every element that exists, all threads of the block together."""
         product = epilogue.product
         lanes = self._lanes(product)
         groups = self.width // lanes
         own = self.rows // self.split
         start = e.b.mul(rank, i64(own))
-        first_row = e.b.add(first_row, start)
-        rows = e.minimum(i64(own), e.b.sub(frame.dim(product.rows), first_row))
+        first_row = e.b.add(tile.first, start)
+        rows = e.minimum(i64(own), e.b.sub(tile.stop, first_row))
         with e.loop(e.thread, e.b.mul(rows, i64(groups)), self.threads, "vector") as number:
             row = e.b.udiv(number, i64(groups))
             inside = e.b.mul(e.b.urem(number, i64(groups)), i64(lanes))

@@ -107,9 +107,10 @@ def tilings(product: Product, architecture: str) -> Iterator[Tiling]:
 
 
 def estimate(product: Product, tiling: Tiling, rows: int) -> float:
-    """Microseconds, roughly."""
+    """Microseconds, roughly; rows: of each group."""
     shape = tiling.shape
     tiles = -(-rows // shape.rows) * -(-product.part_size // (shape.columns // product.parts))
+    tiles *= product.groups
     blocks = tiles * tiling.split
     active = min(tiling.resident, -(-blocks // PROCESSORS))
     waves = -(-blocks // (PROCESSORS * active))
@@ -120,6 +121,7 @@ def estimate(product: Product, tiling: Tiling, rows: int) -> float:
     exchanged = shape.rows * shape.columns * 4 / 1024 * (tiling.split - 1) / tiling.split
     extra = BLOCK_TIME + EXCHANGE_TIME * exchanged
     time = waves * (chunk_count(product) / tiling.split * chunk + extra)
-    weight = product.stride * product.part_size * product.parts * product.dtype.bits // 8
+    columns = product.part_size * product.parts * product.groups
+    weight = product.stride * columns * product.dtype.bits // 8
     streaming = weight / MEMORY_BYTES / PROCESSORS + extra
     return (time**6 + streaming**6)**(1 / 6)  # near the greater one, they overlap but partly

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from llmc.codegen import elements
 from llmc.codegen.llvm import Emitter, i32, i64, ir
 from llmc.codegen.nvptx.kernel import WARP, DeviceEmitter, DeviceFrame
-from llmc.codegen.nvptx.product import Epilogue, Product
-from llmc.ir.dims import Dim, bounds, ceildiv
+from llmc.codegen.nvptx.product import Epilogue, Product, RowTile
+from llmc.ir.dims import Dim, ceildiv
 
 COLUMNS = 2  # of each part, for a warp
 LOADS = 8  # 16-byte loads of the weight that a lane has in flight
@@ -26,11 +26,12 @@ class MatrixVector:
     threads = 128
     shared_bytes = 0
 
-    def __init__(self, product: Product):
+    def __init__(self, product: Product, limits: tuple[int, int | None]):
+        """limits: least and most rows of a tile."""
         self.product = product
         self.epilogue = Epilogue(product)
         self.columns_per_block = self.threads // WARP * COLUMNS
-        low, high = bounds(product.rows)
+        low, high = limits
         assert high is not None
         sizes = [size for size in ROW_COUNTS if size < high] + [max(1, high)]
         self.row_counts = [size for size in sizes if size >= low]
@@ -40,16 +41,21 @@ class MatrixVector:
         return ceildiv(self.product.part_size, self.columns_per_block)
 
     def emit(self, e: DeviceEmitter, frame: DeviceFrame) -> None:
-        """The columns of this warp, past all rows."""
+        self.emit_tile(e, frame, self.product.all_rows(frame), e.block)
+
+    def emit_tile(self, e: DeviceEmitter, frame: DeviceFrame, tile: RowTile, number: ir.Value
+                  ) -> None:
+        """The columns of this warp in the number-th block's, past these rows."""
         warp = e.b.lshr(e.thread, i64(5))
-        first = e.b.add(e.b.mul(e.block, i64(self.columns_per_block)),
+        first = e.b.add(e.b.mul(number, i64(self.columns_per_block)),
                         e.b.mul(warp, i64(COLUMNS)))
-        rows = frame.dim(self.product.rows)
+        rows = e.b.sub(tile.stop, tile.first)
         inside = e.b.and_(e.b.icmp_signed("<", first, i64(self.product.part_size)),
                           e.b.icmp_signed(">", rows, i64(0)))
         with e.b.if_then(inside):
             for count in self._choose(e, rows):
-                self._finish(e, frame, first, rows, self._sums(e, frame, first, rows, count))
+                self._finish(e, frame, tile, first, rows,
+                             self._sums(e, frame, tile, first, rows, count))
 
     def _choose(self, e: DeviceEmitter, rows: ir.Value) -> Iterator[int]:
         """Branch to the code for the least number of rows that suffices; the caller emits each."""
@@ -66,17 +72,19 @@ class MatrixVector:
         e.b.branch(done)
         e.b.position_at_end(done)
 
-    def _sums(self, e: DeviceEmitter, frame: DeviceFrame, first: ir.Value, rows: ir.Value,
-              count: int) -> list[list[ir.Value]]:
+    def _sums(self, e: DeviceEmitter, frame: DeviceFrame, tile: RowTile, first: ir.Value,
+              rows: ir.Value, count: int) -> list[list[ir.Value]]:
         """[row * COLUMNS + column][part]: sums in every lane.
 
         Rows and columns beyond the end stand for the last ones again.
         """
         product, parts = self.product, self.product.parts
         last_row, last_column = e.b.sub(rows, i64(1)), i64(product.part_size - 1)
-        left = [product.row(e, frame, e.minimum(i64(row), last_row)) for row in range(count)]
-        weight = [product.column(e, part, e.minimum(e.b.add(first, i64(column)), last_column))
-                  for column in range(COLUMNS) for part in range(parts)]
+        left = [product.row(e, frame, e.b.add(tile.first, e.minimum(i64(row), last_row)))
+                for row in range(count)]
+        columns = [e.minimum(e.b.add(first, i64(column)), last_column) for column in range(COLUMNS)]
+        weight = [product.column(e, tile, i64(part), column)
+                  for column in columns for part in range(parts)]
         lane = e.b.and_(e.thread, i64(WARP - 1))
         start, chunk = e.b.mul(lane, i64(self.width)), WARP * self.width
         unroll = max(1, min(LOADS // len(weight), product.k // chunk))
@@ -110,8 +118,8 @@ class MatrixVector:
                     sums[place] = dot(e, a, b, sums[place])
         return sums
 
-    def _finish(self, e: DeviceEmitter, frame: DeviceFrame, first: ir.Value, rows: ir.Value,
-                sums: list[list[ir.Value]]) -> None:
+    def _finish(self, e: DeviceEmitter, frame: DeviceFrame, tile: RowTile, first: ir.Value,
+                rows: ir.Value, sums: list[list[ir.Value]]) -> None:
         """Lane i finishes element i (row i / COLUMNS, column i % COLUMNS)."""
         lane = e.b.and_(e.thread, i64(WARP - 1))
         chosen = sums[0]
@@ -125,7 +133,7 @@ class MatrixVector:
                           e.b.icmp_signed("<", column, i64(self.product.part_size)))
         inside = e.b.and_(inside, e.b.icmp_signed("<", lane, i64(len(sums))))
         with e.b.if_then(inside):
-            self.epilogue.emit(e, frame, row, column, chosen)
+            self.epilogue.emit(e, frame, e.b.add(tile.first, row), column, chosen)
 
 
 def load_vector(e: Emitter, base: ir.Value, offset: ir.Value, product: Product, width: int,

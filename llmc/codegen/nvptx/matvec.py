@@ -24,7 +24,7 @@ from llmc.codegen.nvptx.matmul_ptx import (
 from llmc.codegen.nvptx.matmul_tensor import SumTile
 from llmc.codegen.nvptx.matmul_tiles import PROCESSORS
 from llmc.codegen.nvptx.overlap import await_earlier, may_overlap
-from llmc.codegen.nvptx.product import Epilogue, Product
+from llmc.codegen.nvptx.product import Epilogue, Product, RowTile
 from llmc.ir.dims import Dim, minimum
 
 SLOTS = 16  # columns of a block's tile: the rows of a fragment
@@ -38,7 +38,7 @@ class TensorMatvec:
 
     def __init__(self, product: Product, architecture: str, rows: int):
         """Warps share out k: enough in all to keep every processor's loads in flight."""
-        tiles = product.part_size * product.parts // SLOTS
+        tiles = product.part_size * product.parts // SLOTS * min(rows, product.groups)
         warps = 16 if tiles < 2 * PROCESSORS else 8
         self.product, self.epilogue = product, Epilogue(product)
         self.row_fragments = -(-rows // ROWS)
@@ -57,22 +57,26 @@ class TensorMatvec:
         return minimum(1, self.product.rows) * self.tiles
 
     def emit(self, e: DeviceEmitter, frame: DeviceFrame) -> None:
-        """This block's columns: sums of every warp, added up, and the epilogue."""
+        self.emit_tile(e, frame, self.product.all_rows(frame), e.block)
+
+    def emit_tile(self, e: DeviceEmitter, frame: DeviceFrame, tile: RowTile, number: ir.Value
+                  ) -> None:
+        """The number-th columns of these rows: sums of every warp, added up, and the epilogue."""
         thread = e.b.trunc(e.thread, I32)
         self.lane = e.b.and_(thread, i32(WARP - 1))
         self.warp = e.b.lshr(thread, i32(5))
-        first_column = e.b.mul(e.block, i64(self.width))
-        columns = self._columns(e, frame, first_column)
+        first_column = e.b.mul(number, i64(self.width))
+        columns = self._columns(e, frame, tile, first_column)
         loaded = self._load(e, columns, e.b.zext(self.warp, I64))
         if self.awaits_earlier:
             await_earlier(e)  # weights come from no kernel, the rows do
-        sums = self._stream(e, columns, self._rows(e, frame), loaded)
+        sums = self._stream(e, columns, self._rows(e, frame, tile), loaded)
         memory = shared_memory(e)
         self._keep(e, memory, sums)
         barrier(e)
         self._add_up(e, memory, thread)
         barrier(e)
-        self.sums.finish(e, frame, self.epilogue, i64(0), first_column, i64(0))
+        self.sums.finish(e, frame, self.epilogue, tile, first_column, i64(0))
 
     # ---- addresses ---------------------------------------------------------------------------
 
@@ -80,7 +84,8 @@ class TensorMatvec:
         """Where in each 32 elements of k this lane's eight lie; i64."""
         return e.b.zext(e.b.shl(e.b.and_(self.lane, i32(3)), i32(3)), I64)
 
-    def _columns(self, e: DeviceEmitter, frame: DeviceFrame, first: ir.Value) -> list[ir.Value]:
+    def _columns(self, e: DeviceEmitter, frame: DeviceFrame, tile: RowTile, first: ir.Value
+                 ) -> list[ir.Value]:
         """This lane's two columns of the weight, from its first piece on."""
         base = frame.pointer(self.product.weight)
         pointers = []
@@ -89,18 +94,18 @@ class TensorMatvec:
             part = e.minimum(e.b.udiv(slot, i64(self.width)), i64(self.product.parts - 1))
             inside = e.b.sub(slot, e.b.mul(part, i64(self.width)))
             column = e.minimum(e.b.add(first, inside), i64(self.product.part_size - 1))
-            column = e.b.add(column, e.b.mul(part, i64(self.product.part_size)))
-            place = e.b.add(e.b.mul(column, i64(self.product.stride)), self._piece(e))
+            place = e.b.add(self.product.column(e, tile, part, column), self._piece(e))
             pointers.append(e.offset(base, e.b.mul(place, i64(2))))
         return pointers
 
-    def _rows(self, e: DeviceEmitter, frame: DeviceFrame) -> list[ir.Value]:
+    def _rows(self, e: DeviceEmitter, frame: DeviceFrame, tile: RowTile) -> list[ir.Value]:
         """This lane's row of every fragment; beyond the end, the last one."""
         base = frame.pointer(self.product.left)
-        last = e.b.sub(e.maximum(frame.dim(self.product.rows), i64(1)), i64(1))
+        last = e.b.sub(e.maximum(tile.stop, i64(1)), i64(1))
         rows = []
         for fragment in range(self.row_fragments):
             own = e.b.add(e.b.zext(e.b.lshr(self.lane, i32(2)), I64), i64(ROWS * fragment))
+            own = e.b.add(tile.first, own)
             place = e.b.add(e.b.mul(e.minimum(own, last), i64(self.product.k)), self._piece(e))
             rows.append(e.offset(base, e.b.mul(place, i64(2))))
         return rows

@@ -23,6 +23,16 @@ from llmc.ir.program import Buffer, Program, Stage, unsupported
 
 
 @dataclass(frozen=True)
+class RowTile:
+    """Rows that a block takes: from `first` on, and before `stop`; group: which of the weight's
+    matrices they are multiplied by. All i64."""
+
+    first: ir.Value
+    stop: ir.Value
+    group: ir.Value
+
+
+@dataclass(frozen=True)
 class Product:
     """a[rows..., k] @ w[k, n]: rows in a plain buffer, w by columns, both of one dtype.
 
@@ -52,8 +62,13 @@ class Product:
         return evaluate(self.weight.layout.stride(self.weight.type.shape), {})
 
     @property
+    def groups(self) -> int:
+        """Matrices in the weight, each for rows of its own (see grouped.py)."""
+        return 1
+
+    @property
     def part_size(self) -> int:
-        return evaluate(self.weight.type.shape[1], {}) // self.parts
+        return evaluate(self.weight.type.shape[1], {}) // self.parts // self.groups
 
     @property
     def dtype(self) -> DType:
@@ -76,17 +91,34 @@ class Product:
         """Number of a row's first element in the left buffer."""
         return e.b.mul(row, i64(self.k))
 
-    def column(self, e: Emitter, part: int, column: ir.Value) -> ir.Value:
+    def column(self, e: Emitter, tile: RowTile, part: ir.Value, column: ir.Value) -> ir.Value:
         """Number of the first element of a column of a part, in the weight."""
-        return e.b.mul(e.b.add(column, i64(part * self.part_size)), i64(self.stride))
+        column = e.b.add(column, e.b.mul(part, i64(self.part_size)))
+        return e.b.mul(column, i64(self.stride))
+
+    def all_rows(self, frame: DeviceFrame, first: ir.Value | None = None) -> RowTile:
+        """The rows from `first` on, of a product by one matrix."""
+        return RowTile(i64(0) if first is None else first, frame.dim(self.rows), i64(0))
 
 
 def find_product(stage: Stage, program: Program) -> Product:
     """The product of a matmul stage; CompileError where its body is none that kernels take."""
-    found = [node for node in stage.body.nodes() if node.op == "matmul"]
+    node = only_product(stage, "matmul")
+    return Product(stage, program, node, *find_operands(stage, program, node),
+                   count_parts(stage.body, node))
+
+
+def only_product(stage: Stage, op: str) -> Node:
+    """The one node of that op in a stage's body."""
+    found = [node for node in stage.body.nodes() if node.op == op]
     if len(found) != 1:
         raise unsupported(stage, f"its body holds {len(found)} products, not one")
-    source, right = found[0].inputs
+    return found[0]
+
+
+def find_operands(stage: Stage, program: Program, node: Node) -> tuple[Buffer, Buffer]:
+    """Where the rows and the weight of a product lie."""
+    source, right = node.inputs[:2]
     while source.op == "reshape":  # changes nothing where rows lie one after the other
         source = source.inputs[0]
     left, weight = operand_buffer(stage, program, source), operand_buffer(stage, program, right)
@@ -96,10 +128,10 @@ def find_product(stage: Stage, program: Program) -> Product:
         raise unsupported(stage, f"its left operand does not lie in rows of {weight.type.dtype}")
     if weight.type.dtype.name not in ("f64", "f32", "bf16", "f16"):
         raise unsupported(stage, f"no kernel for weights of {weight.type.dtype}")
-    return Product(stage, program, found[0], left, weight, _part_count(stage.body, found[0]))
+    return left, weight
 
 
-def _part_count(body: Graph, product: Node) -> int:
+def count_parts(body: Graph, product: Node) -> int:
     """How many equal slices tile the last axis, where the body reads nothing else; else 1."""
     users = body.users().get(product, [])
     width = evaluate(product.shape[-1], {})

@@ -12,7 +12,7 @@ from llmc.codegen import elements
 from llmc.codegen.llvm import Emitter, i32, i64, ir
 from llmc.codegen.nvptx.kernel import DeviceEmitter, DeviceFrame
 from llmc.codegen.nvptx.matrix_vector import load_vector
-from llmc.codegen.nvptx.product import Epilogue, Product
+from llmc.codegen.nvptx.product import Epilogue, Product, RowTile
 from llmc.ir.dims import Dim, ceildiv, maximum
 
 ROWS, DEPTH = 64, 16  # rows of a tile, and k of a step
@@ -59,13 +59,17 @@ class TiledMatmul:
         with e.b.if_then(e.b.icmp_signed(">", tiles, i64(0))):
             column_tile = e.b.udiv(e.block, tiles)
             first_row = e.b.mul(e.b.sub(e.block, e.b.mul(column_tile, tiles)), i64(ROWS))
-            first_column = e.b.mul(column_tile, i64(self.columns))
-            sums = self._sums(e, frame, first_row, first_column)
-            self._finish(e, frame, first_row, first_column, sums)
+            self.emit_tile(e, frame, self.product.all_rows(frame, first_row), column_tile)
+
+    def emit_tile(self, e: DeviceEmitter, frame: DeviceFrame, tile: RowTile, number: ir.Value
+                  ) -> None:
+        """The number-th tile of columns of these rows."""
+        first_column = e.b.mul(number, i64(self.columns))
+        self._finish(e, frame, tile, first_column, self._sums(e, frame, tile, first_column))
 
     # ---- sums -------------------------------------------------------------------------------
 
-    def _sums(self, e: DeviceEmitter, frame: DeviceFrame, first_row: ir.Value,
+    def _sums(self, e: DeviceEmitter, frame: DeviceFrame, tile: RowTile,
               first_column: ir.Value) -> list[ir.Value]:
         """[own row][part][own column], of this thread."""
         product = self.product
@@ -73,8 +77,8 @@ class TiledMatmul:
         count = OWN_ROWS * product.parts * self.width
         zero = ir.Constant(product.element, 0.0)
         with e.fold(0, product.k, [zero] * count, DEPTH) as (k, sums, finish):
-            self._copy_rows(e, frame, left, first_row, k)
-            self._copy_columns(e, frame, right, first_column, k)
+            self._copy_rows(e, frame, left, tile, k)
+            self._copy_columns(e, frame, right, tile, first_column, k)
             e.barrier()
             totals = list(sums)
             for depth in range(DEPTH):
@@ -87,13 +91,13 @@ class TiledMatmul:
         element = self.product.element
         return _Tile(e.shared(element, DEPTH * (lines + PADDING)), lines, element)
 
-    def _copy_rows(self, e: DeviceEmitter, frame: DeviceFrame, tile: _Tile, first: ir.Value,
+    def _copy_rows(self, e: DeviceEmitter, frame: DeviceFrame, tile: _Tile, rows: RowTile,
                    k: ir.Value) -> None:
         """Rows of the left operand; zeros where k ends."""
         product = self.product
-        last = e.b.sub(frame.dim(product.rows), i64(1))
+        last = e.b.sub(rows.stop, i64(1))
         for line, offset in self._vectors(e, ROWS):
-            row = product.row(e, frame, e.minimum(e.b.add(first, line), last))
+            row = product.row(e, frame, e.minimum(e.b.add(rows.first, line), last))
             at = e.b.add(k, offset)
             inside = e.minimum(at, i64(product.k - self.vector))
             value = load_vector(e, frame.pointer(product.left), e.b.add(row, inside), product,
@@ -104,17 +108,16 @@ class TiledMatmul:
                 value = e.b.select(e.b.icmp_signed("<", at, i64(product.k)), value, zero)
             self._store(e, tile, line, offset, value)
 
-    def _copy_columns(self, e: DeviceEmitter, frame: DeviceFrame, tile: _Tile, first: ir.Value,
-                      k: ir.Value) -> None:
+    def _copy_columns(self, e: DeviceEmitter, frame: DeviceFrame, tile: _Tile, rows: RowTile,
+                      first: ir.Value, k: ir.Value) -> None:
         """Columns of the weight, part by part; its padding is zero."""
         product = self.product
         last = i64(product.part_size - 1)
         for line, offset in self._vectors(e, tile.lines):
             part = e.b.udiv(line, i64(self.columns))
             own = e.b.sub(line, e.b.mul(part, i64(self.columns)))
-            column = e.b.add(e.minimum(e.b.add(first, own), last),
-                             e.b.mul(part, i64(product.part_size)))
-            place = e.b.add(e.b.mul(column, i64(product.stride)), e.b.add(k, offset))
+            column = product.column(e, rows, part, e.minimum(e.b.add(first, own), last))
+            place = e.b.add(column, e.b.add(k, offset))
             value = load_vector(e, frame.pointer(product.weight), place, product, self.vector,
                                 constant=True)
             self._store(e, tile, line, offset, elements.decode(e, value, product.dtype))
@@ -169,19 +172,19 @@ class TiledMatmul:
 
     # ---- results ----------------------------------------------------------------------------
 
-    def _finish(self, e: DeviceEmitter, frame: DeviceFrame, first_row: ir.Value,
+    def _finish(self, e: DeviceEmitter, frame: DeviceFrame, tile: RowTile,
                 first_column: ir.Value, sums: list[ir.Value]) -> None:
         """Rows and columns of this thread that lie inside, in vectors where the parts allow it."""
         product, width = self.product, self.width
         own_row, own_column = self._own(e)
-        row, column = e.b.add(first_row, own_row), e.b.add(first_column, own_column)
+        row, column = e.b.add(tile.first, own_row), e.b.add(first_column, own_column)
         lanes = width if product.part_size % width == 0 else 1
         for i in range(OWN_ROWS):
             at = e.b.add(row, i64(i))
             own = sums[i * product.parts * width:(i + 1) * product.parts * width]
             for j in range(0, width, lanes):
                 here = e.b.add(column, i64(j))
-                inside = e.b.and_(e.b.icmp_signed("<", at, frame.dim(product.rows)),
+                inside = e.b.and_(e.b.icmp_signed("<", at, tile.stop),
                                   e.b.icmp_signed("<", here, i64(product.part_size)))
                 values = [elements.collect(e, own[part * width + j:part * width + j + lanes])
                           for part in range(product.parts)]
