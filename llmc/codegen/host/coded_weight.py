@@ -17,18 +17,15 @@ import llvmlite.ir as ir
 
 from llmc.codegen.host.byte_dot import STEPS, ByteDot, ByteReader
 from llmc.codegen.host.microkernel import (
-    PREFETCH_BYTES,
+    Ahead,
     Tile,
     flatten,
-    prefetch,
     splat_constant,
     unflatten,
 )
 from llmc.codegen.host.packed_weight import Panel, QuantizedWeight
 from llmc.codegen.llvm import F32, I32, POINTER, Emitter, i64, vector
 from llmc.ir.layouts import CodedRows
-
-PREFETCHING_ROWS = 4  # with more, a panel is read from the cache
 
 
 @dataclass(frozen=True)
@@ -54,6 +51,16 @@ class LeftCodes:
     def _at(self, e: Emitter, row: int, block: ir.Value, line: int) -> ir.Value:
         words = e.b.mul(block, i64(self.layout.group_words))
         return e.offset(self.pointers[row], e.b.add(words, i64(line * self.layout.rows)), I32)
+
+
+@dataclass(frozen=True)
+class _Codes:
+    """The codes of a panel that belong to a block of k, and what to prefetch while they are
+    read."""
+
+    block: ir.Value
+    address: ir.Value
+    ahead: Ahead
 
 
 @dataclass(frozen=True)
@@ -100,11 +107,13 @@ class CodedWeight(QuantizedWeight):
         """
         hidden = e.b.asm(ir.FunctionType(POINTER, [POINTER]), "", "=r,0", [sums], True)
         lanes = self.block // self.reader.layout.interleave
-        codes = e.offset(panel.weights, e.b.mul(block, i64(lanes * self.reader.group_bytes)))
+        distance = e.b.mul(block, i64(lanes * self.reader.group_bytes))
+        codes = _Codes(block, e.offset(panel.weights, distance),
+                       (panel.ahead or Ahead.of(e, panel.weights)).moved(e, distance))
         width = self.dot.vectors_at_once(self.reader.vectors, -(-size // 4))
         for first in range(0, self.reader.vectors, width):
             columns = range(first, first + width)
-            tile = self._integers(e, left, codes, block, size, columns)
+            tile = self._integers(e, left, codes, size, columns)
             self._scaled(e, left, panel, tile, block, columns, hidden)
 
     def _scaled(self, e: Emitter, left: LeftCodes, panel: Panel, tile: Tile, block: ir.Value,
@@ -135,25 +144,25 @@ class CodedWeight(QuantizedWeight):
 
     # ---- integers ---------------------------------------------------------------------------
 
-    def _integers(self, e: Emitter, left: LeftCodes, codes: ir.Value, block: ir.Value,
-                  size: int, columns: range) -> Tile:
+    def _integers(self, e: Emitter, left: LeftCodes, codes: _Codes, size: int,
+                  columns: range) -> Tile:
         """Sums of the products of bytes over a block's first `size` k, STEPS steps at a time, for
         some vectors of columns."""
         lanes = -(-size // self.reader.layout.interleave)
         at_once = STEPS // self.reader.steps
         whole = lanes // at_once
-        tile = self._start(e, left, block, len(columns))
+        tile = self._start(e, left, codes.block, len(columns))
         if whole > 1:
             with e.fold(0, whole, flatten(tile), name="steps") as (turn, flat, finish):
                 first = e.b.mul(turn, i64(at_once))
                 tile = unflatten(flat, len(columns))
-                tile = self._add_lanes(e, left, codes, block, tile, first, at_once, columns)
+                tile = self._add_lanes(e, left, codes, tile, first, at_once, columns)
                 finish(flatten(tile))
             tile = unflatten(finish.results, len(columns))
         elif whole:
-            tile = self._add_lanes(e, left, codes, block, tile, i64(0), at_once, columns)
+            tile = self._add_lanes(e, left, codes, tile, i64(0), at_once, columns)
         if lanes % at_once:
-            tile = self._add_lanes(e, left, codes, block, tile, i64(whole * at_once),
+            tile = self._add_lanes(e, left, codes, tile, i64(whole * at_once),
                                    lanes % at_once, columns)
         return tile
 
@@ -164,17 +173,18 @@ class CodedWeight(QuantizedWeight):
         return [[e.splat(left.sum(e, row, block), self.reader.lanes)] * vectors
                 for row in range(len(left.pointers))]
 
-    def _add_lanes(self, e: Emitter, left: LeftCodes, codes: ir.Value, block: ir.Value, tile: Tile,
-                   first: ir.Value, count: int, columns: range) -> Tile:
+    def _add_lanes(self, e: Emitter, left: LeftCodes, codes: _Codes, tile: Tile, first: ir.Value,
+                   count: int, columns: range) -> Tile:
         """tile + the products of `count` lanes of codes from lane `first` of the block on."""
         reader = self.reader
-        start = e.offset(codes, e.b.mul(first, i64(reader.group_bytes)))
-        if len(left.pointers) <= PREFETCHING_ROWS:
-            prefetch(e, e.offset(start, PREFETCH_BYTES), count * reader.group_bytes)
+        distance = e.b.mul(first, i64(reader.group_bytes))
+        start = e.offset(codes.address, distance)
+        if columns.start == 0:
+            codes.ahead.moved(e, distance).fetch(e, count * reader.group_bytes)
         steps = [step[columns.start:columns.stop] for lane in range(count)
                  for step in reader.group(e, start, lane * reader.group_bytes)]
         first_step = e.b.mul(first, i64(reader.steps))
-        rows = [left.codes(e, row, block, first_step) for row in range(len(left.pointers))]
+        rows = [left.codes(e, row, codes.block, first_step) for row in range(len(left.pointers))]
 
         def factor(row: int, step: int) -> ir.Value:
             place = e.offset(rows[row], step * left.layout.rows, I32)

@@ -42,6 +42,9 @@ class GroupedMatmul(FewRowsMatmul):
         """Panels of all groups."""
         return i64(self.groups * self.group_panels)
 
+    def warm(self, e: Emitter, frame: Frame, worker: Worker) -> None:
+        """Nothing: which groups have rows is not known yet."""
+
     def tile(self, e: Emitter, frame: Frame, worker: Worker, tile: ir.Value) -> None:
         """The rows of a group past one of its panels."""
         number = e.b.udiv(tile, i64(self.groups))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import llvmlite.ir as ir
 
@@ -56,6 +56,15 @@ class Kernel(Protocol):
 
     def tile(self, e: Emitter, frame: Frame, worker: Worker, tile: ir.Value) -> None:
         """One tile's arithmetic and stores."""
+        ...
+
+
+@runtime_checkable
+class Warming(Protocol):
+    """A kernel that can be got ready while an earlier stage ends."""
+
+    def warm(self, e: Emitter, frame: Frame, worker: Worker) -> None:
+        """Fetch into the caches what this worker reads first; the worker has no scratch yet."""
         ...
 
 

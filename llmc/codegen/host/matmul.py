@@ -16,7 +16,7 @@ the floor on 4 cores: 1 to 4 rows 0.97, 128 rows 0.94, 512 rows 0.97.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import llvmlite.ir as ir
@@ -26,8 +26,16 @@ from llmc.codegen.host.coded_rows import RowsInCodes
 from llmc.codegen.host.coded_weight import CodedWeight, LeftCodes
 from llmc.codegen.host.epilogue import Epilogue
 from llmc.codegen.host.kernel import Frame, Kernel, Worker
-from llmc.codegen.host.microkernel import IntegerReader, LeftRows, PanelReader
-from llmc.codegen.host.packed_weight import CodeReader, PackedWeight, QuantizedWeight
+from llmc.codegen.host.microkernel import (
+    CACHE_LINE,
+    FAR,
+    PREFETCH_BYTES,
+    Ahead,
+    IntegerReader,
+    LeftRows,
+    PanelReader,
+)
+from llmc.codegen.host.packed_weight import CodeReader, PackedWeight, Panel, QuantizedWeight
 from llmc.codegen.host.prologue import RowsInPlace, RowsInScratch
 from llmc.codegen.llvm import F64, I32, Emitter, i64
 from llmc.ir.dims import Dim, bounds, evaluate
@@ -43,6 +51,7 @@ if TYPE_CHECKING:
 
 PANEL_GROUP_BYTES = 256 << 10  # panels of a group stay in half of an L2 cache of 512 KB
 ROW_GROUP_BYTES = 4 << 20  # row blocks of a group stay in this worker's share of L3
+WARMED_BYTES = 32 << 10  # of a worker's first panel, before the barrier ahead of its stage
 LEAST_PANEL_GROUPS = 64  # so many tiles along n at least, where n allows it: balance
 
 
@@ -225,15 +234,30 @@ class BlockedMatmul:
         last_panel = e.minimum(e.b.add(first_panel, i64(self.panel_group)),
                                i64(self.product.weight.panels))
         sums = self.epilogue.reserve(e)
+        several = e.b.icmp_signed(">", size, i64(1))
         with (e.loop(first_block, last_block, name="block") as block,
               e.loop(first_panel, last_panel, name="panel") as panel):
-            self._block_panel(e, frame, sums, block, panel)
+            number = e.b.sub(block, first_block)
+            columns = self.product.weight.panel(e, frame, panel)
+            columns = replace(columns, ahead=self._ahead(e, columns, several, number))
+            self._block_panel(e, frame, sums, block, panel, columns)
+
+    def _ahead(self, e: Emitter, columns: Panel, several: ir.Value, number: ir.Value) -> Ahead:
+        """Several row blocks read a group of panels: the first two fetch the next group, every
+        other line each, so that memory works while they compute. One alone fetches what it reads
+        next."""
+        group = i64(self.panel_group * self.product.weight.panel_bytes)
+        line = e.b.and_(number, i64(1))
+        distance = e.b.select(several, e.b.add(group, e.b.mul(line, i64(CACHE_LINE))),
+                              i64(PREFETCH_BYTES))
+        even = e.offset(columns.weights, distance)
+        odd = e.offset(even, e.b.select(several, i64(0), i64(CACHE_LINE)))
+        return Ahead(even, odd, FAR)
 
     def _block_panel(self, e: Emitter, frame: Frame, sums: ir.Value, block: ir.Value,
-                     panel: ir.Value) -> None:
+                     panel: ir.Value, columns: Panel) -> None:
         rows, product = self.layout.rows, self.product
         start = e.offset(frame.pointer(self.blocks), e.b.mul(block, i64(self.block_bytes)))
-        columns = product.weight.panel(e, frame, panel)
         all_rows = frame.dim(product.rows)
         own = e.ceildiv(all_rows, e.maximum(i64(1), self._blocks(e, frame)))
         first_row = e.b.mul(block, own)
@@ -296,6 +320,15 @@ class FewRowsMatmul:
         """All rows past one panel."""
         rows = frame.dim(self.product.rows)
         self.rows_past_panel(e, frame, worker, tile, tile, i64(0), rows)
+
+    def warm(self, e: Emitter, frame: Frame, worker: Worker) -> None:
+        """The beginning of this worker's first panel."""
+        panels = i64(self.product.weight.panels)
+        first = e.b.udiv(e.b.mul(panels, worker.index), worker.count)
+        start = self.product.weight.panel(e, frame, first).weights
+        with e.loop(0, WARMED_BYTES, CACHE_LINE, name="line") as place:
+            line = e.offset(start, place)
+            Ahead(line, line, FAR).fetch(e, CACHE_LINE)
 
     def rows_past_panel(self, e: Emitter, frame: Frame, worker: Worker, panel: ir.Value,
                         columns: ir.Value, begin: ir.Value, end: ir.Value) -> None:

@@ -14,6 +14,7 @@ import llvmlite.ir as ir
 from llmc.codegen import elements
 from llmc.codegen.host.kernel import Frame
 from llmc.codegen.host.microkernel import (
+    Ahead,
     LeftRows,
     PanelReader,
     Tile,
@@ -31,11 +32,13 @@ from llmc.ir.program import Buffer
 
 @dataclass(frozen=True)
 class Panel:
-    """A panel at run time: addresses of its weights and, if they are codes, scales and zeros."""
+    """A panel at run time: addresses of its weights and, if they are codes, scales and zeros.
+    ahead: what to prefetch meanwhile, if not more of its weights."""
 
     weights: ir.Value
     scales: ir.Value | None = None
     zeros: ir.Value | None = None
+    ahead: Ahead | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class PackedWeight:
 
     def product(self, e: Emitter, left: LeftRows, panel: Panel) -> Tile:
         """left @ panel over all k."""
-        return tile_product(e, self.reader, left, panel.weights, self.k)
+        return tile_product(e, self.reader, left, panel.weights, self.k, panel.ahead)
 
     def store_product(self, e: Emitter, left: Any, panel: Panel, sums: ir.Value) -> None:
         """left @ panel over all k, as the first rows of a tile of sums in memory."""
@@ -110,8 +113,10 @@ class QuantizedWeight(PackedWeight):
         if self.zeros is not None:
             zeros = self._row(e, panel.zeros, self.zeros, group)
             reader = replace(reader, zeros=tuple(zeros))
-        codes = e.offset(panel.weights, e.b.mul(group, i64(lanes * reader.group_bytes)))
-        sums = tile_product(e, reader, left.advanced(e, group, lanes), codes, size)
+        distance = e.b.mul(group, i64(lanes * reader.group_bytes))
+        codes = e.offset(panel.weights, distance)
+        ahead = panel.ahead.moved(e, distance) if panel.ahead is not None else None
+        sums = tile_product(e, reader, left.advanced(e, group, lanes), codes, size, ahead)
         scales = self._row(e, panel.scales, self.scales, group)
         return [[e.multiply_add(value, scale, total)
                  for value, scale, total in zip(*row, strict=True)]
