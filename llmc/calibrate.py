@@ -65,8 +65,10 @@ def calibrate(model: ImportedModel, quantization: Quantization, progress: Progre
                             "cache: it makes no text to calibrate with")
         return None
     graph = raise_patterns(simplify(model.graph))
+    counts = {node.shape[0] for node in graph.inputs if node["name"] in ("sequence", "rows")}
     wanted = [each for each in candidates(graph, quantization, makes_logits(model))
-              if each.options is not None and each.options.weights == "int4"]
+              if each.options is not None and each.options.weights == "int4"
+              and each.product.inputs[0].rank == 2 and each.product.inputs[0].shape[0] in counts]
     if not wanted or (quantization.calibrate == "auto" and _cost(wanted) > CHEAP):
         return None
     started = time.perf_counter()
@@ -113,11 +115,14 @@ def _moments(model: ImportedModel, points: Mapping[str, Node], progress: Progres
 
 def _kept(name: str, point: Node, inputs: Mapping[str, Node]) -> Node:
     """A cache like those of attention that keeps every token's x [tokens, k], after a step."""
-    tokens, k = point.shape
-    pages = symbol("pool_pages")
-    state = make("state", name=name, type=TensorType(point.dtype, (pages, PAGE, 1, k)))
-    return make("cache_append", state, make("reshape", point, shape=(tokens, 1, k)),
-                *(inputs[each] for each in ("page_table", "sequence", "positions")))
+    count, k = point.shape
+    state = make("state", name=name, type=TensorType(point.dtype, (symbol("pool_pages"), PAGE, 1,
+                                                                   k)))
+    places = [inputs["sequence"], inputs["positions"]]
+    if count != places[0].shape[0]:  # of the rows whose logits are wanted
+        places = [make("gather", each, inputs["rows"], axis=0) for each in places]
+    return make("cache_append", state, make("reshape", point, shape=(count, 1, k)),
+                inputs["page_table"], *places)
 
 
 def _copies(state: Node, executor: Executor, caches: Mapping[str, Node]

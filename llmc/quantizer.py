@@ -14,7 +14,14 @@ from llmc.codegen.host.quantizer import EXPORT, generate_quantizer
 from llmc.codegen.target import Target
 from llmc.ir import dtypes
 from llmc.ir.dtypes import DType, from_numpy
-from llmc.ir.ops_quantize import FACTORS, SCALES, CodeRange, padded, quantize_with_moments
+from llmc.ir.ops_quantize import (
+    FACTORS,
+    SCALES,
+    CodeRange,
+    feedback,
+    padded,
+    quantize_with_moments,
+)
 
 SHARES = 4  # of a matrix for each thread, so that threads finish together
 
@@ -41,6 +48,7 @@ class Quantizer:
     def __init__(self, threads: int):
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads)
+        self._feedback: tuple[np.ndarray | None, np.ndarray] = None, np.empty(0)
         self._functions: dict[tuple[DType, DType, int], Callable[..., None]] = {}
 
     def __call__(self, matrix: np.ndarray, dtype: DType, group: int,
@@ -56,8 +64,10 @@ class Quantizer:
     def _with_moments(self, matrix: np.ndarray, moments: np.ndarray, dtype: DType,
                       group: int) -> QuantizedMatrix:
         wide = matrix.astype(np.float32)
+        if self._feedback[0] is not moments:  # several matrices are multiplied by the same
+            self._feedback = moments, feedback(moments)
         codes, scales, zeros = quantize_with_moments(
-            wide, moments, dtype, group, lambda *block: self._groups(*block)[:3])
+            wide, self._feedback[1], dtype, group, lambda *block: self._groups(*block)[:3])
         column = np.arange(wide.shape[1]) // group
         d = codes.astype(np.float32) - zeros.astype(np.float32)[:, column]
         lost = wide - d * scales.astype(np.float32)[:, column]

@@ -7,9 +7,8 @@ with the least error is taken. Signed codes have no zeros: their ranges are -8 .
 of the scale chosen so that the largest element is -8 steps) and -127 .. 127.
 
 With the second moments H of what the matrix is multiplied by, the error that counts is that of the
-products, e H e'. Columns are then rounded one after the other, and the error of each is taken into
-account by those not yet rounded (Frantar et al., GPTQ, 2023; scales are chosen per group when the
-group's turn comes).
+products, e H e'. Columns are then rounded one after the other, and those to come make up for the
+error so far (Frantar et al., GPTQ, 2023; scales are chosen per group when the group's turn comes).
 """
 
 from __future__ import annotations
@@ -94,7 +93,7 @@ def _quantize(node: Node, arrays: Sequence[Array], context: Context) -> tuple[Ar
     dtype, group = node["dtype"], node["group"]
     if len(arrays) == 2:
         codes, scales, zeros = quantize_with_moments(
-            matrix, np.asarray(arrays[1]), dtype, group, quantize_groups)
+            matrix, feedback(np.asarray(arrays[1])), dtype, group, quantize_groups)
     else:
         codes, scales, zeros = quantize_groups(matrix, dtype, group)
     parts = (codes.astype(dtype.numpy), scales, zeros)
@@ -160,49 +159,56 @@ def padded(matrix: Array, group: int) -> Array:
 QuantizeGroups = Callable[[Array, DType, int], tuple[Array, Array, Array]]
 
 
-def quantize_with_moments(matrix: Array, moments: Array, dtype: DType, group: int,
+def quantize_with_moments(matrix: Array, columns: Array, dtype: DType, group: int,
                           of_groups: QuantizeGroups) -> tuple[Array, Array, Array]:
-    """As quantize_groups, least in e H e' (H: moments [k, k]); of_groups chooses the scales of a
-    group of columns."""
+    """As quantize_groups, least in e H e' (columns: `feedback` of H); of_groups chooses the scales
+    of a group of columns."""
     n, k = matrix.shape
     own = CodeRange.of(dtype)
-    columns, rest = spreading(moments), matrix.astype(np.float32).T.copy()
+    wanted = matrix.astype(np.float32).T.copy()
     codes = np.empty((k, n), np.uint8 if own.zeros else np.int8)
+    errors = np.empty_like(wanted)
     scales, zeros = [], []
     for start in range(0, k, group):
-        stop = min(start + group, k)
-        _, scale, zero = of_groups(np.ascontiguousarray(rest[start:stop].T), dtype, group)
+        here = slice(start, min(start + group, k))
+        target = wanted[here] + columns[:start, here].T @ errors[:start]
+        _, scale, zero = of_groups(np.ascontiguousarray(target.T), dtype, group)
         scales.append(scale[:, 0])
         zeros.append(zero[:, 0])
-        errors = _round_columns(rest[start:stop], codes[start:stop], scale[:, 0], zero[:, 0],
-                                columns[start:stop, start:stop], own)
-        rest[stop:] -= columns[start:stop, stop:].T @ errors
+        rounded = _round_columns(target, codes[here], (scale[:, 0], zero[:, 0]), wanted[here],
+                                 columns[here, here], own)
+        errors[here] = wanted[here] - rounded
     return codes.T, np.stack(scales, 1), np.stack(zeros, 1)
 
 
-def _round_columns(rest: Array, codes: Array, scale: Array, zero: Array, columns: Array,
-                   own: CodeRange) -> Array:
-    """Round a group's columns (here rows [size, n]) one after the other, in place; what each lacks,
-    over its own share, [size, n]."""
-    wide, shift = scale.astype(np.float32), zero.astype(np.float32)
-    inverse = inverse_of(wide)
+def _round_columns(target: Array, codes: Array, scale_and_zero: tuple[Array, Array], wanted: Array,
+                   columns: Array, own: CodeRange) -> Array:
+    """A group's columns (here rows [size, n]) as they are when each in turn is rounded and makes up
+    for the errors of those before it; fills codes."""
+    scale, shift = (each.astype(np.float32) for each in scale_and_zero)
+    inverse = inverse_of(scale)
     low = -shift if own.zeros else np.float32(own.low)
-    errors = np.empty_like(rest)
-    for j in range(len(rest)):
-        d = np.clip(np.rint(rest[j] * inverse), low, low + own.steps)
+    rounded = np.empty_like(target)
+    for j in range(len(target)):
+        d = np.clip(np.rint(target[j] * inverse), low, low + own.steps)
         codes[j] = d + shift
-        errors[j] = (rest[j] - d * wide) / columns[j, j]
-        rest[j + 1:] -= np.outer(columns[j, j + 1:], errors[j])
-    return errors
+        rounded[j] = d * scale
+        target[j + 1:] += np.outer(columns[j, j + 1:], wanted[j] - rounded[j])
+    return rounded
 
 
-def spreading(moments: Array) -> Array:
-    """Upper triangular f32 [k, k]: row j says what share of column j's error each later column
-    makes up for. It is the Cholesky factor of the inverse of the moments."""
+def feedback(moments: Array) -> Array:
+    """f32 [k, k]: column j says what share of each earlier column's error column j makes up for.
+
+    With H = (F + 1) D (F + 1)', F strictly upper triangular and D diagonal, it is F: the error of
+    products is then that of independent columns (Chee et al., QuIP, 2023, whose LDLQ gives the
+    codes of GPTQ without an inverse).
+    """
     wide = moments.astype(np.float64)
     mean = float(np.diag(wide).mean()) if len(wide) else 0.0
     wide = wide + np.eye(len(wide)) * (DAMPING * mean if mean > 0 else 1.0)
-    return np.linalg.cholesky(np.linalg.inv(wide)).T.astype(np.float32)
+    upper = np.linalg.cholesky(wide[::-1, ::-1])[::-1, ::-1]
+    return np.triu(upper / np.diag(upper), 1).astype(np.float32)
 
 
 TABLE = [

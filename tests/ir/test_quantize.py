@@ -8,7 +8,7 @@ from llmc.ir.dtypes import bf16, dtype
 from llmc.ir.graph import Graph, TensorType
 from llmc.ir.interpret import interpret
 from llmc.ir.ops import make
-from llmc.ir.ops_quantize import CodeRange, quantize_groups, spreading
+from llmc.ir.ops_quantize import CodeRange, feedback, quantize_groups
 
 CODES = ("i4", "u4", "i8", "u8")
 
@@ -101,7 +101,7 @@ def test_moments_of_inputs_that_never_come():
     """Channels that are always zero, and no tokens at all, are no error."""
     weights, moments = matrix(4, 40), np.zeros((40, 40), np.float32)
     np.testing.assert_allclose(dequantized(weights, "i4", 32, moments), weights, atol=0.4)
-    assert np.isfinite(spreading(moments)).all()
+    assert np.isfinite(feedback(moments)).all()
 
 
 def test_scales_are_bf16_and_refused_types_are_named():
