@@ -1,5 +1,5 @@
-"""Runs a plan: host-side functions and programs in order, over values by name. `open_model` opens
-whatever an ONNX model needs: one program, several in stages, or a plan."""
+"""Runs a plan: host-side functions, loops and programs in order, over values by name. `open_model`
+opens whatever an ONNX model needs: one program, several in stages, or a plan."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from llmc.errors import LlmcError, ModelError, ShapeError
-from llmc.ir.plan import HostStep, Plan, ProgramStep
+from llmc.ir.plan import HostStep, LoopStep, Plan
 from llmc.runtime.host_functions import HOST_FUNCTIONS
+from llmc.runtime.host_loop import run_loop
 from llmc.runtime.jit import host_plan, typed_part
 from llmc.runtime.staged import StagedModel
 
@@ -23,25 +24,75 @@ def open_model(source: Path | bytes, target: str, options: Mapping[str, Any]
     """An .onnx file, or such a file's content, ready to run. ModelError: it is bad or has operators
     that llmc lacks."""
     try:
-        return StagedModel(source, target, options)
+        model = StagedModel(source, target, options)
     except ModelError:
         plan = host_plan(source) if isinstance(source, bytes) or source.is_file() else None
         if plan is None:
             raise
         return PlannedModel(plan, target, options)
+    plan = host_plan(source) if model.runtime is None else None
+    if plan is None:
+        return model
+    model.close()
+    return PlannedModel(plan, target, options)
+
+
+class TypedProgram:
+    """A model that is compiled when the types and shapes of its inputs are first met. Axes that
+    differ from one call to the next become symbols."""
+
+    def __init__(self, model: bytes, target: str, options: Mapping[str, Any]) -> None:
+        self.model, self.target, self.options = model, target, dict(options)
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._varying: dict[str, set[int]] = {}
+        self._programs: dict[tuple[Any, ...], StagedModel | PlannedModel] = {}
+
+    def run(self, given: Mapping[str, Array]) -> dict[str, Array]:
+        """All outputs by name. ShapeError where the inputs do not fit."""
+        for name, array in given.items():
+            last = self._shapes.get(name)
+            if last is not None and len(last) == array.ndim:
+                self._varying.setdefault(name, set()).update(
+                    axis for axis, pair in enumerate(zip(last, array.shape, strict=True))
+                    if pair[0] != pair[1])
+            self._shapes[name] = array.shape
+        return self._program(given).run(given)
+
+    def _program(self, given: Mapping[str, Array]) -> StagedModel | PlannedModel:
+        exact = tuple((array.dtype, array.shape) for array in given.values())
+        general = tuple((array.dtype, *(None if axis in self._varying[name] else size
+                                        for axis, size in enumerate(array.shape)))
+                        for name, array in given.items())
+        for key in (exact, general):
+            if key in self._programs:
+                return self._programs[key]
+        try:
+            self._programs[general] = self._open(given, self._varying)
+            return self._programs[general]
+        except ModelError:  # nothing fits all sizes
+            self._programs[exact] = self._open(given, {})
+            return self._programs[exact]
+
+    def _open(self, given: Mapping[str, Array], varying: Mapping[str, set[int]]
+              ) -> StagedModel | PlannedModel:
+        return open_model(typed_part(self.model, given, varying), self.target, self.options)
+
+    def close(self) -> None:
+        """Stop the threads of all programs."""
+        for program in self._programs.values():
+            program.close()
 
 
 class PlannedModel:
-    """A model that computes with text. Not thread-safe.
-
-    Its programs are compiled when the types and shapes of their inputs are first met.
-    """
+    """A model that computes with text or has loops that the host counts. Not thread-safe."""
 
     runtime = None  # there is no single program to ask
 
     def __init__(self, plan: Plan, target: str, options: Mapping[str, Any]) -> None:
-        self.plan, self.target, self.options = plan, target, dict(options)
-        self._programs: dict[tuple[Any, ...], StagedModel] = {}
+        self.plan = plan
+        self._programs = {
+            number: TypedProgram(step.model, target, options)
+            for number, step in enumerate(plan.steps) if not isinstance(step, HostStep)}
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """All outputs by name. ShapeError where the inputs do not fit."""
@@ -51,19 +102,12 @@ class PlannedModel:
             if isinstance(step, HostStep):
                 results = _on_host(step, inputs)
                 values.update(zip(step.outputs, results, strict=False))
+            elif isinstance(step, LoopStep):
+                values.update(run_loop(step, values, self._programs[number].run))
             else:
                 given = dict(zip(step.inputs, inputs, strict=True))
-                values.update(self._program(number, step, given).run(given))
+                values.update(self._programs[number].run(given))
         return {name: _value(values, name) for name in self.plan.outputs}
-
-    def _program(
-        self, number: int, step: ProgramStep, given: Mapping[str, Any]
-    ) -> StagedModel:
-        key = (number, *((array.dtype, array.shape) for array in given.values()))
-        if key not in self._programs:
-            model = typed_part(step.model, given)
-            self._programs[key] = StagedModel(model, self.target, self.options)
-        return self._programs[key]
 
     def close(self) -> None:
         """Stop the threads of all programs."""
