@@ -1,4 +1,4 @@
-"""llmc profile show: which shapes arrived, what ran them, and what that cost."""
+"""llmc profile show: which shapes arrived, what ran them, what that cost, and what is wasted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from llmc.errors import ModelError
 if TYPE_CHECKING:
     from llmc.runtime.profile import Heat, Profile
 
-BAR = 40  # characters of the longest bar
+BAR = 30  # characters of the longest bar
+WIDEST = 200  # pixels of it
+TIERS = ("exact", "ranged", "generic")
+MARKS = {"exact": "#", "ranged": "=", "generic": "-"}
+HEADS = ("calls", "ms/call", "time", "waste", "tier", "own code")
 
 
 def add(subparsers) -> None:
@@ -34,72 +38,114 @@ def run(arguments) -> int:
         reason = "is no profile" if arguments.file.is_file() else "no such file"
         raise ModelError(f"{arguments.file}: {reason}; `llmc cache ls` lists those there are")
     rows = [Row(profile, heat) for heat in profile.hottest()]
-    print(histogram(rows, profile.names, max(1, arguments.top)))
-    for (low, high), verdict in sorted(profile.ranges.items()):
-        print(f"code for {low} to {high} tokens: {verdict.state} {verdict.gain:+.1%}")
+    print(histogram(profile, rows, max(1, arguments.top)))
     if arguments.html:
-        arguments.html.write_text(page(rows, profile.names))
+        arguments.html.write_text(page(profile, rows))
     return 0
 
 
 class Row:
-    """One shape: its share of all time, and what runs it."""
+    """One shape: its share of all time, what runs it, and what of that is wasted."""
 
     def __init__(self, profile: Profile, heat: Heat):
+        from llmc.runtime.tiers import waste_of
+
         self.heat = heat
-        total = sum(cell.weighted_seconds for cell in profile.cells.values())
-        self.share = heat.seconds / total if total else 0.0
-        self.variants = sorted(name for shape, name in profile.cells if shape == heat.shape)
+        cells = {name: cell for (shape, name), cell in profile.cells.items() if shape == heat.shape}
+        total = sum(cell.weighted_seconds for cell in profile.cells.values()) or 1.0
+        self.share = heat.seconds / total
         verdict = profile.verdicts.get(heat.shape)
         self.verdict = "" if verdict is None else (
             f"{verdict.state} {verdict.gain:+.1%}" if verdict.state != "failed" else "failed")
+        self.tiers = {tier: sum(cell.weighted_seconds for name, cell in cells.items()
+                                if tier_of(name) == tier) / total for tier in TIERS}
+        sizes = dict(zip(profile.names, heat.shape, strict=True))
+        on_device = profile.target.startswith("nvptx")
+        self.waste = waste_of(sizes["tokens"], on_device) if sizes.get("tokens") else None
+        # A trial's two variants have run it; the verdict says which of them does now.
+        others = [tier for tier in TIERS if tier != "exact" or verdict is None]
+        kept = verdict is not None and verdict.state == "kept"
+        self.tier = "exact" if kept else max(others, key=lambda tier: self.tiers[tier])
 
     @property
     def shape(self) -> str:
         return "x".join(map(str, self.heat.shape))
 
-    @property
-    def tier(self) -> str:
-        """The best tier that ran this shape."""
-        if any("=" in name and ".." not in name for name in self.variants):
-            return "exact"
-        return "generic" if self.variants == ["generic"] else "ranged"
+    def cells(self) -> tuple[str, ...]:
+        """What HEADS name."""
+        waste = "" if self.waste is None else f"{self.waste:.1%}"
+        return (f"{self.heat.calls:.0f}", f"{self.heat.mean * 1e3:.3f}", f"{self.share:.1%}", waste,
+                self.tier, self.verdict)
 
 
-def histogram(rows: list[Row], names: tuple[str, ...], top: int) -> str:
-    """Shapes by time, as text, and what remains on generic code."""
+def tier_of(variant: str) -> str:
+    """By its name."""
+    if "=" in variant:
+        return "ranged" if ".." in variant else "exact"
+    return "generic" if variant == "generic" else "ranged"
+
+
+def histogram(profile: Profile, rows: list[Row], top: int) -> str:
+    """Shapes by time as text: a bar has a mark for each tier's part."""
     longest = max((row.share for row in rows), default=0.0) or 1.0
-    lines = [f"{'x'.join(names):24} {'calls':>9} {'ms/call':>9} {'time':>6}  tier     own code"]
-    for row in rows[:top]:
-        bar = "#" * round(BAR * row.share / longest)
-        lines.append(f"{row.shape:24} {row.heat.calls:9.0f} {row.heat.mean * 1e3:9.3f} "
-                     f"{row.share:6.1%}  {row.tier:8} {row.verdict:16} {bar}")
+    first = "x".join(profile.names)
+    width = max([len(first), *(len(row.shape) for row in rows[:top])])
+    lines = [f"{first:{width}} {_line(HEADS)}".rstrip()]
+    lines += [f"{row.shape:{width}} {_line(row.cells())} {bar(row, longest)}" for row in rows[:top]]
     if rest := rows[top:]:
-        lines.append(f"{len(rest)} more shapes {sum(row.share for row in rest):>40.1%}")
-    lines.append(summary(rows))
-    return "\n".join(lines)
+        lines.append(f"{len(rest)} more shapes: {sum(row.share for row in rest):.1%} of the time")
+    return "\n".join([*heading(profile), *lines, *ranges(profile), *summary(rows)])
 
 
-def summary(rows: list[Row]) -> str:
-    shares = {tier: sum(row.share for row in rows if row.tier == tier)
-              for tier in ("exact", "ranged", "generic")}
-    return "time by tier: " + ", ".join(f"{tier} {share:.1%}" for tier, share in shares.items())
+def _line(cells: tuple[str, ...]) -> str:
+    calls, mean, share, waste, tier, verdict = cells
+    return f"{calls:>9} {mean:>9} {share:>6} {waste:>6}  {tier:8} {verdict:16}"
 
 
-def page(rows: list[Row], names: tuple[str, ...]) -> str:
+def bar(row: Row, longest: float) -> str:
+    """The row's share of the time."""
+    return "".join(MARKS[tier] * round(BAR * row.tiers[tier] / longest) for tier in TIERS)
+
+
+def heading(profile: Profile) -> list[str]:
+    return [f"{profile.model} on {profile.target}"] if profile.model else []
+
+
+def ranges(profile: Profile) -> list[str]:
+    return [f"code for {low} to {high} tokens: {verdict.state} {verdict.gain:+.1%}"
+            for (low, high), verdict in sorted(profile.ranges.items())]
+
+
+def summary(rows: list[Row]) -> list[str]:
+    """What remains to be gained."""
+    shares = {tier: sum(row.tiers[tier] for row in rows) for tier in TIERS}
+    wasted = sum(row.share * (row.waste or 0.0) / (1.0 + (row.waste or 0.0)) for row in rows)
+    return ["time by tier: " + ", ".join(f"{tier} ({MARKS[tier]}) {share:.1%}"
+                                         for tier, share in shares.items()),
+            f"waste, rows of tiles that hold no token: at most {wasted:.1%} of the time"]
+
+
+def page(profile: Profile, rows: list[Row]) -> str:
     """The same as one HTML page that needs nothing else."""
     longest = max((row.share for row in rows), default=0.0) or 1.0
+    heads = "".join(f"<th>{html.escape(head)}" for head in (" x ".join(profile.names), *HEADS, ""))
     body = "\n".join(
-        f"<tr class={row.tier}><td>{row.shape}<td>{row.heat.calls:.0f}"
-        f"<td>{row.heat.mean * 1e3:.3f}<td>{row.share:.1%}<td>{row.tier}"
-        f"<td>{html.escape(row.verdict)}"
-        f"<td><i style='width:{300 * row.share / longest:.0f}px'></i>" for row in rows)
-    heads = "".join(f"<th>{head}" for head in (
-        html.escape(" x ".join(names)), "calls", "ms a call", "time", "tier", "own code", ""))
-    return (f"<!doctype html><meta charset=utf-8><title>llmc profile</title><style>{STYLE}</style>"
-            f"<h1>Shapes by time</h1><p>{summary(rows)}<table><tr>{heads}\n{body}\n</table>\n")
+        f"<tr><td>{row.shape}" + "".join(f"<td>{html.escape(cell)}" for cell in row.cells())
+        + "<td>" + "".join(f"<i class={tier} style='width:{WIDEST * part / longest:.0f}px'></i>"
+                           for tier, part in row.tiers.items() if part) for row in rows)
+    words = "".join(f"<p>{html.escape(line)}" for line in (*heading(profile), *ranges(profile)))
+    legend = " ".join(f"<span><i class={tier}></i> {tier}</span>" for tier in TIERS)
+    remains = "".join(f"<p>{html.escape(line)}" for line in summary(rows))
+    return (f"<!doctype html><html lang=en><meta charset=utf-8>"
+            f"<meta name=viewport content='width=device-width'><title>llmc profile</title>"
+            f"<style>{STYLE}</style><h1>Shapes by time</h1>{words}{remains}<p>{legend}"
+            f"<div><table><tr>{heads}\n{body}\n</table></div>\n")
 
 
-STYLE = ("body{font:14px sans-serif;margin:2em}td,th{padding:2px 12px;text-align:right}"
-         "td:last-child{text-align:left}i{display:block;height:12px;background:#999}"
-         ".exact i{background:#2a7}.ranged i{background:#48c}")
+STYLE = (":root{color-scheme:light dark}"
+         "body{font:14px/1.5 system-ui,sans-serif;margin:2em;max-width:75em}h1{font-size:1.4em}"
+         "p{margin:.3em 0}div{overflow-x:auto;margin-top:1em}table{border-collapse:collapse}"
+         "td,th{padding:3px 12px;text-align:right;white-space:nowrap;border-bottom:1px solid #8884;"
+         "font-variant-numeric:tabular-nums}td:last-child{text-align:left}"
+         "i{display:inline-block;height:12px;min-width:1px}span i{width:12px}span{margin-right:1em}"
+         ".exact{background:#2a7}.ranged{background:#48c}.generic{background:#999}")

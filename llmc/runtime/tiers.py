@@ -83,6 +83,19 @@ def waste(tokens: int, tile: int) -> float:
     return -tokens % tile / tokens
 
 
+def waste_of(tokens: int, on_device: bool) -> float:
+    """Share of the products' work on so many tokens that is for rows which are not there. A GPU
+    has tiles of 8 or 64 rows; a host deals rows out evenly to tiles of 3 to 6 (with AVX-512 6 to
+    12), or has 1, 2 or 4 at once."""
+    if on_device:
+        return waste(tokens, 8 if tokens <= MOST_FEW else 64)
+    if tokens <= 4:
+        return (-tokens % 4 if tokens > 2 else 0) / tokens
+    own = -(-tokens // -(-tokens // 6))
+    rest = tokens % own
+    return (max(3, rest) - rest) / tokens if rest else 0.0
+
+
 def choose_ranges(seconds: Mapping[int, float], most: int, on_device: bool = False
                   ) -> list[tuple[int, int]]:
     """At most `most` ranges of tokens that together hold every count seen (of very many, the

@@ -16,26 +16,31 @@ from llmc.runtime.profile import Profile, Verdict
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     profile = Profile(("tokens", "rows"))
+    profile.model, profile.target = "llama 4x64 f32", "x86_64:znver3"
     for _ in range(9):
-        profile.observe((8, 1), "generic", 0.010)
-        profile.observe((8, 1), "tokens=8,rows=1", 0.008)
+        profile.observe((3, 1), "generic", 0.010)
+        profile.observe((3, 1), "tokens=3,rows=1", 0.008)
         profile.observe((1, 1), "few", 0.002)
     profile.observe((300, 1), "generic", 0.020)
-    profile.verdicts[8, 1] = Verdict("kept", 0.2, 1.5)
+    profile.verdicts[3, 1] = Verdict("kept", 0.2, 1.5)
     path = tmp_path / "profiles" / "model.json"
     profile.save(path)
     return path
 
 
-def test_the_histogram_shows_shapes_tiers_and_verdicts(llmc_command, saved: Path):
+def test_the_histogram_shows_shapes_tiers_waste_and_verdicts(llmc_command, saved: Path):
     result = llmc_command("profile", "show", saved)
-    lines = result.out.splitlines()
+    title, heads, *lines = result.out.splitlines()
     assert result.status == 0
-    assert lines[0].split()[0] == "tokensxrows"
-    assert lines[1].split()[:2] == ["8x1", "18"] and "exact" in lines[1]
-    assert "kept +20.0%" in lines[1] and lines[1].endswith("#")
-    assert [line.split()[0] for line in lines[2:4]] == ["300x1", "1x1"]
-    assert lines[-1].startswith("time by tier: exact 81.0%, ranged 9.0%, generic 10.0%")
+    assert title == "llama 4x64 f32 on x86_64:znver3"
+    assert heads.split() == ["tokensxrows", "calls", "ms/call", "time", "waste", "tier", "own",
+                             "code"]
+    assert lines[0].split()[:7] == ["3x1", "18", "9.000", "81.0%", "33.3%", "exact", "kept"]
+    assert lines[0].endswith("#" * 13 + "-" * 17), "a mark for each tier's part of the time"
+    assert lines[1].split()[:6] == ["300x1", "1", "20.000", "10.0%", "0.0%", "generic"]
+    assert lines[2].split()[0] == "1x1" and "ranged" in lines[2]
+    assert lines[-2] == "time by tier: exact (#) 36.0%, ranged (=) 9.0%, generic (-) 55.0%"
+    assert lines[-1] == "waste, rows of tiles that hold no token: at most 20.2% of the time"
 
 
 def test_code_for_a_range_is_of_the_ranged_tier(llmc_command, tmp_path: Path):
@@ -46,7 +51,16 @@ def test_code_for_a_range_is_of_the_ranged_tier(llmc_command, tmp_path: Path):
     profile.save(path)
     lines = llmc_command("profile", "show", path).out.splitlines()
     assert "ranged" in lines[1]
-    assert lines[-1] == "code for 9 to 13 tokens: kept +7.0%"
+    assert "code for 9 to 13 tokens: kept +7.0%" in lines
+
+
+def test_a_graph_without_tokens_has_no_waste(llmc_command, tmp_path: Path):
+    profile = Profile(("height", "width"))
+    profile.observe((9, 7), "generic", 0.010)
+    path = tmp_path / "model.json"
+    profile.save(path)
+    result = llmc_command("profile", "show", path)
+    assert result.status == 0 and "9x7" in result.out and "at most 0.0%" in result.out
 
 
 def test_the_rest_is_summed_up(llmc_command, saved: Path):
@@ -57,7 +71,8 @@ def test_the_page_needs_nothing_else(llmc_command, saved: Path, tmp_path: Path):
     page = tmp_path / "page.html"
     assert llmc_command("profile", "show", saved, "--html", page).status == 0
     text = page.read_text()
-    assert "8x1" in text and "kept +20.0%" in text
+    assert "3x1" in text and "kept +20.0%" in text and "33.3%" in text
+    assert "class=exact" in text and "class=generic" in text and "at most 20.2%" in text
     assert "http" not in text and "src=" not in text
 
 

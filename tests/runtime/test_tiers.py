@@ -15,6 +15,7 @@ from llmc.runtime.tiers import (
     range_schedules,
     tile_of,
     waste,
+    waste_of,
 )
 
 
@@ -65,3 +66,11 @@ def test_ranges_of_little_and_of_much():
     assert choose_ranges({0: 1.0, 33: 1.0}, 4) == [(33, 33)]
     many = choose_ranges(dict.fromkeys(range(1, 5000), 1.0), 4)
     assert len(many) <= 4 and all(low <= high for low, high in many)
+
+
+def test_what_remains_wasted_of_a_shape():
+    host = [waste_of(tokens, on_device=False) for tokens in (1, 2, 3, 4, 5, 8, 13, 128)]
+    assert host == pytest.approx([0, 0, 1 / 3, 0, 0, 0, 0, 1 / 128])
+    device = [waste_of(tokens, on_device=True) for tokens in (1, 8, 9, 64, 65, 300)]
+    assert device == pytest.approx([7, 0, 7 / 9, 0, 63 / 65, 20 / 300])
+    assert all(0 <= waste_of(tokens, False) < 0.4 for tokens in range(1, 300))
