@@ -3,7 +3,7 @@
 Calls are paired in time (old, new, new, old, ...), so that what slows both down cancels out. Of the
 logarithms of the pairs' ratios, Wilcoxon's signed-rank test gives an interval that holds the true
 ratio, whatever the noise is like (it asks only that noise favours neither side): a few disturbed
-calls move it little, and a gain of 1 % shows where pairs differ by 5 %.
+calls move it little, and a gain of 2 % shows where pairs differ by 5 %.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llmc.runtime.profile import Shape
 WARM_PAIRS = 2  # calls of old and new code before those that count
 TRIAL_PAIRS = 12  # calls of old and new code, side by side, that a verdict takes at least
 MOST_PAIRS = 384  # where noise hides the answer
-LEAST_GAIN = 0.005  # what is certainly less needs no longer trial
+LEAST_GAIN = 0.01  # what is certainly less needs no longer trial
 CONFIDENCE = 2.33  # standard deviations: either end of the interval is wrong once in 100 trials
 MOST_SHAPES = 4096  # of a range that are told apart
 

