@@ -21,6 +21,7 @@ from llmc.codegen.host.microkernel import (
     Tile,
     flatten,
     splat_constant,
+    tile_places,
     unflatten,
 )
 from llmc.codegen.host.packed_weight import Panel, QuantizedWeight
@@ -76,7 +77,7 @@ class CodedWeight(QuantizedWeight):
         """left @ panel over all k, in the tile of sums."""
         rows = len(left.pointers)
         zero = splat_constant(vector(F32, self.reader.lanes), 0.0)
-        for place in self._places(e, sums, rows):
+        for place in tile_places(e, self.reader, sums, rows):
             e.store(zero, place)
         whole, rest = divmod(self.k, self.block)
         with e.loop(0, whole, name="block") as block:
@@ -85,7 +86,7 @@ class CodedWeight(QuantizedWeight):
             self._add_block(e, left, panel, sums, i64(whole), rest)
         if self._whole_columns:
             scales = self._row(e, panel.scales, self.scales, i64(0))
-            for number, place in enumerate(self._places(e, sums, rows)):
+            for number, place in enumerate(tile_places(e, self.reader, sums, rows)):
                 total = e.load(place, zero.type)
                 e.store(e.b.fmul(total, scales[number % self.reader.vectors]), place)
 
@@ -93,10 +94,6 @@ class CodedWeight(QuantizedWeight):
     def _whole_columns(self) -> bool:
         """Whether a column has one scale."""
         return self.group >= self.k
-
-    def _places(self, e: Emitter, sums: ir.Value, rows: int) -> list[ir.Value]:
-        return [e.offset(sums, number * self.reader.lanes, F32)
-                for number in range(rows * self.reader.vectors)]
 
     def _add_block(self, e: Emitter, left: LeftCodes, panel: Panel, sums: ir.Value,
                    block: ir.Value, size: int) -> None:

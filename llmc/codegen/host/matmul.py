@@ -97,7 +97,10 @@ def matmul(stage: Stage, program: Program, target: Target) -> Kernel:
     found = find_product(stage, program)
     buffer = operand_buffer(stage, program, found.left)
     if buffer is not None and isinstance(buffer.layout, (RowBlocks, CodedRows)):
-        return BlockedMatmul(found, buffer, program)
+        from llmc.codegen.host.deep_matmul import DeepMatmul, pieces
+
+        kind = DeepMatmul if pieces(found.weight) > 1 else BlockedMatmul
+        return kind(found, buffer, program)
     return FewRowsMatmul(found, buffer, program)
 
 
@@ -239,16 +242,17 @@ class BlockedMatmul:
               e.loop(first_panel, last_panel, name="panel") as panel):
             number = e.b.sub(block, first_block)
             columns = self.product.weight.panel(e, frame, panel)
-            columns = replace(columns, ahead=self._ahead(e, columns, several, number))
+            group = self.panel_group * self.product.weight.panel_bytes
+            columns = replace(columns, ahead=self._ahead(e, columns, several, number, group))
             self._block_panel(e, frame, sums, block, panel, columns)
 
-    def _ahead(self, e: Emitter, columns: Panel, several: ir.Value, number: ir.Value) -> Ahead:
-        """Several row blocks read a group of panels: the first two fetch the next group, every
-        other line each, so that memory works while they compute. One alone fetches what it reads
-        next."""
-        group = i64(self.panel_group * self.product.weight.panel_bytes)
+    def _ahead(self, e: Emitter, columns: Panel, several: ir.Value, number: ir.Value,
+               group: int) -> Ahead:
+        """Several row blocks read a group of panels, of so many bytes: the first two fetch the next
+        group, every other line each, so that memory works while they compute. One alone fetches
+        what it reads next."""
         line = e.b.and_(number, i64(1))
-        distance = e.b.select(several, e.b.add(group, e.b.mul(line, i64(CACHE_LINE))),
+        distance = e.b.select(several, e.b.add(i64(group), e.b.mul(line, i64(CACHE_LINE))),
                               i64(PREFETCH_BYTES))
         even = e.offset(columns.weights, distance)
         odd = e.offset(even, e.b.select(several, i64(0), i64(CACHE_LINE)))
@@ -258,13 +262,17 @@ class BlockedMatmul:
                      panel: ir.Value, columns: Panel) -> None:
         rows, product = self.layout.rows, self.product
         start = e.offset(frame.pointer(self.blocks), e.b.mul(block, i64(self.block_bytes)))
-        all_rows = frame.dim(product.rows)
-        own = e.ceildiv(all_rows, e.maximum(i64(1), self._blocks(e, frame)))
-        first_row = e.b.mul(block, own)
-        count = e.minimum(own, e.b.sub(all_rows, first_row))
+        first_row, count = self._rows_of(e, frame, block)
         for size in choose_body(e, count, body_sizes(rows, product.rows)):
             product.weight.store_product(e, self._left(e, start, size), columns, sums)
         self.epilogue.emit(e, frame, sums, first_row, count, panel)
+
+    def _rows_of(self, e: Emitter, frame: Frame, block: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The first row of a block, and how many it has."""
+        all_rows = frame.dim(self.product.rows)
+        own = e.ceildiv(all_rows, e.maximum(i64(1), self._blocks(e, frame)))
+        first = e.b.mul(block, own)
+        return first, e.minimum(own, e.b.sub(all_rows, first))
 
     def _left(self, e: Emitter, block: ir.Value, size: int) -> LeftRows | LeftCodes:
         """The first rows of a block, [k / interleave][rows][interleave]: f32 of one k, or pairs

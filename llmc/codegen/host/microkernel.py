@@ -295,10 +295,14 @@ def dot_product(e: Emitter, accumulator: ir.Value, pairs: ir.Value,
 
 def store_tile(e: Emitter, reader: PanelReader, sums: ir.Value, tile: Tile) -> None:
     """Store accumulators as rows of a tile in memory."""
-    lanes, columns = reader.lanes, reader.layout.columns
-    for row, accumulators in enumerate(tile):
-        for v, value in enumerate(accumulators):
-            e.store(value, e.offset(sums, row * columns + v * lanes, reader.element))
+    for value, place in zip(flatten(tile), tile_places(e, reader, sums, len(tile)), strict=True):
+        e.store(value, place)
+
+
+def tile_places(e: Emitter, reader: PanelReader, sums: ir.Value, rows: int) -> list[ir.Value]:
+    """Where the vectors of a tile of sums lie, row by row."""
+    return [e.offset(sums, number * reader.lanes, reader.element)
+            for number in range(rows * reader.vectors)]
 
 
 def zeros_of(reader: PanelReader, rows: int) -> Tile:

@@ -20,6 +20,7 @@ from llmc.codegen.host.microkernel import (
     Tile,
     flatten,
     store_tile,
+    tile_places,
     tile_product,
     unflatten,
     zeros_of,
@@ -71,6 +72,17 @@ class PackedWeight:
     def store_product(self, e: Emitter, left: Any, panel: Panel, sums: ir.Value) -> None:
         """left @ panel over all k, as the first rows of a tile of sums in memory."""
         store_tile(e, self.reader, sums, self.product(e, left, panel))
+
+
+    def add_product(self, e: Emitter, left: LeftRows, part: Panel, sums: ir.Value, k: int,
+                    fresh: ir.Value) -> None:
+        """left @ part over k, a piece of all k, added to a tile of sums (none yet if `fresh`)."""
+        tile = tile_product(e, self.reader, left, part.weights, k, part.ahead)
+        places = tile_places(e, self.reader, sums, len(tile))
+        with e.b.if_then(fresh):
+            store_tile(e, self.reader, sums, zeros_of(self.reader, len(tile)))
+        for value, place in zip(flatten(tile), places, strict=True):
+            e.store(self.reader.add(e, value, e.load(place, value.type)), place)
 
 
 @dataclass(frozen=True)
