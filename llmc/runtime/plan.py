@@ -60,7 +60,7 @@ class TypedProgram:
 
     def _program(self, given: Mapping[str, Array]) -> StagedModel | PlannedModel:
         exact = tuple((array.dtype, array.shape) for array in given.values())
-        general = tuple((array.dtype, *(None if axis in self._varying[name] else size
+        general = tuple((array.dtype, *(None if axis in self._varying.get(name, ()) else size
                                         for axis, size in enumerate(array.shape)))
                         for name, array in given.items())
         for key in (exact, general):
