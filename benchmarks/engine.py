@@ -5,6 +5,8 @@
 
 Random prompts, greedy. The overhead is the share of the steps' time that is not spent in
 `Runtime.step`: scheduling before it, sampling and handing out tokens behind it. The floor is 0.
+On a GPU also the share of all time in which the host does not wait for the device: what packing
+inputs and launching cost comes on top.
 """
 
 from __future__ import annotations
@@ -45,9 +47,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
         try:
             vocabulary = runtime.config["vocab_size"]
             serve_all(engine, make_requests(vocabulary, arguments, 1))
-            before = engine.stats()
+            before, waited = engine.stats(), waited_seconds(runtime)
             seconds = serve_all(engine, make_requests(vocabulary, arguments, 2))
-            after = engine.stats()
+            after, waited = engine.stats(), waited_seconds(runtime) - waited
         finally:
             engine.close()
     run = after.seconds_run - before.seconds_run
@@ -55,10 +57,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
              + after.seconds_postprocess - before.seconds_postprocess)
     steps = after.steps - before.steps
     tokens = arguments.requests * arguments.output
-    return {"seconds": seconds, "output_tokens_per_second": tokens / seconds, "steps": steps,
-            "step_milliseconds": 1e3 * (run + other) / steps,
-            "overhead_milliseconds": 1e3 * other / steps, "overhead": other / (run + other),
-            "failed_steps": after.failed_steps}
+    found = {"seconds": seconds, "output_tokens_per_second": tokens / seconds, "steps": steps,
+             "step_milliseconds": 1e3 * (run + other) / steps,
+             "overhead_milliseconds": 1e3 * other / steps, "overhead": other / (run + other),
+             "failed_steps": after.failed_steps}
+    if arguments.target == "nvptx":
+        found["beside_device"] = 1.0 - waited / seconds
+    return found
+
+
+def waited_seconds(runtime: llmc.Runtime) -> float:
+    """Seconds that the host has waited for a GPU."""
+    return getattr(runtime.executor, "waited", 0.0)
 
 
 def main() -> None:
