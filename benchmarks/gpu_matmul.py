@@ -70,11 +70,12 @@ def build(case: Case, architecture: str, tiling=None) -> Built:
     """A case's kernel, with the tiling that the rule chooses or with this one."""
     from matmul_on_device import MatmulStage, first_rows, product_body, rows_symbol
 
-    from llmc.codegen.nvptx import matmul_tensor
-    from llmc.codegen.nvptx.matmul_tiles import choose_tiling
+    from llmc.codegen.nvptx import matmul_rows
+    from llmc.codegen.nvptx.matmul_tiles import choose_ranges
     from llmc.ir.dims import evaluate
 
-    matmul_tensor.choose_tiling = (lambda *_: tiling) if tiling else choose_tiling
+    matmul_rows.choose_ranges = (lambda *given: {tiling: [given[2:]]}) if tiling \
+        else choose_ranges
     body = product_body(case.dtype, case.k, case.n, rows_symbol(case.rows) if case.rows > 1 else 1,
                         **dict(case.options))
     stage = MatmulStage(*body, architecture=architecture, rows=(first_rows(case.rows), case.rows))

@@ -23,7 +23,7 @@ from llmc.codegen.nvptx import matvec, tiled_matmul
 from llmc.codegen.nvptx.kernel import WARP, DeviceEmitter, DeviceFrame
 from llmc.codegen.nvptx.matmul_rows import ENDLESS, MOST_PARTS, InRange, RangedMatmul
 from llmc.codegen.nvptx.matmul_tensor import TensorMatmul
-from llmc.codegen.nvptx.matmul_tiles import MANY_ROWS
+from llmc.codegen.nvptx.matmul_tiles import choose_tiling
 from llmc.codegen.nvptx.matrix_vector import ROW_COUNTS, MatrixVector
 from llmc.codegen.nvptx.matvec import TensorMatvec
 from llmc.codegen.nvptx.product import (
@@ -153,7 +153,7 @@ def grouped_matmul(stage: Stage, program: Program, target: Target) -> RangedMatm
     for first, last, make in _ranges(product):
         if low <= last and (high is None or first <= high):
             kernel = make(product, target, min(last, high or last))
-            launches.append(InRange(kernel, product.rows, first, last))
+            launches.append(InRange(kernel, product.rows, [(first, last)]))
     return RangedMatmul(launches)
 
 
@@ -185,7 +185,9 @@ def _matrix_vector(product: GroupedProduct, target: Target, rows: int) -> Groupe
 
 def _tensor_matmul(product: GroupedProduct, target: Target, rows: int) -> GroupedKernel:
     """Its tile is chosen for the average group."""
-    kernel = TensorMatmul(product, target.cpu, min(MANY_ROWS, -(-rows // product.groups)))
+    tiling = choose_tiling(product, target.cpu, -(-rows // product.groups))
+    kernel = TensorMatmul(product, target.cpu, tiling)
+    kernel.awaits_earlier = False  # as above
     return GroupedKernel(product, kernel, kernel.shape.rows, kernel.column_tiles)
 
 

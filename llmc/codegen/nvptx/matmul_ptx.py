@@ -86,15 +86,20 @@ def load_remote(e: Emitter, address: ir.Value, rank: int, lanes: int) -> ir.Valu
 # ---- copies ----------------------------------------------------------------------------------
 
 
-def copy_async(e: Emitter, shared: ir.Value, source: ir.Value,
-               count: ir.Value | None = None) -> None:
-    """16 bytes from global to shared memory, past L1; count: bytes that exist, the rest zeros."""
-    if count is None:
-        assembly(e, "cp.async.cg.shared.global.L2::128B [$0], [$1], 16;", "r,l", VOID,
-                 [shared, source])
-    else:
-        assembly(e, "cp.async.cg.shared.global.L2::128B [$0], [$1], 16, $2;", "r,l,r", VOID,
-                 [shared, source, count])
+def copy_async(e: Emitter, shared: ir.Value, source: ir.Value, count: ir.Value | None = None,
+               wanted: ir.Value | None = None) -> None:
+    """16 bytes from global to shared memory, past L1; count: bytes that exist, the rest zeros;
+    wanted (i1): else nothing is read or written."""
+    operands, constraints = [shared, source], "r,l"
+    size = "16"
+    if count is not None:
+        operands, constraints, size = [*operands, count], constraints + ",r", "16, $2"
+    copy = f"cp.async.cg.shared.global.L2::128B [$0], [$1], {size};"
+    if wanted is not None:
+        operands, constraints = [*operands, e.b.zext(wanted, I32)], constraints + ",r"
+        copy = (f"{{ .reg .pred wanted; setp.ne.b32 wanted, ${len(operands) - 1}, 0; "
+                f"@wanted {copy} }}")
+    assembly(e, copy, constraints, VOID, operands)
 
 
 def commit_copies(e: Emitter) -> None:

@@ -3,27 +3,27 @@
 A stage whose rows may be few or many has a kernel for each range of them. All are launches of the
 stage; those of other ranges have no blocks.
 
-Measured on an H100 with bf16 at the layer shapes of 1B and 8B models (benchmarks/gpu_matmul.py),
-as shares of cuBLAS's speed in the same run: 1.00 in the geometric mean for 8B (least 0.87), 0.99
-for 1B (least 0.77); up to 8 rows 1.02 to 1.24, with 2.98 TB/s read at best.
+Measured on H100 and H200 with bf16 at the layer shapes of 1B and 8B models (gpu_matmul.py of the
+benchmarks): 0.98 of cuBLAS's speed in the geometric mean on an H200, where tiles were not tuned.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from llmc.codegen.nvptx.kernel import DeviceEmitter, DeviceFrame, Kernel
 from llmc.codegen.nvptx.matmul_tensor import TensorMatmul
-from llmc.codegen.nvptx.matmul_tiles import MANY_ROWS
+from llmc.codegen.nvptx.matmul_tiles import choose_ranges
 from llmc.codegen.nvptx.matvec import TensorMatvec
 from llmc.codegen.nvptx.product import Product
 from llmc.codegen.target import Target
 from llmc.ir.dims import Dim, bounds, maximum, minimum
 
-MATVEC_ROWS = 16  # beyond, reading the rows costs more than the weight
-# The last rows of each range, but for the last. A tile for 2048 rows takes twice as long for 300 of
-# a 1B shape as one for those; with these, 1.15 times at most by the estimate.
-RANGES = (MATVEC_ROWS, 64, 256, 512, 1024, MANY_ROWS)
+MATVEC_ROWS = 8  # one fragment of them; with two, tiles through shared memory are as fast
 MOST_PARTS = 4
 ENDLESS = 1 << 62  # the last row of a range without end
+
+Ranges = Sequence[tuple[int, int]]  # (first, last row) of each
 
 
 def tensor_kernel(product: Product, target: Target) -> Kernel | RangedMatmul | None:
@@ -31,38 +31,39 @@ def tensor_kernel(product: Product, target: Target) -> Kernel | RangedMatmul | N
     if product.dtype.bits != 16 or product.parts > MOST_PARTS:
         return None
     low, high = bounds(product.rows)
-    ranges = [each for each in _ranges() if (high is None or each[0] <= high) and low <= each[1]]
-    kernels = [_kernel(product, target.cpu, min(last, high or last)) for _, last in ranges]
+    kernels = list(_kernels(product, target.cpu, low, ENDLESS if high is None else high))
     if len(kernels) == 1:
-        return kernels[0]
-    return RangedMatmul([InRange(kernel, product.rows, first, last)
-                         for kernel, (first, last) in zip(kernels, ranges, strict=True)])
+        return kernels[0][0]
+    return RangedMatmul([InRange(kernel, product.rows, ranges) for kernel, ranges in kernels])
 
 
-def _ranges() -> list[tuple[int, int]]:
-    """(first, last) rows of each; the last one is without end."""
-    starts = [0, *(last + 1 for last in RANGES[:-1])]
-    return list(zip(starts, [*RANGES[:-1], ENDLESS], strict=True))
-
-
-def _kernel(product: Product, architecture: str, rows: int) -> TensorMatvec | TensorMatmul:
-    kind = TensorMatvec if rows <= MATVEC_ROWS and product.parts <= 2 else TensorMatmul
-    return kind(product, architecture, rows)
+def _kernels(product: Product, architecture: str, low: int, high: int
+             ) -> Iterator[tuple[TensorMatvec | TensorMatmul, Ranges]]:
+    """Every kernel, with the ranges of low..high that it is for."""
+    first = low
+    if low <= MATVEC_ROWS and product.parts <= 2:
+        last = min(MATVEC_ROWS, high)
+        yield TensorMatvec(product, architecture, last), [(low, last)]
+        first = MATVEC_ROWS + 1
+    if first <= high:
+        for tiling, ranges in choose_ranges(product, architecture, first, high).items():
+            yield TensorMatmul(product, architecture, tiling), ranges
 
 
 class InRange:
-    """A kernel that has blocks only where first <= rows <= last."""
+    """A kernel that has blocks only where the number of rows is in one of its ranges."""
 
-    def __init__(self, kernel: Kernel, rows: Dim, first: int, last: int):
-        self.kernel, self.rows, self.first, self.last = kernel, rows, first, last
+    def __init__(self, kernel: Kernel, rows: Dim, ranges: Ranges):
+        self.kernel, self.rows, self.ranges = kernel, rows, ranges
         self.threads, self.shared_bytes = kernel.threads, kernel.shared_bytes
         self.attributes: dict[str, int] = getattr(kernel, "attributes", {})
         self.awaits_earlier = getattr(kernel, "awaits_earlier", False)
 
     def blocks(self) -> Dim:
-        inside: Dim = self._beyond(self.first - 1) if self.first else 1
-        if self.last < ENDLESS:
-            inside = inside - self._beyond(self.last)
+        inside: Dim = 0
+        for first, last in self.ranges:
+            inside = inside + (self._beyond(first - 1) if first else 1)
+            inside = inside - (self._beyond(last) if last < ENDLESS else 0)
         return self.kernel.blocks() * inside
 
     def _beyond(self, rows: int) -> Dim:

@@ -8,8 +8,8 @@ Floor: 2 * rows * n * k flops / peak, or the weight's bytes / read bandwidth whe
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import reduce
 
 import llvmlite.ir as ir
 
@@ -25,20 +25,22 @@ from llmc.codegen.nvptx.matmul_ptx import (
     shared_memory,
     wait_copies,
 )
-from llmc.codegen.nvptx.matmul_tiles import choose_tiling, chunk_count, make_consumer
-from llmc.codegen.nvptx.product import Epilogue, Product, RowTile
+from llmc.codegen.nvptx.matmul_tiles import Tiling, chunk_count, make_consumer
+from llmc.codegen.nvptx.overlap import await_earlier, may_overlap
+from llmc.codegen.nvptx.product import Epilogue, Place, Product, RowTile
 from llmc.ir.dims import Dim, ceildiv
 
 PADDING = 8  # elements behind a row of sums: rows a power of two apart would share banks
 VECTOR = 8  # columns that a thread finishes at a time
+TOGETHER = 4  # such vectors whose operands it asks for before it stores the first
+HELD, HELD_BY_BLOCK = 64, 32768  # values of f32 that they may be, of a thread and of a block
 
 
 class TensorMatmul:
     """The kernel of a matmul stage for many rows of f16 or bf16."""
 
-    def __init__(self, product: Product, architecture: str, rows: int):
-        """rows: what the tile is chosen for."""
-        tiling = choose_tiling(product, architecture, rows)
+    def __init__(self, product: Product, architecture: str, tiling: Tiling):
+        self.awaits_earlier = may_overlap(architecture)
         self.product, self.epilogue = product, Epilogue(product)
         self.shape, self.split = tiling.shape, tiling.split
         self.consumer = make_consumer(tiling, product.dtype.name)
@@ -91,9 +93,17 @@ class TensorMatmul:
         base = shared_base(e)
         size = self.shape.stage_bytes
         end = e.b.add(base, i32((self.shape.stages - 1) * size))
-        for number in range(ahead):
-            self._load(e, loader, e.b.add(first, i64(number)), last,
-                       e.b.add(base, i32(number * size)))
+        filled = [(e.b.add(first, i64(number)), e.b.add(base, i32(number * size)))
+                  for number in range(ahead)]
+        for chunk, stage in filled:
+            with e.b.if_then(e.b.icmp_signed("<", chunk, last)):
+                loader.load_right(chunk, stage)
+        if self.awaits_earlier:
+            await_earlier(e)  # weights come from no kernel, the rows do
+        for chunk, stage in filled:
+            with e.b.if_then(e.b.icmp_signed("<", chunk, last)):
+                loader.load_left(chunk, stage)
+            commit_copies(e)
         initial = [base, e.b.add(base, i32(ahead * size)), *sums]
         with e.fold(first, last, initial, name="chunk") as (chunk, (read, write, *sums), finish):
             wait_copies(e, ahead - 1)
@@ -114,7 +124,8 @@ class TensorMatmul:
               stage: ir.Value) -> None:
         """Start a chunk's copies, if it exists: one group either way."""
         with e.b.if_then(e.b.icmp_signed("<", chunk, last)):
-            loader.load(chunk, stage)
+            loader.load_left(chunk, stage)
+            loader.load_right(chunk, stage)
         commit_copies(e)
 
     def _next(self, e: Emitter, stage: ir.Value, base: ir.Value, last: ir.Value) -> ir.Value:
@@ -156,24 +167,47 @@ class SumTile:
         start = e.b.mul(rank, i64(own))
         first_row = e.b.add(tile.first, start)
         rows = e.minimum(i64(own), e.b.sub(tile.stop, first_row))
-        with e.loop(e.thread, e.b.mul(rows, i64(groups)), self.threads, "vector") as number:
-            row = e.b.udiv(number, i64(groups))
-            inside = e.b.mul(e.b.urem(number, i64(groups)), i64(lanes))
-            column = e.b.add(first_column, inside)
-            exists = e.b.icmp_signed("<", column, i64(product.part_size))
-            with e.b.if_then(exists) if product.part_size % self.width else nullcontext():
-                place = e.b.add(e.b.mul(e.b.add(start, row), i64(self.stride)), inside)
-                sums = [self._load(e, e.b.add(place, i64(part * self.width)), lanes)
-                        for part in range(product.parts)]
-                epilogue.emit(e, frame, e.b.add(first_row, row), column, sums)
+        held = min(HELD, HELD_BY_BLOCK // self.threads) // (lanes * product.parts * self.split)
+        together = max(1, min(TOGETHER, held, -(-own * groups // self.threads)))
+        step = together * self.threads
+        with e.loop(e.thread, e.b.mul(rows, i64(groups)), step, "vector") as number:
+            numbers = [e.b.add(number, i64(turn * self.threads)) for turn in range(together)]
+            inner = [self._inside(e, each, rows, groups, lanes) for each in numbers]
+            sums = self._loads(e, [e.b.add(e.b.mul(e.b.add(start, row), i64(self.stride)), column)
+                                   for row, column, _ in inner], product.parts, lanes)
+            places = []
+            for (row, inside, wanted), own_sums in zip(inner, sums, strict=True):
+                column = e.b.add(first_column, inside)
+                if product.part_size % self.width:
+                    wanted = e.b.and_(wanted, e.b.icmp_signed("<", column, i64(product.part_size)))
+                    column = e.minimum(column, i64(product.part_size - lanes))
+                places.append(Place(e.b.add(first_row, row), column, own_sums, wanted))
+            epilogue.emit_all(e, frame, places)
+
+    def _inside(self, e: DeviceEmitter, number: ir.Value, rows: ir.Value, groups: int, lanes: int
+                ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Row and column in the tile of a vector, the last row's beyond the end; and whether it is
+        before that."""
+        row = e.b.udiv(number, i64(groups))
+        column = e.b.mul(e.b.urem(number, i64(groups)), i64(lanes))
+        return (e.minimum(row, e.b.sub(rows, i64(1))), column,
+                e.b.icmp_signed("<", row, rows))
+
+    def _loads(self, e: DeviceEmitter, places: list[ir.Value], parts: int, lanes: int
+               ) -> list[list[ir.Value]]:
+        """Sums of every part at elements of the tile, of all blocks together."""
+        everywhere = [[e.b.add(place, i64(part * self.width)) for part in range(parts)]
+                      for place in places]
+        if self.split == 1:
+            return [[self._load(e, place, lanes) for place in each] for each in everywhere]
+        loaded = [[self._load_all(e, place, lanes) for place in each] for each in everywhere]
+        return [[reduce(e.b.fadd, ranks) for ranks in each] for each in loaded]
 
     def _load(self, e: DeviceEmitter, place: ir.Value, lanes: int) -> ir.Value:
-        """Sums from element `place` of the tile on, of all blocks together."""
-        if self.split == 1:
-            return e.load(e.offset(shared_memory(e), place, F32), vector(F32, lanes),
-                          align=16 if lanes > 1 else None)
+        return e.load(e.offset(shared_memory(e), place, F32), vector(F32, lanes),
+                      align=16 if lanes > 1 else None)
+
+    def _load_all(self, e: DeviceEmitter, place: ir.Value, lanes: int) -> list[ir.Value]:
+        """Every block's sums from element `place` of the tile on."""
         address = e.b.add(shared_base(e), e.b.mul(e.b.trunc(place, I32), i32(4)))
-        total = load_remote(e, address, 0, lanes)
-        for rank in range(1, self.split):
-            total = e.b.fadd(total, load_remote(e, address, rank, lanes))
-        return total
+        return [load_remote(e, address, rank, lanes) for rank in range(self.split)]

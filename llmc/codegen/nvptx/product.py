@@ -6,7 +6,7 @@ Every matmul kernel is made of a `Product` (what is multiplied, and where it lie
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from llmc.codegen.expr import Expression, Source, is_elementwise, operand_sources
@@ -184,6 +184,18 @@ class Epilogue:
         sums: for each part, its sums (scalars, or vectors of lanes, which must divide the part's
         size and column). Row and column must lie inside.
         """
+        self._values(e, frame, row, column, sums)()
+
+    def emit_all(self, e: DeviceEmitter, frame: DeviceFrame, places: Sequence[Place]) -> None:
+        """Results at several places: all that is read is asked for before the first is stored."""
+        stores = [self._values(e, frame, place.row, place.column, place.sums) for place in places]
+        for store, place in zip(stores, places, strict=True):
+            with e.b.if_then(place.wanted):
+                store()
+
+    def _values(self, e: DeviceEmitter, frame: DeviceFrame, row: ir.Value, column: ir.Value,
+                sums: Sequence[ir.Value]) -> Callable[[], None]:
+        """Compute results; what is returned emits their stores."""
         product = self.product
         lanes = sums[0].type.count if isinstance(sums[0].type, ir.VectorType) else 1
         sources = operand_sources(product.stage.body, product.stage.operands,
@@ -193,10 +205,24 @@ class Epilogue:
             x.bind(node, _always(value))
         first = x.scopes.integers.leaf(column, 0, lanes)
         index = (*split_row(x, product.node, x.index(row)), first)
-        for result in self.results:
-            value = x.value(result.value, index, lanes)
-            x.store(result.buffer, index,
-                    value if isinstance(value.type, ir.VectorType) else e.splat(value, lanes))
+        values = [x.value(result.value, index, lanes) for result in self.results]
+
+        def store() -> None:
+            for result, value in zip(self.results, values, strict=True):
+                x.store(result.buffer, index,
+                        value if isinstance(value.type, ir.VectorType) else e.splat(value, lanes))
+        return store
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where results are wanted: row and first column (inside, wanted or not), and the sums there,
+    as `Epilogue.emit` takes them; wanted (i1): whether they are stored."""
+
+    row: ir.Value
+    column: ir.Value
+    sums: Sequence[ir.Value]
+    wanted: ir.Value
 
 
 def _always(value: ir.Value) -> Source:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from llmc.codegen.nvptx import generate, make_kernel
-from llmc.codegen.nvptx.matmul_rows import RANGES
+from llmc.codegen.nvptx.matmul_rows import MATVEC_ROWS
+from llmc.codegen.nvptx.matmul_tiles import FEW_ENDS, STEP
 from llmc.codegen.target import Target
 from llmc.ir.dims import evaluate, parse_dim, symbol, symbols
 from llmc.ir.dtypes import dtype
@@ -27,7 +28,8 @@ def rows_symbol(high=4096, low=None):
 
 def first_rows(high):
     """The least rows that the kernel for `high` rows takes (never 0)."""
-    return max([1, *(last + 1 for last in RANGES[:-1] if last < high)])
+    ends = (MATVEC_ROWS, *FEW_ENDS, *range(STEP, high, STEP))
+    return max([1, *(end + 1 for end in ends if end < high)])
 
 
 def product_body(dtype_name, k, n, rows, residual=False, gated=False, result=None):
