@@ -45,7 +45,7 @@ from llmc.runtime.compiler import Compiler, Job
 from llmc.runtime.dispatch import Table
 from llmc.runtime.pages import Sequence
 from llmc.runtime.specialize import Specializer
-from llmc.runtime.step import Chunk
+from llmc.runtime.step import GREEDY, Chunk
 from llmc.runtime.trials import Gain, estimate
 
 Request = tuple[str, int]  # "prompt" or "batch" of so many tokens, or "decode" of as many sequences
@@ -112,6 +112,9 @@ class Strategy:
         self.name, self.is_padded = name, is_padded
         self.runtime = llmc.Runtime(artifact, target=arguments.target, threads=arguments.threads,
                                     max_context=1024, max_batch=32, **options)
+        # A GPU chooses tokens itself, as it does for the server: logits of 16 rows take longer to
+        # the host than the step.
+        self.output = GREEDY if arguments.target == "nvptx" else "logits"
         self.clock = time.thread_time if arguments.cpu_time else time.perf_counter
         random = np.random.default_rng(0)
         self.ids = random.integers(0, self.runtime.config["vocab_size"], 1024).astype(np.int32)
@@ -126,7 +129,7 @@ class Strategy:
         tokens = 1 if kind == "decode" else size
         chunks = [Chunk(sequence, self.ids[:tokens], 1) for sequence in sequences]
         started = self.clock()
-        self.runtime.step(chunks)
+        self.runtime.step(chunks, self.output)
         seconds = self.clock() - started
         for sequence in sequences:
             self.runtime.release(sequence)
