@@ -99,27 +99,26 @@ def add(subparsers) -> None:
 
 
 def read_variables(parser: argparse.ArgumentParser) -> None:
-    """Give every option that has no variable yet one of its name; LlmcError for a wrong value."""
+    """Give every option that has no variable yet one of its name."""
     for action in parser._actions:  # argparse has no other list of them
         if not action.option_strings or action.dest == "help" or "[LLMC_" in (action.help or ""):
             continue
         variable = "LLMC_" + action.dest.upper()
         action.help = f"{action.help} [{variable}]"
         if text := os.environ.get(variable):
-            action.default = True if action.nargs == 0 else value_of(action, text, variable)
+            action.default = True if action.nargs == 0 else text
+        if action.choices is not None:
+            action.type = one_of(action.type or str, list(action.choices))
 
 
-def value_of(action: argparse.Action, text: str, variable: str) -> Any:
-    """What a variable says for an option; LlmcError if it may not say that."""
-    kind: Any = action.type or str
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or (action.choices is not None and value not in action.choices):
-        allowed = f"one of {', '.join(map(str, action.choices))}" if action.choices else "a number"
-        raise LlmcError(f"{variable} must be {allowed}, got {text[:40]!r}")
-    return value
+def one_of(kind: Any, choices: list[Any]) -> Any:
+    """A type of arguments that refuses other values: argparse checks defaults by nothing else."""
+    def read(text: str) -> Any:
+        if (value := kind(text)) not in choices:
+            allowed = ", ".join(map(str, choices))
+            raise argparse.ArgumentTypeError(f"must be one of {allowed}, got {text[:40]!r}")
+        return value
+    return read
 
 
 def run(arguments) -> int:
