@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import llmc
-from llmc.runtime.profile import HALF_LIFE, Profile, Verdict, read_profile
+from llmc.runtime.profile import HALF_LIFE, RECENT_LIFE, Profile, Verdict, read_profile
 
 NAMES = ("tokens", "sequences")
 
@@ -132,3 +132,14 @@ def test_processes_that_save_together_lose_nothing(tmp_path: Path):
     assert saved is not None
     assert saved.cells[(3, 1), "few"].weight == pytest.approx(20.0, rel=0.1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.json", "model.lock"]
+
+
+def test_what_came_lately_fades_sooner():
+    profile = Profile(("tokens",))
+    profile.fold(now=0.0)
+    profile.observe((1,), "generic", 8.0)
+    profile.fold(now=0.0)
+    profile.fold(now=RECENT_LIFE)
+    (heat,) = profile.hottest()
+    assert heat.recent == pytest.approx(4.0)
+    assert heat.seconds == pytest.approx(8.0 * 0.5 ** (RECENT_LIFE / HALF_LIFE))

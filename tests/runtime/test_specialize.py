@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from llmc.runtime import compiler
 from llmc.runtime.artifact import Artifact
 from llmc.runtime.cache import VariantCache
 from llmc.runtime.compiler import Compiler
-from llmc.runtime.profile import Verdict
+from llmc.runtime.profile import RECENT_LIFE, Verdict
 from llmc.runtime.specialize import PATIENCE, Policy, Specializer, make_source
 from llmc.runtime.traffic import Range
 from tests.conftest import EMBEDDED
@@ -63,6 +64,15 @@ def promote(runtime: llmc.Runtime, specializer: Specializer, ids: list[int]) -> 
             runtime.run(ids)
         specializer.tick()
         assert time.monotonic() < deadline
+
+
+def wait_for(specializer: Specializer, shape: tuple[int, ...]) -> None:
+    """Ticks until a shape has code of its own."""
+    deadline = time.perf_counter() + 60
+    while shape not in specializer.promoted:
+        specializer.tick()
+        time.sleep(0.01)
+        assert time.perf_counter() < deadline
 
 
 def test_a_threshold_promotes_and_results_stay(embedded_artifact: Path, cache: Path):
@@ -238,6 +248,55 @@ def test_the_coldest_goes_when_the_budget_is_full(embedded_artifact: Path, cache
         assert EIGHT not in str(runtime.dispatch_table)
         np.testing.assert_allclose(runtime.run(PROMPT + PROMPT), promoted, rtol=1e-4, atol=1e-4)
         assert runtime.run(PROMPT).shape == (8, 512), "what was evicted runs on generic code"
+
+
+def test_where_traffic_has_moved_old_code_goes_at_once(embedded_artifact: Path, cache: Path):
+    """However hot it was: what counts for eviction is what came lately."""
+    with llmc.Runtime(embedded_artifact, threads=1, specialize="lazy", promote_after=5,
+                      max_variants=1, cache_dir=cache) as runtime:
+        specializer = still(runtime)
+        for _ in range(1000):
+            runtime.run(PROMPT)
+        wait_for(specializer, (8, 1, 8))
+        specializer.profile._folded_at -= 6 * RECENT_LIFE  # so long ago
+        specializer.tick()
+        for _ in range(200):
+            runtime.run(PROMPT[:3])
+        wait_for(specializer, (3, 1, 3))
+        assert list(specializer.promoted) == [(3, 1, 3)]
+        heats = specializer.traffic.hot
+        assert heats[8, 1, 8].seconds > heats[3, 1, 3].seconds, "though it is hotter over all"
+
+
+def test_each_decision_is_a_line_that_says_why_and_what_avoids_it(
+        embedded_artifact: Path, cache: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("LLMC_LOG", "specialize")
+    monkeypatch.setattr(Specializer, "_pays", lambda self, own, calls: calls >= 20)
+    monkeypatch.setattr(Specializer, "_fits", lambda self, own: True)
+    with llmc.Runtime(embedded_artifact, threads=1, specialize="lazy", max_variants=1,
+                      cache_dir=cache) as runtime:
+        specializer = still(runtime)
+        dispatch = runtime.executor.dispatch
+        observe = dispatch.observe
+        monkeypatch.setattr(dispatch, "observe", lambda values, variant, _: observe(
+            values, variant, 0.5 if variant.info.name == EIGHT else 1.0))
+        promote(runtime, specializer, PROMPT)
+        promote(runtime, specializer, PROMPT[:2])
+        specializer.evict((8, 1, 8))
+        events = [event for event in runtime.events() if event.kind != "compiled"]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "compiled in" not in line
+             and "taken from" not in line]
+    kinds = [event.kind for event in events]
+    assert {"compiling", "kept", "dropped", "evicted"} <= set(kinds)
+    for kind, line in zip(kinds, lines, strict=True):
+        assert re.search(rf"^llmc specialize: tokens=\d,.*: {kind}: .*gain .*; \d+ calls of \S+ ms,"
+                         r" expected saving \S+ s, compile \S+ s; \w+=", line), line
+    assert "gain 50.0% (50.0% to 50.0%, 12 pairs)" in lines[kinds.index("kept")]
+    assert "shapes=[{'tokens': 8, 'sequences': 1, 'rows': 8}]" in lines[0]
+    assert lines[-1].endswith("keeps it") and "budget" in lines[-1]
+    kept = events[kinds.index("kept")].details
+    assert kept["gain"] == pytest.approx(0.5) and kept["compile_seconds"] > 0 < kept["calls"]
 
 
 def test_a_compile_that_fails_is_not_tried_again(embedded_artifact: Path, cache: Path):
