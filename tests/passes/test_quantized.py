@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 import llmc
 from llmc.codegen.target import Target
 from llmc.frontend.model import load_model
+from llmc.ir.activation_codes import coded
 from llmc.passes.lower import lower
 from llmc.passes.pipeline import optimize
 
@@ -52,10 +53,11 @@ def packed(codes, bits):
         np.uint8)
 
 
+@pytest.mark.parametrize("accuracy", [0, 4])
 @pytest.mark.parametrize("bits, zeros, n, k, block", [
-    (4, "none", 24, 64, 32), (4, "packed", 17, 40, 16), (4, "f32", 8, 100, 32),
+    (4, "none", 24, 64, 32), (4, "none", 9, 300, 256), (4, "packed", 17, 40, 16), (4, "f32", 8, 100, 32),
     (8, "none", 17, 48, 16), (8, "packed", 20, 64, 64), (2, "packed", 9, 64, 16)])
-def test_matmul_n_bits(bits, zeros, n, k, block, tmp_path):
+def test_matmul_n_bits(bits, zeros, n, k, block, accuracy, tmp_path):
     rng = np.random.default_rng(0)
     blocks = -(-k // block)
     codes = rng.integers(0, 1 << bits, (n, blocks * block)).astype(np.uint8)
@@ -67,7 +69,7 @@ def test_matmul_n_bits(bits, zeros, n, k, block, tmp_path):
     if zeros != "none":
         stored["zeros"] = packed(points, bits) if zeros == "packed" else points
     node = helper.make_node("MatMulNBits", ["x", *stored], ["y"], domain="com.microsoft", N=n, K=k,
-                            bits=bits, block_size=block)
+                            bits=bits, block_size=block, accuracy_level=accuracy)
     graph = helper.make_graph(
         [node], "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", k])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", n])],
@@ -79,5 +81,6 @@ def test_matmul_n_bits(bits, zeros, n, k, block, tmp_path):
     of_column = np.arange(k) // block
     matrix = (codes[:, :k] - points.astype(np.float64)[:, of_column]) * scales[:, of_column]
     found = llmc.Runtime(str(tmp_path / "model.onnx")).run({"x": x})["y"]
-    bound = (k + 2) * 2.0**-24 * (np.abs(x) @ np.abs(matrix.T))
-    assert (np.abs(found - x @ matrix.T) <= bound).all()
+    read = coded(x, min(block, 128)) if accuracy == 4 else x
+    bound = (k + 2) * 2.0**-24 * (np.abs(x) @ (np.abs(matrix.T) + np.abs(scales.T)[of_column]))
+    assert (np.abs(found - read @ matrix.T) <= bound).all()

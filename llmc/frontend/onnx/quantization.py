@@ -11,6 +11,7 @@ from llmc.ir import dims
 from llmc.ir.dims import Dim
 from llmc.ir.dtypes import DType, bool_, f32, i2, i4, i8, i16, i32, u2, u4, u8
 from llmc.ir.graph import Node
+from llmc.ir.quantized import LARGEST_BLOCK
 
 SIGNED = {2: i2, 4: i4, 8: i8}
 UNSIGNED = {2: u2, 4: u4, 8: u8}
@@ -153,9 +154,13 @@ def centred_codes(call: Call, codes: Node, zero: Node | None) -> Node:
     return call.binary("sub", call.cast(codes, i16), call.cast(zero, i16))
 
 
+INT8_ACCURACY = 4  # of accuracy_level
+
+
 @converter("MatMulNBits", inputs=(3, 6), domain=MICROSOFT)
 def matmul_n_bits(call: Call) -> Result:
-    """a @ w^T for w of N rows in blocks along K: (codes - zero) * scale."""
+    """a @ w^T for w of N rows in blocks along K: (codes - zero) * scale. accuracy_level 4 allows a
+    to be rounded to int8, block by block."""
     call.refuse("weight_prepacked", 0)
     a, codes, scales = call.input(0), call.input(1), call.input(2)
     rows, columns = int(call.required("N")), int(call.required("K"))
@@ -177,7 +182,9 @@ def matmul_n_bits(call: Call) -> Result:
         operands[1:] = [call.take(each, index, 1) for each in operands[1:]]
         group = 1
     weight = call.make("dequantize", *operands, group=group, dtype=a.dtype)
-    product = call.matmul(a, call.swap_last(weight))
+    coded = call.attribute("accuracy_level", 0) == INT8_ACCURACY and group == block
+    product = call.make("matmul", a, call.swap_last(weight), dtype=a.dtype,
+                        activation_block=min(block, LARGEST_BLOCK) if coded else 0)
     bias = call.optional(5)
     return product if bias is None else call.binary("add", product, bias)
 
