@@ -298,7 +298,7 @@ class FewRowsMatmul:
         self.product = product
         high = bounds(product.rows)[1]
         largest = program.capabilities.matmul_rows
-        if high is not None:  # dealt out evenly: 8 rows by tiles of up to 6 are 4 and 4
+        if high:  # dealt out evenly: 8 rows by tiles of up to 6 are 4 and 4
             largest = max(1, -(-high // -(-high // largest)))
         self.bodies = sorted({min(size, largest) for size in (1, 2, 4, 8, largest)})
         self.prologue = self._prologue(source, program, high)
