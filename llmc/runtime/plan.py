@@ -3,6 +3,7 @@ opens whatever an ONNX model needs: one program, several in stages, or a plan.""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from llmc.ir.plan import HostStep, LoopStep, Plan
 from llmc.runtime.host_functions import HOST_FUNCTIONS
 from llmc.runtime.host_loop import run_loop
 from llmc.runtime.jit import host_plan, typed_part
-from llmc.runtime.staged import StagedModel
+from llmc.runtime.staged import MOST_VALUES, StagedModel
 
 Array = np.ndarray[Any, Any]
 
@@ -45,7 +46,7 @@ class TypedProgram:
         self.model, self.target, self.options = model, target, dict(options)
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._varying: dict[str, set[int]] = {}
-        self._programs: dict[tuple[Any, ...], StagedModel | PlannedModel] = {}
+        self._programs: OrderedDict[tuple[Any, ...], StagedModel | PlannedModel] = OrderedDict()
 
     def run(self, given: Mapping[str, Array]) -> dict[str, Array]:
         """All outputs by name. ShapeError where the inputs do not fit."""
@@ -65,11 +66,14 @@ class TypedProgram:
                         for name, array in given.items())
         for key in (exact, general):
             if key in self._programs:
+                self._programs.move_to_end(key)
                 return self._programs[key]
+        if len(self._programs) >= MOST_VALUES:
+            self._programs.popitem(last=False)[1].close()
         try:
             self._programs[general] = self._open(given, self._varying)
             return self._programs[general]
-        except ModelError:  # nothing fits all sizes
+        except ModelError:  # no program fits all sizes
             self._programs[exact] = self._open(given, {})
             return self._programs[exact]
 

@@ -7,7 +7,8 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from llmc.errors import LlmcError, ModelError, ShapeError
-from llmc.frontend.onnx.plan import HOST_OPS, ON_TEXT, host_plan
+from llmc.frontend.onnx.check import TEXT_OPERATORS
+from llmc.frontend.onnx.plan import ON_TEXT, host_plan
 from llmc.ir.plan import HostStep, ProgramStep
 from llmc.runtime.host_functions import HOST_FUNCTIONS
 from llmc.runtime.inference_session import InferenceSession
@@ -27,7 +28,7 @@ def run(model, feeds):
 
 
 def test_every_host_operator_has_a_function():
-    assert set(HOST_FUNCTIONS) == HOST_OPS | ON_TEXT | {"Constant"}
+    assert set(HOST_FUNCTIONS) == TEXT_OPERATORS | ON_TEXT | {"Constant"}
 
 
 def test_text_between_programs():

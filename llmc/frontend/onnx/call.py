@@ -131,7 +131,8 @@ class Call(Builder):
 
     def _needed(self, key: str, node: Node, what: str) -> ValueNeeded:
         """The value of a graph input is known by that input's name."""
-        text = f"{what} depends on data; only an InferenceSession can run such a model"
+        text = (f"{what} depends on data; no artifact holds such a model: an InferenceSession and"
+                " `llmc run` compile it for what arrives")
         return ValueNeeded(str(self.error(text)), node["name"] if node.op == "input" else key, node)
 
     def attribute(self, name: str, default: Any = None) -> Any:

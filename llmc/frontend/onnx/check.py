@@ -15,6 +15,9 @@ OLDEST_OPSET = 1
 NEWEST_OPSET = 28
 MAX_SHOWN = 20
 CONTROL_FLOW = ("If",)
+# What only the host computes, between programs (`plan.py`).
+TEXT_OPERATORS = frozenset({"RegexFullMatch", "StringConcat", "StringNormalizer", "StringSplit",
+                            "TfIdfVectorizer"})
 
 
 def node_name(node: NodeProto) -> str:
@@ -44,7 +47,9 @@ def check_model(model: ModelProto, path: Path) -> None:
     if missing:
         shown = "; ".join(missing[:MAX_SHOWN])
         more = f" and {len(missing) - MAX_SHOWN} more" if len(missing) > MAX_SHOWN else ""
-        raise ModelError(f"{path}: unsupported operators: {shown}{more}")
+        text = " (for text, give the model to an InferenceSession or `llmc run`)" if all(
+            label.split(" ")[0] in TEXT_OPERATORS for label in missing) else ""
+        raise ModelError(f"{path}: unsupported operators: {shown}{more}{text}")
     _check_names(model.graph, path)
     if model.graph.sparse_initializer:
         raise ModelError(f"{path}: sparse initializers are not supported")

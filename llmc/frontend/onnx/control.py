@@ -1,6 +1,7 @@
-"""Loop and Scan: their turns are written out.
+"""Loop and Scan whose turns are written out: few, and known where code is made.
 
-How many there are has to be known where code is made: a number or a condition that depends on data
+Others that are nodes of the graph itself are turned by the host (`host_loops.py`). Where that
+cannot be (in a branch, a function or over sequences) a number or a condition that depends on data
 is computed first, and code is made for its value.
 """
 
@@ -19,6 +20,7 @@ from llmc.ir.dtypes import bool_
 from llmc.ir.graph import Node, TensorType
 
 MOST_TURNS = 1024
+ON_THE_HOST = "an InferenceSession and `llmc run` count them where the loop is the graph's own"
 
 
 @converter("Loop", inputs=(2, None))
@@ -32,7 +34,7 @@ def loop(call: Call) -> Result:
     turn = 0
     while (most is None or turn < most) and holds(call, condition, turn):
         if turn >= MOST_TURNS:
-            raise call.error(f"it has more than {MOST_TURNS} turns")
+            raise call.error(f"it has more than {MOST_TURNS} turns: {ON_THE_HOST}")
         condition, *results = call.inline(
             body, [shape_array.scalar(turn), condition, *carried], turn)
         carried, out = results[: len(carried)], results[len(carried) :]
@@ -85,7 +87,7 @@ def scanned(call: Call, inputs: Sequence[Value], directions: str = "scan_input_d
     backwards = list(call.attribute(directions, [0] * count))
     turns = known_extent(call, tables[0].shape[axes[0]], "turns")
     if turns > MOST_TURNS:
-        raise call.error(f"it has {turns} turns; at most {MOST_TURNS} are supported")
+        raise call.error(f"it has {turns} turns, more than {MOST_TURNS}: {ON_THE_HOST}")
     rows: list[list[Value]] = []
     for turn in range(turns):
         slices = []

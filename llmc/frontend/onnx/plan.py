@@ -11,7 +11,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from onnx.helper import get_attribute_value
 
 from llmc.errors import ModelError
-from llmc.frontend.onnx.check import node_name, unsupported_operators
+from llmc.frontend.onnx.check import TEXT_OPERATORS, node_name, unsupported_operators
 from llmc.frontend.onnx.host_loops import captured_names, is_host_loop, loop_step
 from llmc.frontend.onnx.protobuf import is_external, parse_model, stored_tensor
 from llmc.ir.plan import HostStep, LoopStep, Plan, ProgramStep
@@ -19,8 +19,6 @@ from llmc.ir.plan import HostStep, LoopStep, Plan, ProgramStep
 # What takes text as it is: computed by the host only where an input or output is text.
 ON_TEXT = frozenset({"Cast", "CastLike", "Concat", "Equal", "Gather", "Identity", "LabelEncoder",
                      "Reshape", "Squeeze", "Unsqueeze"})
-HOST_OPS = frozenset({"RegexFullMatch", "StringConcat", "StringNormalizer", "StringSplit",
-                      "TfIdfVectorizer"})
 TEXT_RESULTS = {"StringConcat": 1, "StringNormalizer": 1, "StringSplit": 1}
 LOOPS = ("Loop", "Scan")
 NO_TEXT = frozenset({"Equal", "RegexFullMatch", "TfIdfVectorizer"})
@@ -128,7 +126,7 @@ def _makes_text(node: NodeProto) -> bool:
 
 
 def _is_hosted(node: NodeProto, text: set[str]) -> bool:
-    if node.op_type in HOST_OPS:
+    if node.op_type in TEXT_OPERATORS:
         return True
     touches = not text.isdisjoint((*node.input, *node.output))
     return touches and (node.op_type in ON_TEXT or node.op_type == "Constant")
