@@ -116,21 +116,36 @@ def substitute(dim: Dim, mapping: Mapping[Any, Dim]) -> Dim:
     return total
 
 
-def evaluate(dim: Dim, values: Mapping[str, int]) -> int:
-    """The dim's value with symbols by name. ShapeError: a symbol is missing, a divisor is 0."""
+def evaluate(dim: Dim, values: Mapping[str, int], known: dict[Expression, int] | None = None
+             ) -> int:
+    """The dim's value with symbols by name. ShapeError: a symbol is missing, a divisor is 0.
+
+    known: what expressions came to, read and added to: dims that share parts are evaluated together
+    in less time.
+    """
     if not isinstance(dim, Expression):
         return operator.index(dim)
+    if known is not None and dim in known:
+        return known[dim]
+    result = _evaluate(dim, values, known)
+    if known is not None:
+        known[dim] = result
+    return result
+
+
+def _evaluate(dim: Expression, values: Mapping[str, int], known: dict[Expression, int] | None
+              ) -> int:
     if isinstance(dim, Symbol):
         if dim.name not in values:
             raise ShapeError(f"no value for the symbol '{dim.name}'")
         return operator.index(values[dim.name])
     if isinstance(dim, Call):
-        arguments = [evaluate(value, values) for value in dim.arguments]
+        arguments = [evaluate(value, values, known) for value in dim.arguments]
         if dim.function in ("floordiv", "mod") and arguments[1] == 0:
             raise ShapeError(f"division by zero in '{dim}'")
         return _EVALUATE[dim.function](*arguments)
     return sum(
-        value * math.prod(evaluate(atom, values) ** power for atom, power in monomial)
+        value * math.prod(evaluate(atom, values, known) ** power for atom, power in monomial)
         for monomial, value in dim.terms
     )
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from llmc.errors import LlmcError
-from llmc.ir.dims import Dim, evaluate, parse_dim
+from llmc.ir.dims import Dim, Expression, evaluate, parse_dim
 from llmc.runtime.artifact import Artifact, VariantInfo
 from llmc.runtime.binding import Tensor
 from llmc.runtime.cuda_decode import CudaDecoder
@@ -69,11 +69,8 @@ class DeviceVariant(Described):
 
     def grids(self, values: Mapping[str, int]) -> tuple[int, ...]:
         """Blocks of every launch at a shape."""
-        known: dict[Dim, int] = {}
-        for _, blocks, *_ in self.launches:
-            if blocks not in known:
-                known[blocks] = evaluate(blocks, values)
-        return tuple(known[blocks] for _, blocks, *_ in self.launches)
+        known: dict[Expression, int] = {}
+        return tuple(evaluate(blocks, values, known) for _, blocks, *_ in self.launches)
 
 
 @dataclass(frozen=True)

@@ -282,3 +282,12 @@ def test_dims_agree_with_integers(tree, tokens_value, batch_value, seq_value, wi
         if known_multiple(dim, n):
             assert expected % n == 0
     assert not isinstance(dim, int) or dim == expected
+
+
+def test_dims_that_share_parts_are_evaluated_together():
+    tokens = symbol("tokens", 1)
+    tiles = ceildiv(tokens, 64)
+    known = {}
+    assert evaluate(tiles * minimum(1, tokens - 1), {"tokens": 65}, known) == 2
+    assert known[tiles] == 2
+    assert evaluate(tiles + 1, {"tokens": 65}, known) == 3 and evaluate(7, {}, known) == 7
