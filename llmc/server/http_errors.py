@@ -77,10 +77,10 @@ def shown(text: str) -> str:
 
 
 @contextmanager
-def field_errors() -> Iterator[None]:
-    """Turns a ShapeError of a value out of range, whose message begins with the field's name, into
-    the ApiError of that field."""
+def field_errors(name: str = "") -> Iterator[None]:
+    """Turns a ShapeError into the ApiError of a field: of the one that its message begins with, if
+    none is named."""
     try:
         yield
     except ShapeError as error:
-        raise ApiError(400, str(error), str(error).partition(" ")[0]) from error
+        raise ApiError(400, str(error), name or str(error).partition(" ")[0]) from error

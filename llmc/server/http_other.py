@@ -15,7 +15,7 @@ from starlette.responses import Response
 import llmc
 from llmc.server.history import History
 from llmc.server.http_body import json_answer, read_json, until_gone
-from llmc.server.http_errors import ApiError
+from llmc.server.http_errors import ApiError, field_errors
 from llmc.server.metrics import CONTENT_TYPE, Metrics
 from llmc.server.model_host import ModelHost
 from llmc.server.prompts import chat_ids, encode
@@ -57,14 +57,16 @@ class Other:
             raise ApiError(400, f"This model makes vectors of {width} dimensions, no others.",
                            "dimensions", "unsupported")
         given = inputs(body.input, "input")
-        rows = await asyncio.to_thread(
-            lambda: [runtime.embedding_ids(each) if isinstance(each, str) else each
-                     for each in given])
-        future = asyncio.wrap_future(embedder.submit(rows))
+        with field_errors("input"):
+            rows = await asyncio.to_thread(
+                lambda: [runtime.embedding_ids(each) if isinstance(each, str) else each
+                         for each in given])
+            future = asyncio.wrap_future(embedder.submit(rows))
         watcher = asyncio.create_task(until_gone(http))
         watcher.add_done_callback(lambda task: task.cancelled() or future.cancel())
         try:
-            vectors = await future
+            with field_errors("input"):
+                vectors = await future
         except asyncio.CancelledError:
             if watcher.done():
                 raise ConnectionAbortedError("the client has gone") from None
@@ -114,7 +116,8 @@ class Other:
     async def detokenize(self, http: HttpRequest) -> Response:
         body: DetokenizeRequest = await self._body(http, _DETOKENIZE)
         tokenizer = self._host.runtime.tokenizer
-        text = await asyncio.to_thread(tokenizer.decode, body.tokens, False)
+        with field_errors("tokens"):
+            text = await asyncio.to_thread(tokenizer.decode, body.tokens, False)
         return json_answer({"prompt": text})
 
     # ---- watching -------------------------------------------------------------------------------

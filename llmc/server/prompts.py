@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from llmc.errors import ShapeError
 from llmc.runtime.sampling import Sampling
 from llmc.server.http_errors import ApiError, field_errors, shown
 from llmc.server.model_host import ModelHost
@@ -94,10 +93,11 @@ async def encode(host: ModelHost, text: str, add_special_tokens: bool = True,
                  field: str = "prompt") -> list[int]:
     """Token ids; long texts are tokenized in a thread. field: where the text is from."""
     tokenizer = host.runtime.tokenizer
-    if len(text) <= SHORT:
-        ids = tokenizer.encode(text, add_special_tokens)
-    else:
-        ids = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
+    with field_errors(field):
+        if len(text) <= SHORT:
+            ids = tokenizer.encode(text, add_special_tokens)
+        else:
+            ids = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
     if not ids:
         raise ApiError(400, "The prompt is empty: at least one token is needed.", field)
     return ids
@@ -105,10 +105,8 @@ async def encode(host: ModelHost, text: str, add_special_tokens: bool = True,
 
 def checked(host: ModelHost, ids: list[int], field: str) -> np.ndarray:
     """Token ids as the engine takes them. ApiError 400 if they are none, or too many."""
-    try:
+    with field_errors(field):
         array = host.runtime.check_ids(ids)
-    except ShapeError as error:
-        raise ApiError(400, str(error), field) from error
     if len(array) > (capacity := host.require_engine().capacity):
         raise ApiError(400, f"The prompt has {len(array)} tokens, the context holds {capacity}.",
                        field, "context_length_exceeded")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ import llmc
 from tests.server.serving import Serving, serving
 
 PROMPT = "Once upon a time"
-BERT = Path(__file__).parent.parent / "goldens" / "hf" / "bert"
 SCHEMA = {"type": "object", "properties": {"name": {"enum": ["Lily", "Tom"]},
                                            "old": {"type": "boolean"}},
           "required": ["name", "old"], "additionalProperties": False}
@@ -191,23 +189,6 @@ def test_what_does_not_fit_is_a_bad_request_that_names_it(client, changes, text)
         client.completions.create(**{"model": "demo", "prompt": PROMPT, **changes})
 
 
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory) -> Path:
-    """The golden BERT with a tokenizer that knows letters."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    directory = tmp_path_factory.mktemp("encoder") / "bert"
-    shutil.copytree(BERT, directory)
-    letters = [*"abcdefghijklmnopqrstuvwxyz"]
-    words = ["[UNK]", "[CLS]", "[SEP]", *letters, *("##" + letter for letter in letters)]
-    vocabulary = {word: number for number, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
-    tokenizer.save(str(directory / "tokenizer.json"))
-    return directory
-
-
 def test_embeddings_as_floats_and_as_base64(encoder):
     texts = ["hello world", "the other one", "x"]
     with serving(encoder) as running, llmc.Runtime(encoder, threads=2) as runtime:
@@ -219,6 +200,10 @@ def test_embeddings_as_floats_and_as_base64(encoder):
             np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
             assert answer.usage.prompt_tokens == sum(
                 len(runtime.embedding_ids(text)) for text in texts)
+        for wrong in ([10**6], [5] * 9999, [[5], [10**6]]):
+            with pytest.raises(openai.BadRequestError) as refused:
+                client.embeddings.create(model="demo", input=wrong)
+            assert refused.value.param == "input"
         with pytest.raises(openai.BadRequestError, match="dimensions"):
             client.embeddings.create(model="demo", input="x", dimensions=3)
         with pytest.raises(openai.BadRequestError, match="encoder"):
