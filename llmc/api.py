@@ -43,18 +43,19 @@ def compile(model: str | os.PathLike[str] | Graph, target: str = "host", dtype: 
             shape: dict[str, tuple[int, int]] | None = None,
             cache_dir: str | os.PathLike[str] | None = None,
             parameters: Mapping[str, np.ndarray] | None = None,
-            quantize: str | Quantization | None = None) -> Compiled:
+            quantize: str | Quantization | None = None, kv_cache: str | None = None) -> Compiled:
     """Compile an .onnx file, a checkpoint directory or a traced graph for this machine or another.
 
     target: "host", or a CPU such as "x86_64:znver5". dtype: compute dtype (default: the
     checkpoint's). shape: symbol -> (low, high), narrower than the model's own ranges. parameters:
     values of a traced graph's parameters by name. quantize: what weights become, "int8", "int4" or
-    a `Quantization` (default: they stay as they are).
+    a `Quantization` (default: they stay as they are). kv_cache: "int8" stores keys and values as
+    8-bit codes.
     """
     from llmc.runtime.jit import cached_artifact, cached_graph
 
     cache, limits = Path(cache_dir) if cache_dir else None, dict(shape or {})
-    chosen = quantization(quantize)
+    chosen = quantization(quantize, kv_cache)
     if isinstance(model, Graph):
         if dtype is not None:
             raise LlmcError("a traced graph computes in the dtypes that it was traced with")

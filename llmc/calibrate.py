@@ -23,7 +23,7 @@ from llmc.frontend.model import ImportedModel, load_model
 from llmc.ir.dims import evaluate, symbol
 from llmc.ir.graph import Node, TensorType
 from llmc.ir.ops import make
-from llmc.ir.quantization import Quantization
+from llmc.ir.quantization import FLOAT, Quantization
 from llmc.passes.lower import ShapeKey
 from llmc.passes.quantize import Candidate, candidates
 from llmc.passes.raise_patterns import raise_patterns
@@ -56,7 +56,7 @@ def calibrate(model: ImportedModel, quantization: Quantization, progress: Progre
               ) -> Calibration | None:
     """The second moments for a model's four-bit matrices; None if there are none, or where `auto`
     finds it too dear. LlmcError if it is asked for and the model makes no text."""
-    if quantization.calibrate == "never":
+    if quantization.calibrate == "never" or quantization.weights == FLOAT:
         return None
     if model.kind != "causal_lm" or all(
             node["name"] != "page_table" for node in model.graph.inputs):

@@ -24,13 +24,14 @@ from llmc.ir.graph import Graph, walk
 from llmc.ir.index_ranges import index_ranges
 from llmc.ir.program import Capabilities, Program
 from llmc.ir.program_text import format_program
-from llmc.ir.quantization import Quantization
+from llmc.ir.quantization import FLOAT, Quantization
 from llmc.ir.text import format_graph
 from llmc.passes.activation_codes import code_activations
 from llmc.passes.greedy import with_greedy
 from llmc.passes.lower import ShapeKey, lower
 from llmc.passes.pipeline import Pass, optimize
 from llmc.passes.quantize import candidates, quantize
+from llmc.passes.quantize_cache import quantize_cache
 from llmc.runtime.artifact import (
     GRAPH,
     WEIGHTS,
@@ -224,6 +225,10 @@ def _quantizing(model: ImportedModel, quantization: Quantization, calibration: C
     moments = calibration.names if calibration is not None else {}
 
     def apply(graph: Graph, capabilities: Capabilities) -> Graph:
+        if quantization.kv_cache == "int8":
+            graph = _with_coded_cache(graph, model, capabilities)
+        if quantization.weights == FLOAT:
+            return graph
         found = candidates(graph, quantization, makes_logits(model))
         kept.extend((each.name, each.reason) for each in found if each.options is None)
         graph = quantize(graph, found, capabilities, moments)
@@ -232,6 +237,19 @@ def _quantizing(model: ImportedModel, quantization: Quantization, calibration: C
         return graph
 
     return apply
+
+
+def _with_coded_cache(graph: Graph, model: ImportedModel, capabilities: Capabilities) -> Graph:
+    """The graph with 8-bit caches; CompileError where there are none or the target has no kernel
+    for them."""
+    if capabilities.weight_layout == "columns":
+        raise CompileError("the attention of GPUs reads no 8-bit cache: compile for the host, or "
+                           "with kv_cache float")
+    changed = quantize_cache(graph)
+    if changed is graph:
+        raise CompileError(f"{model.path} has no KV cache of pages, so that kv_cache int8 means "
+                           "nothing: that is for checkpoints of language models")
+    return changed
 
 
 FEW = ("tokens", "sequences", "rows")

@@ -11,6 +11,8 @@ import llmc
 from llmc.cli import main
 from llmc.errors import LlmcError
 from llmc.ir.quantization import Quantization
+from llmc.runtime.pages import Sequence
+from llmc.runtime.step import Chunk
 from tests.conftest import EMBEDDED, GOLDENS
 
 
@@ -171,8 +173,59 @@ def test_command_line(tmp_path, capsys):
                  "-o", str(target)]) == 0
     options = llmc.load(target).manifest.quantization.options
     assert options == {"weights": "int4", "group": 64, "symmetric": False, "head": "float",
-                       "activations": "float", "calibrate": "never"}
+                       "activations": "float", "calibrate": "never", "kv_cache": "float"}
     assert main(["compile", str(EMBEDDED), "--group", "64", "-o", str(target)]) == 1
     assert "go with --quantize" in capsys.readouterr().err
     assert main(["inspect", str(EMBEDDED), "--stage", "quantization"]) == 1
     assert "is no artifact" in capsys.readouterr().err
+
+
+# ---- the cache ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def coded_cache():
+    return llmc.compile(EMBEDDED, kv_cache="int8")
+
+
+def test_a_coded_cache_stays_close_and_takes_less_memory(coded_cache, texts, wanted):
+    assert divergence_of(coded_cache, texts, wanted) < 0.002
+
+    def bytes_of_a_token(path):
+        with llmc.Runtime(path) as runtime:
+            return sum(np.prod(state.concrete_shape({"pool_pages": 1})) * state.dtype.bits // 8
+                       * state.count for state in runtime.executor.states) / 32
+
+    # f32 heads of 8: 32 bytes become 8 and a bf16 scale.
+    assert bytes_of_a_token(coded_cache) == bytes_of_a_token(EMBEDDED) * 10 / 32
+
+
+def test_a_coded_cache_gives_the_same_in_one_step_and_in_many(coded_cache):
+    ids = np.arange(1, 70)
+    with llmc.Runtime(coded_cache) as runtime:
+        whole = runtime.run(ids)
+        sequence = Sequence()
+        model = runtime.language_model
+        parts = [runtime.step([Chunk(sequence, ids[start:start + size], size)])
+                 for start, size in ((0, 33), (33, 1), (34, 1), (35, 34))]
+        runtime.release(sequence)
+        assert model.reuses_prefixes
+    np.testing.assert_allclose(np.concatenate(parts), whole, atol=0.3)
+    assert divergence(whole, np.concatenate(parts)) < 1e-3
+
+
+def test_a_coded_cache_and_codes_for_weights_go_together(texts, wanted):
+    compiled = llmc.compile(EMBEDDED, quantize=Quantization("int8", activations="float"),
+                            kv_cache="int8")
+    assert compiled.manifest.quantization.options["kv_cache"] == "int8"
+    assert divergence_of(compiled, texts, wanted) < 0.003
+    with llmc.Runtime(compiled) as runtime:
+        made = runtime.decode(list(runtime.generate(runtime.encode("Once upon a time"), 16)))
+    assert made.startswith(", there was a little girl named")
+
+
+def test_where_there_is_no_cache_of_pages_it_says_so():
+    with pytest.raises(LlmcError, match="has no KV cache of pages"):
+        llmc.compile(GOLDENS / "hf" / "bert", kv_cache="int8")
+    with pytest.raises(LlmcError, match="reads no 8-bit cache"):
+        llmc.compile(EMBEDDED, target="nvptx", kv_cache="int8")

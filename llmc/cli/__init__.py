@@ -111,6 +111,9 @@ def add_quantization_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--calibrate", choices=("auto", "always", "never"), default=None,
                        help="int4: choose codes on text that the model itself makes while "
                             "compiling (default: auto, for models where that takes seconds)")
+    group.add_argument("--kv-cache", choices=("int8", "float"), default=None,
+                       help="store keys and values as 8-bit codes, with a scale for each token and "
+                            "head (default: float, in the compute dtype)")
 
 
 def quantization_of(arguments: argparse.Namespace) -> Quantization | None:
@@ -119,13 +122,14 @@ def quantization_of(arguments: argparse.Namespace) -> Quantization | None:
              "activations": arguments.activations, "calibrate": arguments.calibrate,
              "symmetric": False if arguments.asymmetric else None}
     given = {name: value for name, value in given.items() if value is not None}
-    if arguments.quantize is None:
-        if given:
-            raise LlmcError("options of quantisation go with --quantize int8 or --quantize int4")
+    if arguments.quantize is None and given:
+        raise LlmcError("options of quantisation go with --quantize int8 or --quantize int4")
+    if arguments.quantize is None and arguments.kv_cache is None:
         return None
-    from llmc.ir.quantization import Quantization
+    from llmc.ir.quantization import Quantization, quantization
 
-    return Quantization(arguments.quantize, **given)
+    weights = None if arguments.quantize is None else Quantization(arguments.quantize, **given)
+    return quantization(weights, arguments.kv_cache)
 
 
 def open_runtime(model: str, arguments: argparse.Namespace, **options: Any):

@@ -329,12 +329,14 @@ def _cache_append(node: Node, arrays: Sequence[Array], context: Context) -> Arra
 
 def _infer_paged(inputs: Inputs, attributes: Attributes, bodies: Bodies) -> Type:
     """q [tokens, h, d], states k [pool, PAGE, g, d] and v [pool, PAGE, g, e], page_table,
-    sequence, positions, offsets [sequences + 1] -> [tokens, h, e]."""
+    sequence, positions, offsets [sequences + 1] -> [tokens, h, e]. Of integers, the states of their
+    scales [pool, PAGE, g, 1] follow: a key or value is the codes of a token and head times one."""
     q, k, v, page_table = inputs[:4]
     require_rank("paged_attention", inputs, 0, 3)
     for index in (1, 2):
         _check_state("paged_attention", inputs, index)
-    require_float("paged_attention", inputs, 0, 1, 2)
+    require_float("paged_attention", inputs, 0)
+    _check_cache_scales(inputs)
     _check_addresses("paged_attention", inputs, 3, q.shape[0])
     require_rank("paged_attention", inputs, 6, 1)
     require_integer("paged_attention", inputs, 6)
@@ -350,17 +352,32 @@ def _infer_paged(inputs: Inputs, attributes: Attributes, bodies: Bodies) -> Type
     return TensorType(q.dtype, (*q.shape[:2], v.shape[-1]))
 
 
+def _check_cache_scales(inputs: Inputs) -> None:
+    if len(inputs) == 7:
+        require_float("paged_attention", inputs, 1, 2)
+        return
+    if len(inputs) != 9:
+        reject("paged_attention", "scales are those of keys and of values", inputs)
+    require_integer("paged_attention", inputs, 1, 2)
+    require_float("paged_attention", inputs, 7, 8)
+    for codes, scales in ((inputs[1], inputs[7]), (inputs[2], inputs[8])):
+        if not same_shape(scales.shape, (*codes.shape[:3], 1)):
+            reject("paged_attention", "there is one scale to a token and head", inputs)
+
+
 def _paged_attention(node: Node, arrays: Sequence[Array], context: Context) -> Array:
-    q, k, v, page_table, sequence, positions, _ = arrays
+    q, k, v, page_table, sequence, positions, _, *scales = arrays
     q = widen(q, node.dtype, context.exact)
+    if scales:
+        k, v = (codes.astype(q.dtype) * scale.astype(q.dtype)
+                for codes, scale in zip((k, v), scales, strict=True))
     result = np.zeros((*q.shape[:2], v.shape[-1]), q.dtype)
     for each in np.unique(sequence):
         rows = np.flatnonzero(sequence == each)
         keys = np.arange(int(positions[rows].max()) + 1)
         pages = _pages("paged_attention", k, page_table, np.full_like(keys, each), keys // PAGE)
         keys_here, values_here = (
-            np.swapaxes(widen(state[pages, keys % PAGE], operand.dtype).astype(q.dtype), 0, 1)
-            for state, operand in ((k, node.inputs[1]), (v, node.inputs[2]))
+            np.swapaxes(state[pages, keys % PAGE].astype(q.dtype), 0, 1) for state in (k, v)
         )
         seen = visible(positions[rows], keys, True, node["window"])
         queries = np.swapaxes(q[rows], 0, 1)
@@ -383,5 +400,5 @@ TABLE = [
        attributes=_MASKED),
     Op("packed_attention", _infer_packed, _packed_attention, arity=(4, 5), attributes=_MASKED),
     Op("cache_append", _infer_cache_append, _cache_append, arity=(5, 5)),
-    Op("paged_attention", _infer_paged, _paged_attention, arity=(7, 7), attributes=_SCORE),
+    Op("paged_attention", _infer_paged, _paged_attention, arity=(7, 9), attributes=_SCORE),
 ]

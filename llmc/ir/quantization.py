@@ -9,6 +9,8 @@ from llmc.errors import LlmcError
 from llmc.ir.dtypes import DType, dtype
 
 WEIGHTS = ("int8", "int4")
+FLOAT = "float"
+KV_CACHES = ("int8", FLOAT)
 GROUPS = (32, 64, 128)
 HEADS = ("int8", "int4", "float")
 ACTIVATIONS = ("int8", "float")
@@ -21,7 +23,7 @@ _CODES = {("int8", True): "i8", ("int8", False): "u8", ("int4", True): "i4", ("i
 class Quantization:
     """How the matrices that a model multiplies by are stored.
 
-    weights      "int8" or "int4"
+    weights      "int8", "int4" or "float" (they stay as the model has them)
     group        elements of a row (along the inner dimension) that share a scale: 32, 64 or 128
                  (default: 128 for int8, 32 for int4)
     symmetric    False: groups have zero points too
@@ -31,6 +33,8 @@ class Quantization:
     calibrate    int4 only. "always": choose codes for the errors of products, on text that the
                  model makes; "auto" (the default): where that takes seconds; "never": for those of
                  the weights
+    kv_cache     "int8": keys and values are stored as 8-bit codes, with a scale for each token and
+                 head; "float" (the default): in the compute dtype
     """
 
     weights: str
@@ -39,16 +43,18 @@ class Quantization:
     head: str = "int8"
     activations: str = "int8"
     calibrate: str = "auto"
+    kv_cache: str = FLOAT
 
     def __post_init__(self) -> None:
-        for name, allowed in (("weights", WEIGHTS), ("head", HEADS), ("calibrate", CALIBRATE),
+        for name, allowed in (("weights", (*WEIGHTS, FLOAT)), ("kv_cache", KV_CACHES),
+                              ("head", HEADS), ("calibrate", CALIBRATE),
                               ("activations", ACTIVATIONS), ("group", (0, *GROUPS)),
                               ("symmetric", (True, False))):
             value = getattr(self, name)
             if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
                 wanted = ", ".join(str(each) for each in allowed if each != 0 or name != "group")
                 raise LlmcError(f"quantize: {name} must be one of {wanted}, got {value!r}")
-        if not self.group:
+        if not self.group and self.weights != FLOAT:
             object.__setattr__(self, "group", DEFAULT_GROUPS[self.weights])
 
     @property
@@ -68,11 +74,14 @@ class Quantization:
         return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
 
 
-def quantization(given: Any) -> Quantization | None:
-    """The option `quantize` of Python's functions: None, "int8", "int4" or a Quantization."""
-    if given is None or isinstance(given, Quantization):
-        return given
-    if not isinstance(given, str):
-        raise LlmcError(f"quantize must be one of {', '.join(WEIGHTS)} or a Quantization, got "
-                        f"{given!r}")
-    return Quantization(given)
+def quantization(given: Any, kv_cache: str | None = None) -> Quantization | None:
+    """The options `quantize` (None, "int8", "int4" or a Quantization) and `kv_cache` of Python's
+    functions."""
+    if given is None:
+        return Quantization(FLOAT, kv_cache=kv_cache) if kv_cache is not None else None
+    if not isinstance(given, Quantization):
+        if given not in WEIGHTS:
+            raise LlmcError(f"quantize must be one of {', '.join(WEIGHTS)} or a Quantization, got "
+                            f"{given!r}")
+        given = Quantization(given)
+    return replace(given, kv_cache=kv_cache) if kv_cache is not None else given

@@ -48,6 +48,8 @@ class Options:
     dtype        compute dtype (default: the checkpoint's)
     quantize     what weights are compiled to: "int8", "int4" or a `Quantization` (default: they
                  stay as the model has them)
+    kv_cache     "int8": keys and values are compiled to be stored as 8-bit codes (default: in the
+                 compute dtype)
     threads      host threads (default: LLMC_THREADS, else what the model's size pays for)
     max_context  tokens of a sequence, at most (default: the model's limit)
     max_batch    sequences that must fit the KV cache together at full length (default 1)
@@ -69,6 +71,7 @@ class Options:
 
     dtype: str | None = None
     quantize: str | Quantization | None = None
+    kv_cache: str | None = None
     threads: int | None = None
     max_context: int | None = None
     max_batch: int = 1
@@ -83,6 +86,10 @@ class Options:
     code_budget_mb: int | None = None
     max_variants: int | None = None
     shapes: Sequence[Mapping[str, int]] = ()
+
+    def quantization(self) -> Quantization | None:
+        """What `quantize` and `kv_cache` say."""
+        return quantization(self.quantize, self.kv_cache)
 
     def policy(self) -> Policy:
         """What the options say; where they do not, the LLMC_* variables."""
@@ -140,7 +147,7 @@ class Runtime:
         if isinstance(model, Graph):
             target = resolve_target(target, self.options.device)
             return cached_graph(model, self.options.parameters or {}, target, cache, {},
-                                self.options.progress, quantization(self.options.quantize))
+                                self.options.progress, self.options.quantization())
         if self.options.parameters is not None:
             raise LlmcError("parameters are for a traced graph: other models bring their own")
         path = Path(getattr(model, "path", model))
@@ -150,13 +157,13 @@ class Runtime:
             if self.options.dtype not in (None, artifact.manifest.dtype):
                 raise LlmcError(f"{path} was compiled for {artifact.manifest.dtype}, not "
                                 f"{self.options.dtype}: compile the model again with that dtype")
-            check_quantization(artifact.manifest, quantization(self.options.quantize))
+            check_quantization(artifact.manifest, self.options.quantization())
             return artifact
         if not path.exists():
             raise ModelError(f"{path}: no such file or directory")
         target = resolve_target(target, self.options.device)
         return cached_artifact(path, target, self.options.dtype, cache, {}, self.options.progress,
-                               quantization(self.options.quantize))
+                               self.options.quantization())
 
     def _make_executor(self) -> Executor:
         """Memory and code on the machine that the artifact was compiled for."""

@@ -259,17 +259,19 @@ class _Tile:
         mask = self.kernel.mask
         if mask is not None and _is_shared(mask):
             self._load_mask(mask, needed, i64(0), i64(0))
+        scales = source.scales(e, self.frame, self.block, needed)
         with e.loop(0, self.rows, name="row") as row:
-            self._weights(row, needed)
+            self._weights(row, needed, scales)
         values = source.values(e, self.frame, self.block, needed, self.value_scratch, self.direct)
         self.kernel.multiplier.run(e, self.sums, self.scores, values, self.rows, g.padded,
                                    (needed.low, needed.high), self.factors.pointer)
 
-    def _weights(self, row, needed: KeyBlock) -> None:
-        """Scores of a row become weights; its maximum, total and factor move on."""
+    def _weights(self, row, needed: KeyBlock, scales: list[Matrix]) -> None:
+        """Scores of a row become weights; its maximum, total and factor move on. scales: of the
+        keys and the values, where these are codes."""
         e, lanes = self.e, self.g.lanes
         columns = range(0, PAGE, lanes)
-        scores = [self._score(row, column) for column in columns]
+        scores = [self._score(row, column, scales[:1]) for column in columns]
         mask = self.kernel.mask
         if mask is not None:
             if not _is_shared(mask):
@@ -282,17 +284,21 @@ class _Tile:
         total = None
         for score, column in zip(scores, columns, strict=True):
             weight = self._exponential(e.b.fsub(score, e.splat(new, lanes)))
-            self.scores.store(e, weight, row, column)
             total = weight if total is None else e.b.fadd(total, weight)
+            for each in scales[1:]:
+                weight = e.b.fmul(weight, each.load(e, 0, column, lanes))
+            self.scores.store(e, weight, row, column)
         factor = self._exponential(e.b.fsub(old, new))
         self.maxima.store(e, new, row, 0)
         self.factors.store(e, factor, row, 0)
         before = self.totals.load(e, row, 0, lanes)
         self.totals.store(e, e.fma(before, e.splat(factor, lanes), total), row, 0)
 
-    def _score(self, row, column: int) -> ir.Value:
+    def _score(self, row, column: int, scales: list[Matrix]) -> ir.Value:
         e, softcap = self.e, self.kernel.softcap
         score = self.scores.load(e, row, column, self.g.lanes)
+        for each in scales:
+            score = e.b.fmul(score, each.load(e, 0, column, self.g.lanes))
         if not softcap:
             return score
         cap = splat_constant(score.type, softcap * self.kernel.unit)

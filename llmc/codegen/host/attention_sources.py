@@ -142,7 +142,7 @@ class PagedSource:
     """paged_attention: keys [size][PAGE] and values [PAGE][size] of a kv head in each page."""
 
     def __init__(self, stage: Stage, program: Program, node: Node, geometry: Geometry):
-        query, key, value, table, _, positions, offsets = node.inputs
+        query, key, value, table, _, positions, offsets, *scales = node.inputs
         self.geometry = geometry
         self.query = Operand.of(stage, program, query)
         self.page_table = Operand.of(stage, program, table)
@@ -155,6 +155,15 @@ class PagedSource:
         self.key, self.value = buffers[key["name"]], buffers[value["name"]]
         if self.key.layout != KeyPages() or self.value.layout != ValuePages():
             raise unsupported(stage, "caches must lie in KeyPages and ValuePages")
+        self.scale_buffers = [buffers[each["name"]] for each in scales]
+        if any(buffer.layout != KeyPages() for buffer in self.scale_buffers):
+            raise unsupported(stage, "the scales of caches must lie in KeyPages")
+
+    def scales(self, e: Emitter, frame: Frame, block: Block, keys: KeyBlock) -> list[Matrix]:
+        """What the scores, and the weights, of the block's PAGE keys are multiplied by, a row each;
+        empty where caches hold floats. Those of keys that are not needed may be anything."""
+        return [Matrix(self._page(e, frame, buffer, block, keys.start), buffer.type.dtype, PAGE)
+                for buffer in self.scale_buffers]
 
     def visible(self, e: Emitter, frame: Frame, block: Block, query) -> tuple:
         """(first, last + 1) of the keys that a query sees; query counts from the block's first."""
@@ -211,6 +220,10 @@ class _RowSource:
     key: Operand
     value: Operand
     axis: int  # of the operands, along which keys are counted
+
+    def scales(self, e: Emitter, frame: Frame, block: Block, keys: KeyBlock) -> list[Matrix]:
+        """None: keys and values are floats."""
+        return []
 
     def row(self, e: Emitter, frame: Frame, operand: Operand, block: Block, key):
         """Elements from the operand's base to a key's row for the block's kv head."""

@@ -116,7 +116,9 @@ def state_layouts(graph: Graph, capabilities: Capabilities) -> dict[Node, Layout
             body = node.bodies[0]
             attention = find_anchor(body, "paged_attention")
             if attention is not None:
-                for operand, layout in zip(attention.inputs[1:3], (keys, ValuePages()),
+                operands = (*attention.inputs[1:3], *attention.inputs[7:])
+                of_scales = (KeyPages(), KeyPages())[:len(operands) - 2]
+                for operand, layout in zip(operands, (keys, ValuePages(), *of_scales),
                                            strict=True):
                     state = root_state(node.inputs[body.inputs.index(operand)])
                     layouts[state] = layout
