@@ -18,6 +18,10 @@ from llmc.server.request import Matcher
 JSON_OPTIONS: Any = {"whitespace_pattern": r"( |\n[ \t]{0,32})?"}
 
 
+FIELDS = {"json": "response_format", "regex": "regex", "lark": "grammar"}  # where they come from
+MOST_WORDS = 500  # characters of what llguidance says, which repeats its input
+
+
 class GrammarMatcher:
     """One choice's place in a grammar (see `llmc.server.request.Matcher`)."""
 
@@ -61,9 +65,9 @@ class Grammars:
         try:
             first = LLMatcher(self._load(), make(source), log_level=0)
         except (ValueError, TypeError) as error:
-            raise ApiError(400, f"invalid grammar: {error}", code="invalid_grammar") from error
+            raise _invalid(kind, str(error)) from error
         if first.is_error():
-            raise ApiError(400, f"invalid grammar: {first.get_error()}", code="invalid_grammar")
+            raise _invalid(kind, first.get_error())
         return lambda: GrammarMatcher(first.deep_copy())
 
     def _load(self) -> Any:
@@ -74,6 +78,10 @@ class Grammars:
                 self._tokenizer = LLTokenizer(str(self._file), n_vocab=self._vocabulary,
                                               eos_token=self._end_ids or None)
             return self._tokenizer
+
+
+def _invalid(kind: str, why: str) -> ApiError:
+    return ApiError(400, f"invalid grammar: {why[:MOST_WORDS]}", FIELDS[kind], "invalid_grammar")
 
 
 def _from_schema(schema: Any) -> str:
