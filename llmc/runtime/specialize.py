@@ -42,6 +42,7 @@ OUST = 1.2  # by how much a shape must be hotter than the one whose code goes fo
 IDLE_LOOKS = 2  # looks without a step after which trials go on by themselves
 REHEARSALS = 8  # steps of one look then, at most; and for how many seconds
 REHEARSAL_SECONDS = 0.1
+MOST_ATTEMPTS = 3  # shapes that are worked on side by side, so that a long trial holds nobody up
 TUNING_SECONDS = 2.0  # of steps, after which a trial before ready is not extended
 
 Rehearse = Callable[[Mapping[str, int]], bool]  # run a step of such values unless somebody waits
@@ -78,6 +79,7 @@ class Attempt:
 
     own: Own
     schedules: list[Schedule]
+    best: Schedule | None = None  # that was kept so far
     job: Job | None = None
     stored: StoredVariant | None = None
     trial: Pairs | None = None
@@ -116,7 +118,7 @@ class Specializer:
                                source.target.startswith("nvptx"))
         self.profile.model, self.profile.target = source.model, short_target(source.target)
         self.promoted: dict[Own, Promoted] = {}
-        self.attempt: Attempt | None = None
+        self.attempts: list[Attempt] = []
         self.error = ""  # why the thread gave up, if it did
         self.feed = EventFeed()
         self._rehearse = rehearse
@@ -175,8 +177,8 @@ class Specializer:
         """Compile code by every schedule, and keep the best as measured now; the first one, where
         nothing can be measured."""
         attempt = Attempt(own, self.traffic.schedules(own))
-        self.attempt = attempt
-        while self.attempt is attempt:
+        self.attempts.append(attempt)
+        while attempt in self.attempts:
             job = attempt.job = self._job(own, attempt.schedules[0])
             self._receive(attempt, self.compiler.compile(job))
             if attempt.trial is None:
@@ -200,8 +202,9 @@ class Specializer:
         self._finalizer()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=10)
-        if self.attempt is not None and self.attempt.trial is not None:
-            self._end_trial(self.attempt.trial)
+        for attempt in self.attempts:
+            if attempt.trial is not None:
+                self._end_trial(attempt.trial)
         self._save()
 
     # ---- one look -----------------------------------------------------------------------------
@@ -212,10 +215,15 @@ class Specializer:
         steps = sum(self.traffic.calls.values())
         self._idle_looks = self._idle_looks + 1 if steps == self._steps else 0
         self._steps = steps
-        if self.attempt is None:
-            self.attempt = self._next()
-        if self.attempt is not None:
-            self._advance(self.attempt, seconds)
+        if len(self.attempts) < MOST_ATTEMPTS and (found := self._next()) is not None:
+            self.attempts.append(found)
+        with suppress(Empty):
+            while True:
+                outcome = self.compiler.finished.get_nowait()
+                self._receive(next(each for each in self.attempts if each.job is outcome.job),
+                              outcome)
+        for attempt in list(self.attempts):
+            self._advance(attempt, seconds)
         self._unsaved += seconds
         if self._unsaved >= SAVE_EVERY:
             self._save()
@@ -235,9 +243,6 @@ class Specializer:
             job = self._job(attempt.own, attempt.schedules[0])
             if self.compiler.submit(job):
                 attempt.job = job
-        else:
-            with suppress(Empty):
-                self._receive(attempt, self.compiler.finished.get_nowait())
 
     def _wait(self, attempt: Attempt, trial: Pairs, seconds: float) -> None:
         """Run steps for a trial while nobody else does; give up one whose shape comes no more,
@@ -248,11 +253,11 @@ class Specializer:
         attempt.seen = trial.calls
         if attempt.waited > PATIENCE:
             self._end_trial(trial)
-            if attempt.own in self.promoted:  # by another schedule: good enough
+            if attempt.best is not None:  # good enough
                 self._finish(attempt, 0.0)
             else:
                 self._paused[attempt.own] = self._calls_of(attempt.own)
-                self.attempt = None
+                self.attempts.remove(attempt)
 
     def _rehearse_shapes(self, attempt: Attempt) -> bool:
         """Some steps for a trial, on no request's behalf; whether there was progress."""
@@ -308,12 +313,13 @@ class Specializer:
         """A trial that is over decides. wanted: by the user, so that equal is good enough."""
         stored, schedule = attempt.stored, attempt.schedules.pop(0)
         assert stored is not None
-        first = wanted and attempt.own not in self.promoted
+        first = wanted and attempt.best is None
         gain = trial.gain() if trial.done else None
         faster = first if gain is None else trial.is_faster() or (first and not trial.is_slower())
         self._tell(attempt, stored, schedule, faster, gain)
         if faster:
             attempt.share *= 1.0 - (gain.middle if gain else 0.0)
+            attempt.best = schedule
             self._promote(attempt.own, trial.new, schedule, stored, 1.0 - attempt.share)
         self._end_trial(trial)
         attempt.job = attempt.stored = attempt.trial = None
@@ -334,10 +340,9 @@ class Specializer:
 
     def _finish(self, attempt: Attempt, gain: float) -> None:
         """All schedules were tried. gain: of the last."""
-        kept = self.promoted.get(attempt.own)
-        state, best = ("kept", kept.schedule) if kept else ("dropped", {})
-        self._conclude(attempt, Verdict(state, gain if not kept else 1.0 - attempt.share,
-                                        attempt.compile_seconds, schedule=dict(best)))
+        state, gain = ("dropped", gain) if attempt.best is None else ("kept", 1.0 - attempt.share)
+        self._conclude(attempt, Verdict(state, gain, attempt.compile_seconds,
+                                        schedule=dict(attempt.best or {})))
 
     def _end_trial(self, trial: Pairs) -> None:
         """The old code again; the new code goes, unless it was promoted."""
@@ -348,17 +353,18 @@ class Specializer:
     def _conclude(self, attempt: Attempt, verdict: Verdict) -> None:
         """Remember what became of a shape or range."""
         self.traffic.remember(attempt.own, verdict)
-        self.attempt = None
+        self.attempts.remove(attempt)
 
     # ---- choosing -----------------------------------------------------------------------------
 
     def _next(self) -> Attempt | None:
         """The shape for which code of its own pays most, if it pays for any; else a range."""
+        busy = [attempt.own for attempt in self.attempts]
         shapes: list[Own] = list(self.traffic.hot)
-        ranges: list[Own] = [] if self.policy.promote_after else list(
-            self.traffic.ranges(self.promoted))
+        one_range = self.policy.promote_after or any(isinstance(own, Range) for own in busy)
+        ranges: list[Own] = [] if one_range else list(self.traffic.ranges(self.promoted))
         for own in [*shapes, *ranges]:
-            if own in self.promoted or self.traffic.is_settled(own):
+            if own in self.promoted or own in busy or self.traffic.is_settled(own):
                 continue
             calls = self._calls_of(own)
             if self._paused.get(own) == calls or not self._pays(own, calls) or not self._fits(own):
@@ -459,10 +465,9 @@ class Specializer:
 
     def stats(self) -> dict[str, Any]:
         """Live code and the verdicts, for people and programs."""
-        attempt = self.attempt
         return {
             "mode": self.policy.mode, "error": self.error, "code_bytes": self._bytes(),
-            "compiling": self.traffic.name(attempt.own) if attempt else None,
+            "trying": [self.traffic.name(attempt.own) for attempt in list(self.attempts)],
             "promoted": {p.code.info.name: {"gain": p.gain, "bytes": p.bytes,
                                             "schedule": dict(p.schedule)}
                          for p in list(self.promoted.values())},

@@ -83,7 +83,7 @@ def test_a_threshold_promotes_and_results_stay(embedded_artifact: Path, cache: P
         expected = plain.run(PROMPT)
         runtime.run(PROMPT)
         specializer.tick()
-        assert specializer.attempt is None, "one call is no five"
+        assert not specializer.attempts, "one call is no five"
         promote(runtime, specializer, PROMPT)
         assert EIGHT in str(runtime.dispatch_table)
         np.testing.assert_allclose(runtime.run(PROMPT), expected, rtol=1e-4, atol=1e-4)
@@ -116,7 +116,7 @@ def test_a_trial_decides_and_is_remembered(embedded_artifact: Path, cache: Path,
         assert (EIGHT in str(runtime.dispatch_table)) is (state == "kept")
         assert not dispatch.table.trials
         specializer.tick()
-        assert specializer.attempt is None, "what was dropped is not tried again"
+        assert not specializer.attempts, "what was dropped is not tried again"
     with llmc.Runtime(embedded_artifact, threads=1, specialize="lazy", cache_dir=cache) as second:
         assert (EIGHT in str(second.dispatch_table)) is (state == "kept")
         assert second.stats()["specialize"]["verdicts"] == {EIGHT: state}
@@ -136,12 +136,37 @@ def test_a_trial_whose_shape_stops_coming_holds_nobody_up(
             assert time.monotonic() < deadline
         specializer.tick(PATIENCE)
         specializer.tick(PATIENCE)
-        assert specializer.attempt is None and not runtime.executor.dispatch.table.trials
+        assert not specializer.attempts and not runtime.executor.dispatch.table.trials
         specializer.tick()
-        assert specializer.attempt is None, "as long as it does not come again"
+        assert not specializer.attempts, "as long as it does not come again"
         runtime.run(PROMPT)
         specializer.tick()
-        assert specializer.attempt is not None and specializer.attempt.own == (8, 1, 8)
+        assert [attempt.own for attempt in specializer.attempts] == [(8, 1, 8)]
+
+
+def test_a_long_trial_holds_up_no_other_shape(embedded_artifact: Path, cache: Path,
+                                              monkeypatch: pytest.MonkeyPatch):
+    """One shape whose trial finds nothing for long, and one that gains."""
+    monkeypatch.setattr("llmc.runtime.trials.MOST_PAIRS", 1 << 30)
+    monkeypatch.setattr(Specializer, "_pays", lambda self, own, calls: calls >= 20)
+    with llmc.Runtime(embedded_artifact, threads=1, specialize="lazy", cache_dir=cache) as runtime:
+        specializer = still(runtime)
+        dispatch = runtime.executor.dispatch
+        observe, noise = dispatch.observe, random.Random(3)
+        monkeypatch.setattr(dispatch, "observe", lambda values, variant, _: observe(
+            values, variant, noise.uniform(0.1, 1.0) if values["tokens"] == 8
+            else 0.5 if "=" in variant.info.name else 1.0))
+        for _ in range(30):
+            runtime.run(PROMPT)
+        specializer.tick()
+        deadline = time.monotonic() + 60
+        while (3, 1, 3) not in specializer.profile.verdicts:
+            for _ in range(20):
+                runtime.run(PROMPT[:3])
+            runtime.run(PROMPT)
+            specializer.tick()
+            assert time.monotonic() < deadline
+        assert runtime.stats()["specialize"]["trying"] == [EIGHT]
 
 
 def test_a_trial_goes_on_while_nobody_wants_a_step(embedded_artifact: Path, cache: Path,
@@ -307,7 +332,7 @@ def test_a_compile_that_fails_is_not_tried_again(embedded_artifact: Path, cache:
         promote(runtime, specializer, PROMPT)
         assert specializer.profile.verdicts[8, 1, 8].state == "failed"
         specializer.tick()
-        assert specializer.attempt is None
+        assert not specializer.attempts
         assert runtime.run(PROMPT).shape == (8, 512)
 
 
@@ -354,7 +379,7 @@ def test_a_short_run_starts_no_process(embedded_artifact: Path, cache: Path,
         specializer = still(runtime)
         list(runtime.generate(PROMPT, 32))
         specializer.tick()
-        assert specializer.attempt is None
+        assert not specializer.attempts
 
 
 @pytest.mark.parametrize("seconds", [3.0, pytest.param(60.0, marks=pytest.mark.slow)])
