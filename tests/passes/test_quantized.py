@@ -55,7 +55,8 @@ def packed(codes, bits):
 
 @pytest.mark.parametrize("accuracy", [0, 4])
 @pytest.mark.parametrize("bits, zeros, n, k, block", [
-    (4, "none", 24, 64, 32), (4, "none", 9, 300, 256), (4, "packed", 17, 40, 16), (4, "f32", 8, 100, 32),
+    (4, "none", 24, 64, 32), (4, "none", 9, 300, 256), (4, "packed", 17, 40, 16),
+    (4, "f32", 8, 100, 32),
     (8, "none", 17, 48, 16), (8, "packed", 20, 64, 64), (2, "packed", 9, 64, 16)])
 def test_matmul_n_bits(bits, zeros, n, k, block, accuracy, tmp_path):
     rng = np.random.default_rng(0)
