@@ -13,6 +13,7 @@ from llmc.errors import CompileError, ModelError
 from llmc.frontend.json_file import read_json, read_json_object
 from llmc.frontend.model import ImportedModel, ModelInfo, Pooling
 from llmc.frontend.safetensors import Checkpoint, open_checkpoint
+from llmc.frontend.tokenizer import check_merges
 from llmc.frontend.trace import Spec, Tensor, trace
 from llmc.ir.dtypes import DType, bf16, f16, f32, f64
 from llmc.models import ARCHITECTURES, Family
@@ -33,6 +34,7 @@ POOLING_MODES = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
 }
+TOKENIZER = "tokenizer.json"
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers")
 _LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d{1,9})\.")
 
@@ -45,6 +47,8 @@ def load_huggingface(directory: Path, dtype: str | None = None) -> ImportedModel
     config_file = _read_config(directory)
     architecture = _architecture(config_file)
     family = ARCHITECTURES[architecture]
+    if (directory / TOKENIZER).is_file():  # an artifact's tokenizer is trusted
+        check_merges(directory / TOKENIZER)
     checkpoint = open_checkpoint(directory)
     _check_layers(config_file, checkpoint.tensors)
     config = family.read_config(config_file)

@@ -39,7 +39,7 @@ class Tokenizer:
         if not path.is_file():
             raise ModelError(f"{path}: no such file; without it only token ids can be given")
         if not trusted:
-            _check_merges(path)
+            check_merges(path)
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except (KeyboardInterrupt, SystemExit):
@@ -226,8 +226,8 @@ class StreamDecoder:
         return self._tokenizer.decode(self._window)[len(before) :]
 
 
-def _check_merges(path: Path) -> None:
-    """Every merge joins two tokens of the vocabulary into a third.
+def check_merges(path: Path) -> None:
+    """ModelError unless every merge joins two tokens of the vocabulary into a third.
 
     The library panics, with a backtrace on stderr, where the third is missing.
     """

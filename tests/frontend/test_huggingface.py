@@ -196,3 +196,20 @@ def test_every_family_is_complete():
         assert family.kind in ("causal_lm", "encoder"), name
         packed = {"ids", "positions", "sequence", "offsets"}
         assert packed - set(family.unread) <= family.inputs.keys(), name
+
+
+def test_bad_merges_are_refused_before_anything_is_compiled(checkpoint):
+    """An artifact's copy of the tokenizer is trusted, and the library would panic."""
+    (checkpoint / "tokenizer.json").write_text(json.dumps(
+        {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}}))
+    with pytest.raises(ModelError, match=r"tokenizer\.json: the merge 'a b' names tokens"):
+        load_model(checkpoint)
+
+
+@pytest.mark.parametrize("layers", [2**31 - 1, 10**9])
+def test_more_layers_than_a_list_can_hold(checkpoint, layers):
+    """A family whose layers differ makes a list of them from the config."""
+    edit_json(checkpoint / "config.json", num_hidden_layers=layers, model_type="qwen2",
+              architectures=["Qwen2ForCausalLM"], use_sliding_window=True)
+    with pytest.raises(ModelError, match=f"is {layers}, but the weights have 2 layers"):
+        load_model(checkpoint)
