@@ -30,7 +30,7 @@ from llmc.runtime.executor import Executor
 from llmc.runtime.profile import Profile, Verdict
 from llmc.runtime.tiers import Schedule, compile_cost
 from llmc.runtime.traffic import Own, Range, Traffic
-from llmc.runtime.trials import Code, Gain, Pairs
+from llmc.runtime.trials import LEAST_GAIN, Code, Gain, Pairs
 
 INTERVAL = 0.5  # seconds between two looks at the profile
 SAVE_EVERY = 60.0  # seconds
@@ -184,8 +184,9 @@ class Specializer:
             if attempt.trial is None:
                 continue
             trial = attempt.trial
+            least = 0.0 if attempt.best is None else LEAST_GAIN  # equal is good enough at first
             while self._rehearse_shapes(attempt):
-                if trial.done and (trial.seconds() > TUNING_SECONDS or not trial.extend()):
+                if trial.done and (trial.seconds() > TUNING_SECONDS or not trial.extend(least)):
                     break
             self._judge(attempt, trial, wanted=True)
 

@@ -94,10 +94,11 @@ class Pairs:
         """What is known by now; at least one pair must have been measured."""
         return estimate(self.ratios())
 
-    def extend(self) -> bool:
-        """Take twice as many pairs if noise hides the answer; False if more would not help."""
+    def extend(self, least: float = LEAST_GAIN) -> bool:
+        """Take twice as many pairs if noise hides the answer, which is a gain or certainly less
+        than `least`; False if more would not help."""
         gain = self.gain()
-        if gain.low > 0.0 or gain.high < LEAST_GAIN or 2 * self._wanted > MOST_PAIRS:
+        if gain.low > 0.0 or gain.high < least or 2 * self._wanted > MOST_PAIRS:
             return False
         self._wanted *= 2
         return True

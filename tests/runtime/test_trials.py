@@ -115,3 +115,10 @@ def test_a_range_is_judged_over_all_of_its_shapes():
         part.observe(variant, (1.0 + call % 5) * (0.9 if variant is NEW else 1.0))
     assert trial.done and trial.part((0,), OLD) is None
     assert trial.gain().middle == pytest.approx(0.1) and trial.is_faster()
+
+
+def test_where_equal_is_good_enough_a_loss_must_be_certain_before_the_trial_ends():
+    trial = Trial(OLD, NEW)
+    run_trial(trial, lambda new: 1.0 + new * (0.02 if trial.calls % 3 else -0.006))
+    assert trial.gain().middle < 0 < trial.gain().high < LEAST_GAIN
+    assert not trial.extend() and trial.extend(least=0.0)
