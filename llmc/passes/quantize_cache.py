@@ -29,8 +29,8 @@ def quantize_cache(graph: Graph) -> Graph:
         if node.op != "paged_attention" or node.inputs[1].inputs[0] not in states:
             return None
         keys, values = (made[each.inputs[0]] for each in node.inputs[1:3])
-        return make("paged_attention", node.inputs[0], keys[0], values[0], *node.inputs[3:],
-                    keys[1], values[1], **dict(node.attributes))
+        operands = (node.inputs[0], keys[0], values[0], *node.inputs[3:], keys[1], values[1])
+        return make("paged_attention", *operands, bodies=(), **dict(node.attributes))
 
     changed = map_graph(graph, coded)
     updates: list[tuple[Node, Node]] = []
