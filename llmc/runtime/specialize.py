@@ -43,7 +43,7 @@ IDLE_LOOKS = 2  # looks without a step after which trials go on by themselves
 REHEARSALS = 8  # steps of one look then, at most; and for how many seconds
 REHEARSAL_SECONDS = 0.1
 MOST_ATTEMPTS = 3  # shapes that are worked on side by side, so that a long trial holds nobody up
-TUNING_SECONDS = 2.0  # of steps, after which a trial before ready is not extended
+TUNING_SECONDS = 5.0  # of steps, after which a trial before ready is not extended
 
 Rehearse = Callable[[Mapping[str, int]], bool]  # run a step of such values unless somebody waits
 
