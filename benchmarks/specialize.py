@@ -135,12 +135,14 @@ class Strategy:
             self.runtime.release(sequence)
         return seconds
 
-    def settle(self, requests: tuple[Request, ...], limit: float) -> float:
-        """Replay until each of the requests' shapes has its verdict; seconds that it took."""
+    def settle(self, requests: tuple[Request, ...], limit: float,
+               trace: list[Request] | None = None) -> float:
+        """Replay these requests, or a trace that they are the hot ones of, until each of their
+        shapes has its verdict; seconds that it took."""
         started = time.monotonic()
         wanted = [name_of(request) for request in requests]
         while time.monotonic() - started < limit:
-            for request in requests * 10:
+            for request in trace or requests * 10:
                 self.run(request)
             verdicts = " ".join(self.state()["verdicts"])
             if all(name in verdicts for name in wanted):
@@ -205,8 +207,8 @@ def trace_section(artifact: Path, arguments: argparse.Namespace, directory: Path
                   start("padded", "eager", powers, is_padded=True)]
     lazy = start("lazy", "lazy", [])  # the last one: nothing else runs beside its trials
     strategies.append(lazy)
-    settled = lazy.settle(hot, arguments.warm)
     trace = make_trace(arguments.target, hot, arguments.requests, seed=1)
+    settled = lazy.settle(hot, arguments.warm, trace)
     replay(strategies, trace, 1)
     result = {"seconds to settle": round(settled, 1),
               **compare(replay(strategies, trace, arguments.rounds), trace, hot),

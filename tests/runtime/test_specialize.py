@@ -256,6 +256,25 @@ def test_bad_options_are_refused(embedded_artifact: Path, option: dict):
         llmc.Runtime(embedded_artifact, **option)
 
 
+@pytest.mark.parametrize("tokens", [3, 7, 13, 17])
+def test_code_of_every_schedule_computes_the_same(embedded_artifact: Path, cache: Path,
+                                                  tokens: int):
+    ids = list(range(1, tokens + 1))
+    shape = (tokens, 1, tokens)
+    with llmc.Runtime(embedded_artifact, threads=2, specialize="lazy", cache_dir=cache) as runtime:
+        specializer = still(runtime)
+        expected = runtime.run(ids)
+        schedules = specializer.traffic.schedules(shape)
+        for schedule in schedules:
+            job = specializer._job(shape, schedule)
+            stored = specializer.compiler.compile(job).variant
+            assert stored is not None
+            specializer._promote(shape, specializer._load(stored), schedule, stored, None)
+            np.testing.assert_allclose(runtime.run(ids), expected, rtol=1e-4, atol=1e-4)
+            assert runtime.stats()["variants"][job.name]["calls"] == 1
+    assert len(schedules) == 2
+
+
 def test_the_coldest_goes_when_the_budget_is_full(embedded_artifact: Path, cache: Path):
     with llmc.Runtime(embedded_artifact, threads=1, specialize="lazy", promote_after=5,
                       max_variants=1, cache_dir=cache) as runtime:
