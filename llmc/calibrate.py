@@ -43,13 +43,13 @@ MEMORY = 1 << 30  # bytes of what products are given: the sequences are shorter 
 
 def compile_quantized(path: str | Path, target: Target, quantization: Quantization,
                       dtype: str | None = None, progress: Progress = silent,
-                      limits: ShapeKey | None = None) -> Compiled:
+                      limits: ShapeKey | None = None, later: bool = False) -> Compiled:
     """As `driver.compile_model`, calibrated first if that is asked for, or pays."""
     timings: dict[str, float] = {}
     with timed(timings, "import"):
         model = load_model(path, dtype=dtype)
     return compile_imported(model, target, progress, limits, timings, quantization,
-                            calibrate(model, quantization, progress))
+                            calibrate(model, quantization, progress), later)
 
 
 def calibrate(model: ImportedModel, quantization: Quantization, progress: Progress = silent

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,9 @@ class Calibration:
 class Compiled:
     """A model lowered and compiled for a target, before it is written.
 
-    timings: seconds per phase. kept: (name, reason) of the matrices that `quantization` leaves as
-    they are. `write` makes the artifact.
+    codes: machine code of each program; where there is none yet, `write` makes it beside the
+    weights. timings: seconds per phase. kept: (name, reason) of the matrices that `quantization`
+    leaves as they are. `write` makes the artifact.
     """
 
     model: ImportedModel
@@ -75,6 +77,15 @@ class Compiled:
     timings: dict[str, float] = field(default_factory=dict)
     quantization: Quantization | None = None
     kept: tuple[tuple[str, str], ...] = ()
+
+    def generate(self, progress: Progress = silent) -> None:
+        """Make the machine code."""
+        codes = {}
+        with timed(self.timings, "codegen"):
+            for number, (name, program) in enumerate(self.programs.items()):
+                progress("compile", number / len(self.programs))
+                codes[name] = generate(program, self.target)
+        self.codes = codes
 
     def write(self, path: str | os.PathLike[str], progress: Progress = silent) -> Path:
         """Write the artifact directory, whole or not at all; an old one there is replaced."""
@@ -94,27 +105,32 @@ class Compiled:
     def _write_into(self, directory: Path, progress: Progress) -> None:
         os.chmod(directory, 0o755)
         (directory / "variants").mkdir()
-        for name, code in self.codes.items():
-            for extension, contents in code.files().items():
-                (directory / "variants" / f"{name}.{extension}").write_bytes(contents)
-            text = format_program(self.programs[name])
-            (directory / "variants" / f"{name}.txt").write_text(text)
         (directory / GRAPH).write_text(format_graph(self.graph))
         (directory / "files").mkdir()
         for source in self.model.companion_files:
             shutil.copyfile(source, directory / "files" / source.name)
-        started = time.perf_counter()
         program = next(iter(self.programs.values()))
         maker = WeightMaker(self.model)
-        with open(directory / WEIGHTS, "wb") as stream:
-            file = WeightFile(stream)
-            weights = tuple(write_weights(program, maker, file, progress))
-            hashes = {WEIGHTS: file.close(), GRAPH: hash_file(directory / GRAPH),
-                      **hash_files(directory / "variants"),
-                      **hash_files(directory / "files")}
-        self.timings["weights"] = time.perf_counter() - started
+        maker.prepare(program)
+        with ThreadPoolExecutor(1) as beside:
+            code = beside.submit(self._write_code, directory / "variants")
+            with timed(self.timings, "weights"), open(directory / WEIGHTS, "wb") as stream:
+                file = WeightFile(stream)
+                weights = tuple(write_weights(program, maker, file, progress))
+                hashes = {WEIGHTS: file.close(), GRAPH: hash_file(directory / GRAPH),
+                          **hash_files(directory / "files")}
+            code.result()
+        hashes |= hash_files(directory / "variants")
         write_manifest(directory, self._manifest(program, weights, file.size, hashes,
                                                  self._quantized(maker)))
+
+    def _write_code(self, directory: Path) -> None:
+        if not self.codes:
+            self.generate()
+        for name, code in self.codes.items():
+            for extension, contents in code.files().items():
+                (directory / f"{name}.{extension}").write_bytes(contents)
+            (directory / f"{name}.txt").write_text(format_program(self.programs[name]))
 
     def _quantized(self, maker: WeightMaker) -> QuantizationInfo | None:
         if self.quantization is None:
@@ -141,17 +157,18 @@ class Compiled:
 
 def compile_model(path: str | Path, target: Target, dtype: str | None = None,
                   progress: Progress = silent, limits: ShapeKey | None = None,
-                  quantization: Quantization | None = None) -> Compiled:
+                  quantization: Quantization | None = None, later: bool = False) -> Compiled:
     """Read, optimise, lower and compile a model.
 
     path: an .onnx file or a checkpoint directory. dtype: compute dtype (default: the
     checkpoint's). limits: symbol -> (low, high), narrower than the model's own. quantization: what
-    the weights become, uncalibrated (`calibrate.compile_quantized` calibrates).
+    the weights become, uncalibrated (`calibrate.compile_quantized` calibrates). later: machine code
+    is made when the artifact is written, beside its weights.
     """
     timings: dict[str, float] = {}
     with timed(timings, "import"):
         model = load_model(path, dtype=dtype)
-    return compile_imported(model, target, progress, limits, timings, quantization)
+    return compile_imported(model, target, progress, limits, timings, quantization, later=later)
 
 
 def compile_onnx(source: Path | bytes, target: Target, values: Mapping[str, np.ndarray]
@@ -183,7 +200,7 @@ def compile_imported(model: ImportedModel, target: Target, progress: Progress = 
                      limits: ShapeKey | None = None,
                      timings: dict[str, float] | None = None,
                      quantization: Quantization | None = None,
-                     calibration: Calibration | None = None) -> Compiled:
+                     calibration: Calibration | None = None, later: bool = False) -> Compiled:
     """The part of compile_model after the frontend."""
     timings = {} if timings is None else timings
     capabilities = target.capabilities()
@@ -195,16 +212,14 @@ def compile_imported(model: ImportedModel, target: Target, progress: Progress = 
         graph = optimize(graph_for(model, capabilities), capabilities, before_outline=(
             "quantize", _quantizing(model, quantization, calibration, kept))
             if quantization is not None else None)
-    programs, codes = {}, {}
-    keys = variant_keys(graph, capabilities, dict(limits or {}))
-    for number, (name, key) in enumerate(keys.items()):
-        progress("compile", number / len(keys))
-        with timed(timings, "lower"):
-            programs[name] = lower(graph, capabilities, key)
-        with timed(timings, "codegen"):
-            codes[name] = generate(programs[name], target)
+    with timed(timings, "lower"):
+        programs = {name: lower(graph, capabilities, key) for name, key in variant_keys(
+            graph, capabilities, dict(limits or {})).items()}
+    compiled = Compiled(model, graph, target, programs, {}, timings, quantization, tuple(kept))
+    if not later:
+        compiled.generate(progress)
     progress("compile", 1.0)
-    return Compiled(model, graph, target, programs, codes, timings, quantization, tuple(kept))
+    return compiled
 
 
 def _with_moments(model: ImportedModel, calibration: Calibration) -> ImportedModel:

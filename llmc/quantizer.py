@@ -23,6 +23,7 @@ from llmc.ir.ops_quantize import (
     quantize_with_moments,
 )
 
+NATIVE = (dtypes.f32, dtypes.bf16)  # others are widened first
 SHARES = 4  # of a matrix for each thread, so that threads finish together
 
 
@@ -50,6 +51,10 @@ class Quantizer:
         self._pool = ThreadPoolExecutor(threads)
         self._feedback: tuple[np.ndarray | None, np.ndarray] = None, np.empty(0)
         self._functions: dict[tuple[DType, DType, int], Callable[..., None]] = {}
+
+    def prepare(self, source: DType, dtype: DType, group: int) -> None:
+        """Compile what matrices of `source` need."""
+        self._function(source if source in NATIVE else dtypes.f32, dtype, group)
 
     def __call__(self, matrix: np.ndarray, dtype: DType, group: int,
                  moments: np.ndarray | None = None) -> QuantizedMatrix:
@@ -80,7 +85,7 @@ class Quantizer:
                 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """`ir.ops_quantize.quantize_groups`, and the sums of squares of errors and of elements."""
         source = from_numpy(matrix.dtype)
-        if source not in (dtypes.f32, dtypes.bf16):
+        if source not in NATIVE:
             matrix, source = matrix.astype(np.float32), dtypes.f32
         n, k = matrix.shape
         rows = np.ascontiguousarray(padded(matrix, group))

@@ -13,7 +13,7 @@ from llmc.errors import CompileError
 from llmc.frontend.model import ImportedModel
 from llmc.ir import interpret
 from llmc.ir.dims import Dim
-from llmc.ir.dtypes import from_numpy
+from llmc.ir.dtypes import f32, from_numpy
 from llmc.ir.graph import Graph, Node, rebuild, walk
 from llmc.ir.layouts import Layout, format_layout, pack
 from llmc.ir.ops import make
@@ -118,6 +118,16 @@ class WeightMaker:
         self._threads = knobs.cores()
         self._quantizer: Quantizer | None = None
         self._parts: dict[tuple[Node, Names], dict[int, np.ndarray]] = {}
+
+    def prepare(self, program: Program) -> None:
+        """Compile what the program's weights are quantised by: LLVM does one thing at a time, and
+        nobody wants to wait when it is busy with something else."""
+        for weight in program.weights.values():
+            for node in weight.expression.nodes():
+                if node.op == "quantize":
+                    self._quantizer = self._quantizer or Quantizer(self._threads)
+                    source = f32 if len(node.inputs) > 1 else node.inputs[0].dtype
+                    self._quantizer.prepare(source, node["dtype"], node["group"])
 
     def packed(self, expression: Graph, names: Names, layout: Layout) -> np.ndarray:
         """One copy of a weight as raw bytes in its layout."""

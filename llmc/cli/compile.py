@@ -54,14 +54,16 @@ def run(arguments) -> int:
 def _compile(arguments, quantization, progress):
     """The compiled model, not yet written."""
     target, limits = _target(arguments), parse_shape(arguments.shape)
+    later = not arguments.emit
     if quantization is None:
         from llmc.driver import compile_model
 
-        return compile_model(arguments.model, target, arguments.dtype, progress, limits)
+        return compile_model(arguments.model, target, arguments.dtype, progress, limits,
+                             later=later)
     from llmc.calibrate import compile_quantized
 
     return compile_quantized(arguments.model, target, quantization, arguments.dtype, progress,
-                             limits)
+                             limits, later)
 
 
 def _target(arguments):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from llmc.ir.dtypes import DType, bf16, f32, i8
-from llmc.ir.graph import Graph, Node, TensorType, map_graph
+from llmc.ir.graph import Graph, Node, TensorType, map_graph, with_inputs
 from llmc.ir.ops import cast, constant, make
 
 SCALES = bf16  # f32's range; codes are rounded with the scale as it is stored
@@ -29,8 +29,8 @@ def quantize_cache(graph: Graph) -> Graph:
         if node.op != "paged_attention" or node.inputs[1].inputs[0] not in states:
             return None
         keys, values = (made[each.inputs[0]] for each in node.inputs[1:3])
-        operands = (node.inputs[0], keys[0], values[0], *node.inputs[3:], keys[1], values[1])
-        return make("paged_attention", *operands, bodies=(), **dict(node.attributes))
+        return with_inputs(node, (node.inputs[0], keys[0], values[0], *node.inputs[3:],
+                                  keys[1], values[1]))
 
     changed = map_graph(graph, coded)
     updates: list[tuple[Node, Node]] = []
@@ -68,6 +68,5 @@ def _coded(append: Node) -> tuple[Node, Node]:
 
 
 def _state(like: Node, dtype: DType, suffix: str, shape: tuple) -> Node:
-    attributes = dict(like.attributes) | {"name": like["name"] + suffix,
-                                          "type": TensorType(dtype, shape)}
-    return make("state", **attributes)
+    return make("state", name=like["name"] + suffix, type=TensorType(dtype, shape),
+                kind=like["kind"], group=like["group"])

@@ -43,11 +43,12 @@ def cached_artifact(path: Path, target: str, dtype: str | None, cache_dir: Path 
 
         own = Target.parse(target)
         if quantization is None:
-            compiled = compile_model(path, own, dtype, progress, limits)
+            compiled = compile_model(path, own, dtype, progress, limits, later=True)
         else:
             from llmc.calibrate import compile_quantized
 
-            compiled = compile_quantized(path, own, quantization, dtype, progress, limits)
+            compiled = compile_quantized(path, own, quantization, dtype, progress, limits,
+                                         later=True)
         compiled.write(output, progress)
 
     return Cache(place).artifact(key, build)
@@ -76,7 +77,7 @@ def cached_graph(graph: Graph, parameters: Mapping[str, np.ndarray], target: str
         from llmc.driver import compile_imported
 
         compile_imported(model, Target.parse(target), progress, limits,
-                         quantization=quantization).write(output, progress)
+                         quantization=quantization, later=True).write(output, progress)
 
     return Cache(cache_dir or knobs.cache_directory()).artifact(key, build)
 
