@@ -40,8 +40,11 @@ def run(arguments) -> int:
         return 0
     entries = [*(entry for cache in caches for entry in cache.entries()),
                *profile_entries(directory)]
-    print(json.dumps([asdict(entry) | {"path": str(entry.path)} for entry in entries], indent=1)
-          if arguments.json else table(entries, time.time()))
+    if arguments.json:
+        print(json.dumps([asdict(entry) | {"path": str(entry.path)} for entry in entries],
+                         indent=1))
+    elif entries:
+        print(table(entries, time.time()))
     return 0
 
 
