@@ -13,10 +13,12 @@ import onnx
 import pytest
 
 from llmc.frontend.model import load_model
+from llmc.frontend.onnx.plan import host_plan
 from llmc.frontend.safetensors import INDEX_NAME, open_checkpoint
 from llmc.models import ARCHITECTURES
 from tests.fuzz.mutate import check_parser, damage_bytes, damage_json, damage_message, fuzz
 from tests.models.packed import GOLDENS as HF
+from tests.runtime.test_host_loop import counting, growing, halving
 
 ONNX = HF.parent / "onnx"
 SHORT = 5.0  # seconds in `make test`
@@ -133,5 +135,20 @@ def test_onnx(tmp_path, seconds):
                 stored.read()
 
         return check_parser(parse, path.parent, path.parent.name)
+
+    fuzz(one, seconds, first_seed(seconds))
+
+
+@pytest.mark.parametrize("seconds", TIMES)
+def test_plans(tmp_path, seconds):
+    """Loops and text, which the host cuts out of a model before its parts are imported."""
+    models = [halving(), growing(), counting(5000)]
+
+    def one(r: random.Random) -> bool:
+        proto = onnx.ModelProto()
+        proto.CopyFrom(r.choice(models))
+        damage_message(proto, r)
+        content = proto.SerializeToString()
+        return check_parser(lambda: host_plan(content), tmp_path, "plan")
 
     fuzz(one, seconds, first_seed(seconds))

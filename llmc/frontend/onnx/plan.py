@@ -27,9 +27,16 @@ NO_TEXT = frozenset({"Equal", "RegexFullMatch", "TfIdfVectorizer"})
 def host_plan(content: bytes, path: str = "model.onnx") -> Plan | None:
     """The plan of an .onnx file's content, or None if it has nothing for the host to do.
 
-    ModelError lists the operators that nothing computes.
+    ModelError lists the operators that nothing computes, or says what is damaged.
     """
     model = parse_model(content, Path(path))
+    try:
+        return _planned(model, path)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
+        raise ModelError(f"{path}: damaged: {error}") from error
+
+
+def _planned(model: ModelProto, path: str) -> Plan | None:
     text = _texts(model.graph)
     if not any(_is_hosted(node, text) or node.op_type in LOOPS for node in model.graph.node):
         return None
