@@ -59,7 +59,9 @@ def or_steep(call: Call, size: Node, twice: Node) -> Node:
 
 
 def atan(call: Call, x: Node) -> Node:
-    return call.unary("atan", x)
+    """The op, but -0 stays -0."""
+    zero = call.binary("equal", x, call.scalar(0, x.dtype))
+    return call.where(zero, x, call.unary("atan", x))
 
 
 def asin(call: Call, x: Node) -> Node:
