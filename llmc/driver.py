@@ -66,7 +66,7 @@ class Compiled:
 
     codes: machine code of each program; where there is none yet, `write` makes it beside the
     weights. timings: seconds per phase. kept: (name, reason) of the matrices that `quantization`
-    leaves as they are. `write` makes the artifact.
+    leaves as they are. `write` makes the artifact, and tells in `report` what was quantised.
     """
 
     model: ImportedModel
@@ -77,6 +77,7 @@ class Compiled:
     timings: dict[str, float] = field(default_factory=dict)
     quantization: Quantization | None = None
     kept: tuple[tuple[str, str], ...] = ()
+    report: QuantizationInfo | None = None
 
     def generate(self, progress: Progress = silent) -> None:
         """Make the machine code."""
@@ -121,8 +122,8 @@ class Compiled:
                           **hash_files(directory / "files")}
             code.result()
         hashes |= hash_files(directory / "variants")
-        write_manifest(directory, self._manifest(program, weights, file.size, hashes,
-                                                 self._quantized(maker)))
+        self.report = self._quantized(maker)
+        write_manifest(directory, self._manifest(program, weights, file.size, hashes))
 
     def _write_code(self, directory: Path) -> None:
         if not self.codes:
@@ -139,7 +140,7 @@ class Compiled:
                                 self.timings.get("calibration", 0.0))
 
     def _manifest(self, program: Program, weights: tuple[WeightInfo, ...], size: int,
-                  hashes: dict[str, str], quantized: QuantizationInfo | None) -> Manifest:
+                  hashes: dict[str, str]) -> Manifest:
         variants = tuple(
             variant_info(name, program, self.codes[name])
             for name, program in self.programs.items())
@@ -151,7 +152,7 @@ class Compiled:
             self.model.fingerprint, _plain(self.model.config), symbols,
             _tensors(program, "input", self.model),
             _tensors(program, "output"), _tensors(program, "state"),
-            weights, variants, size, _plain(interface) if interface else None, quantized,
+            weights, variants, size, _plain(interface) if interface else None, self.report,
             self.timings, hashes)
 
 

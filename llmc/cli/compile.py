@@ -121,6 +121,10 @@ def _report(path: Path, compiled, seconds: float, as_json: bool) -> None:
     print(f"{path}: compiled in {compile_seconds:.2f} s "
           f"({', '.join(f'{n} {s / 1024:.0f} KiB' for n, s in sizes.items())}), "
           f"{weights / 1e6:.1f} MB of weights packed at {rate:.2f} GB/s")
+    if compiled.report is not None:
+        from llmc.cli.inspect_quantization import summary
+
+        print(*summary(compiled.report), sep="\n")
 
 
 def _report_files(paths: list[Path], compiled, seconds: float, as_json: bool) -> None:

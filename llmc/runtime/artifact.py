@@ -81,6 +81,10 @@ class QuantizedInfo:
     bytes: int
     calibrated: bool = False
 
+    @property
+    def elements(self) -> int:
+        return self.shape[0] * self.shape[1]
+
 
 @dataclass(frozen=True)
 class QuantizationInfo:

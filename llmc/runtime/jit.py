@@ -20,6 +20,7 @@ from typing import BinaryIO
 import numpy as np
 
 from llmc import knobs
+from llmc.errors import LlmcError
 from llmc.ir.graph import Graph
 from llmc.ir.plan import Plan
 from llmc.ir.quantization import Quantization
@@ -68,6 +69,8 @@ def cached_graph(graph: Graph, parameters: Mapping[str, np.ndarray], target: str
     """The artifact of a traced graph with these parameters from the cache, or compiled into it."""
     from llmc.frontend.traced_model import traced_model
 
+    if quantization is not None and quantization.calibrate == "always":
+        raise LlmcError("a traced graph makes no text to calibrate with: leave calibrate out")
     model = traced_model(graph, parameters)
     key = text_key(f"{model.fingerprint} {target} {sorted(limits.items())} {_cpu()}"
                    f"{_text(quantization)}")
