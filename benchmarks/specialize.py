@@ -259,7 +259,8 @@ def check_shift(result: Mapping[str, Any], target: str) -> dict[str, bool]:
         room = len(HOT[target]) - len(before)
         checks[f"the new hot shapes are promoted, {name}"] = new <= set(after) and bool(new)
         checks[f"old ones are evicted for them, {name}"] = (
-            set(found["evicted"]) <= set(before) and len(found["evicted"]) == len(new) - room)
+            set(found["evicted"]) <= set(before)
+            and len(found["evicted"]) == max(0, len(new) - room))
     strict = result["by a threshold"]
     checks["all of them, by a threshold"] = len(strict["promoted before"]) == len(
         strict["evicted"]) == len(strict["promoted after"]) == len(HOT[target])
