@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from llmc.codegen import generate
+from llmc.codegen.host.byte_dot import ByteDot
+from llmc.codegen.llvm import splat_constant
 from llmc.codegen.target import Target
 from llmc.driver import compile_imported
 from llmc.frontend.traced_model import traced_model
@@ -70,7 +72,7 @@ def check(tmp_path):
     def check(graph, sizes, kinds, seed=0, make_x=None):
         rng = np.random.default_rng(seed)
         weights = weights_of(graph, rng)
-        compiled = compile_imported(traced_model(graph, weights), HOST)
+        compiled = compile_imported(traced_model(graph, weights), Target.host())
         assert [each.kind for each in compiled.programs["generic"].stages()] == kinds
         executor = Executor(Artifact(compiled.write(tmp_path / "m.llmc")), threads=2)
         try:
@@ -105,6 +107,27 @@ def test_many_rows(check, codes, zeros):
 def test_few_rows(check, codes, zeros):
     of_zeros = f"{codes[0]}8" if zeros else None
     check(graph_of(symbol("m", 1, 4), 75, 37, codes, of_zeros, 32), (1, 2, 3, 4), FEW)
+
+
+def emulated_dot(dot, e, total, column, bytes_):
+    """vpdpbusd by plain operations."""
+    def number(x):
+        return splat_constant(total.type, x)
+
+    for byte in range(4):
+        unsigned = e.b.and_(e.b.lshr(column, number(8 * byte)), number(255))
+        signed = e.b.ashr(e.b.shl(bytes_, number(24 - 8 * byte)), number(24))
+        total = e.b.add(total, e.b.mul(unsigned, signed))
+    return total
+
+
+@pytest.mark.parametrize("codes, zeros", [("i8", None), ("i4", None), ("u4", "u8")])
+def test_layouts_of_avx512_on_any_cpu(check, codes, zeros, monkeypatch):
+    monkeypatch.setattr(ByteDot, "_dot", emulated_dot)
+    for name, value in (("vector_lanes", 16), ("byte_dot", "vnni"), ("bf16_dot", False)):
+        monkeypatch.setattr(Target, name, value)
+    for rows, kinds in ((13, BLOCKED), (3, FEW)):
+        check(graph_of(rows, 75, 37, codes, zeros, 32), (rows,), kinds)
 
 
 @pytest.mark.parametrize("rows, kinds", [(symbol("m", 1), BLOCKED), (symbol("m", 1, 4), FEW)])

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from llmc.codegen.host import microkernel
-from llmc.codegen.host.matmul import body_sizes
+from llmc.codegen.host.deep_matmul import DeepMatmul
+from llmc.codegen.host.matmul import body_sizes, matmul
 from llmc.codegen.llvm import splat_constant
 from llmc.codegen.target import Target
 from llmc.errors import CompileError
@@ -185,6 +186,23 @@ def test_pairs_of_bf16_for_dot_products(form, sizes, k, n, monkeypatch):
     for rows in sizes:
         arrays["a"] = random((rows, k), "bf16", rows)
         check(run(rows, **arrays)["y"], arrays["a"], arrays["w"])
+
+
+@pytest.mark.parametrize("dtype_name, k, pieces", [
+    ("bf16", 8224, 2), ("bf16", 8208, 1), ("f32", 8192, 4)])
+def test_panels_beyond_the_cache_are_cut(dtype_name, k, pieces, monkeypatch):
+    """Into equal pieces, or not at all."""
+    monkeypatch.setattr(microkernel, "dot_product", emulated_dot)
+    target = Target.parse("x86_64:znver5")
+    a, w = leaf("a", dtype_name, rows_symbol(), k), leaf("w", dtype_name, k, 40)
+    stage, program = make_stage([a, w], {"y": make("matmul", a, w, dtype=dtype("f32"))},
+                                blocked=True, target=target)
+    kernel = matmul(stage, program, target)
+    assert (kernel.pieces if isinstance(kernel, DeepMatmul) else 1) == pieces
+    run, weights = Runner(stage, program), random((k, 40), dtype_name, 1)
+    for rows in (1, 29):
+        left = random((rows, k), dtype_name, rows)
+        check(run(rows, a=left, w=weights)["y"], left, weights)
 
 
 def test_rows_do_not_depend_on_their_neighbours_or_workers():
