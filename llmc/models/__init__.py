@@ -30,6 +30,7 @@ from llmc.models.olmo2 import Olmo2Config, olmo2
 from llmc.models.phi import PhiConfig, phi
 from llmc.models.phi3 import Phi3Config, phi3
 from llmc.models.qwen import QwenConfig, qwen
+from llmc.models.qwen2_moe import Qwen2MoeConfig, qwen2_moe
 from llmc.models.qwen3_moe import Qwen3MoeConfig, qwen3_moe
 from llmc.models.roberta import RobertaConfig, roberta, roberta_for_masked_lm
 from llmc.models.smollm3 import SmolLM3Config, smollm3
@@ -86,6 +87,7 @@ ARCHITECTURES = {
     "Phi3ForCausalLM": Family("causal_lm", Phi3Config.read, phi3, "model."),
     "PhiForCausalLM": Family("causal_lm", PhiConfig.read, phi, "model."),
     "Qwen2ForCausalLM": Family("causal_lm", QwenConfig.read_qwen2, qwen, "model."),
+    "Qwen2MoeForCausalLM": Family("causal_lm", Qwen2MoeConfig.read, qwen2_moe, "model."),
     "Qwen3ForCausalLM": Family("causal_lm", QwenConfig.read_qwen3, qwen, "model."),
     "Qwen3MoeForCausalLM": Family("causal_lm", Qwen3MoeConfig.read, qwen3_moe, "model."),
     "RobertaForMaskedLM": ROBERTA_FOR_MASKED_LM,

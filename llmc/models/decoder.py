@@ -147,9 +147,12 @@ def extend_cache(step: Step, name: str, values: Tensor) -> Tensor:
 
 
 @module
-def gated_mlp(config: DecoderConfig, weights: Weights, x: Tensor, bias: bool = False) -> Tensor:
-    """down(activation(gate(x)) * up(x)) of x [tokens, hidden]."""
-    hidden, inner = config.hidden_size, config.intermediate_size
+def gated_mlp(
+    config: DecoderConfig, weights: Weights, x: Tensor, bias: bool = False, inner: int = 0
+) -> Tensor:
+    """down(activation(gate(x)) * up(x)) of x [tokens, hidden]; `inner` is the width between, by
+    default that of the config."""
+    hidden, inner = config.hidden_size, inner or config.intermediate_size
     gate = linear(x, weights.under("gate_proj"), hidden, inner, bias)
     up = linear(x, weights.under("up_proj"), hidden, inner, bias)
     return linear(config.activation(gate) * up, weights.under("down_proj"), inner, hidden, bias)

@@ -33,19 +33,20 @@ class Qwen3MoeConfig(QwenConfig):
             output_bias=bias,
             head_norms=True,
             windows=(window,) * sizes["layers"],
-            experts=read_experts(config),
+            experts=read_experts(config, count=128, chosen=8, inner=768),
             dense=read_dense_layers(config, sizes["layers"]),
         )
 
 
-def read_experts(config: ConfigFile) -> Experts:
-    """The mixture; transformers 5 writes the number of experts under another key."""
+def read_experts(config: ConfigFile, *, count: int, chosen: int, inner: int) -> Experts:
+    """The mixture, and what is meant where keys are missing; transformers 5 writes the number of
+    experts under another key."""
     key = "num_experts" if config.has("num_experts") else "num_local_experts"
-    count = config.size(key, 128)
+    count = config.size(key, count)
     return Experts(
         count,
-        count_chosen(config, count, 8),
-        config.size("moe_intermediate_size", 768),
+        count_chosen(config, count, chosen),
+        config.size("moe_intermediate_size", inner),
         normalised=config.flag("norm_topk_prob", False),
         activation=config.choice("hidden_act", EXPERT_ACTIVATIONS, "silu"),
         names=("gate_proj", "up_proj", "down_proj"),

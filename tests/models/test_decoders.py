@@ -93,6 +93,7 @@ def read(name, *dropped, **changes):
                                                "long_factor": [0.0] * 8}}),
         ("mixtral", {"num_experts_per_tok": 5}),
         ("mixtral", {"num_local_experts": 0}),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 0}),
         ("qwen3_moe", {"mlp_only_layers": ["1"]}),
         ("qwen3_moe", {"decoder_sparse_step": 0}),
         ("qwen3_moe", {"num_experts": 1}),
@@ -125,6 +126,8 @@ def test_windows_of_layers():
     changes = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
     assert read("qwen2", **changes).windows == (0, 16)
     assert read("qwen2", **changes | {"use_sliding_window": False}).windows == (0, 0)
+    changes |= {"layer_types": None, "max_window_layers": 2}
+    assert read("qwen2_moe", **changes).windows == (16, 0, 0)
     assert read("starcoder2").window == 8
     assert read("starcoder2", "sliding_window").window == 0
 
