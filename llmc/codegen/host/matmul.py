@@ -249,14 +249,14 @@ class BlockedMatmul:
     def _ahead(self, e: Emitter, columns: Panel, several: ir.Value, number: ir.Value,
                group: int) -> Ahead:
         """Several row blocks read a group of panels, of so many bytes: the first two fetch the next
-        group, every other line each, so that memory works while they compute. One alone fetches
-        what it reads next."""
-        line = e.b.and_(number, i64(1))
-        distance = e.b.select(several, e.b.add(i64(group), e.b.mul(line, i64(CACHE_LINE))),
-                              i64(PREFETCH_BYTES))
+        group, every other line each, so that memory works while they compute. Later ones, and one
+        alone, fetch what they read next."""
+        first_two = e.b.and_(several, e.b.icmp_signed("<", number, i64(2)))
+        line = e.b.mul(number, i64(CACHE_LINE))
+        distance = e.b.select(first_two, e.b.add(i64(group), line), i64(PREFETCH_BYTES))
         even = e.offset(columns.weights, distance)
-        odd = e.offset(even, e.b.select(several, i64(0), i64(CACHE_LINE)))
-        return Ahead(even, odd, FAR)
+        odd = e.offset(even, e.b.select(first_two, i64(0), i64(CACHE_LINE)))
+        return Ahead(even, odd)
 
     def _block_panel(self, e: Emitter, frame: Frame, sums: ir.Value, block: ir.Value,
                      panel: ir.Value, columns: Panel) -> None:
