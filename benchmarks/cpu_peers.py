@@ -37,7 +37,10 @@ from llmc.ceilings import Ceilings
 HERE = Path(__file__).parent
 ENGINES = ("llmc", "llama.cpp", "torch", "onnxruntime", "openvino")
 GGUF_TYPES = {"f32": "f32", "bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}
-BITS = {"f32": 32, "bf16": 16, "int8": 8.5, "int4": 4.5}  # of a weight, scales included
+# Bits of a weight, scales included: of llama.cpp's blocks of 32, and of our groups of 128 and 32;
+# our head is int8 in both.
+BITS = {"f32": 32, "bf16": 16, "int8": 8.5, "int4": 4.5}
+OWN_BITS = BITS | {"int8": 8.125}
 MATMULS = ((2048, 2048), (8192, 2048), (2048, 8192))  # n, k
 ROWS = (1, 4, 16, 64, 128, 512, 2048)
 ENCODER = ((1, 16), (1, 128), (1, 384), (8, 128))  # batch, tokens
@@ -48,7 +51,7 @@ PAUSE = 0.25  # seconds: until the last engine's threads stand still
 @dataclass(frozen=True)
 class Cell:
     """One line of the table. job: for the workers; bound: the ceiling; work: bytes or operations
-    of one job."""
+    of one job; own_work: the same of llmc where that differs."""
 
     group: str
     name: str
@@ -57,6 +60,7 @@ class Cell:
     job: dict[str, Any]
     bound: str
     work: float
+    own_work: float = 0.0
 
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
@@ -67,7 +71,8 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
             for context in (128, 2048) if shape == "1b" else (128,):
                 yield Cell("decode", f"context {context}", shape, dtype,
                            {"work": "decode", "context": context, "tokens": DECODED}, "bandwidth",
-                           DECODED * parameters * BITS[dtype] / 8)
+                           DECODED * parameters * BITS[dtype] / 8,
+                           DECODED * own_bytes(shape, dtype))
             for tokens in (128, 512, 2048) if shape == "1b" else (512,):
                 inner = parameters - embedding_of(shape)
                 yield Cell("prefill", f"{tokens} tokens", shape, dtype,
@@ -85,6 +90,13 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
                            {"work": "matmul", "k": k, "n": n, "rows": rows},
                            "bandwidth" if few else dtype,
                            n * k * BITS[dtype] / 8 if few else 2.0 * rows * n * k)
+
+
+def own_bytes(shape: str, dtype: str) -> float:
+    """Bytes of a model's matrices as llmc stores them."""
+    head = embedding_of(shape)
+    of_head = OWN_BITS["int8"] if dtype == "int4" else OWN_BITS[dtype]
+    return ((weights_of(shape) - head) * OWN_BITS[dtype] + head * of_head) / 8
 
 
 def weights_of(shape: str) -> int:
@@ -247,8 +259,9 @@ class Bench:
         for name, taken in samples.items():
             if not taken:
                 continue
+            work = (cell.own_work or cell.work) if name == "llmc" else cell.work
             figure: dict[str, Any] = {"ms": round(median(taken) * 1e3, 3), "share": round(median(
-                cell.work / s / limit for s, limit in zip(taken, limits, strict=False)), 3)}
+                work / s / limit for s, limit in zip(taken, limits, strict=False)), 3)}
             if tokens:
                 figure["tokens_per_second"] = round(tokens / median(taken), 1)
             figures[name] = figure
