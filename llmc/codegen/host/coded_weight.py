@@ -17,9 +17,10 @@ import llvmlite.ir as ir
 
 from llmc.codegen.host.byte_dot import STEPS, ByteDot, ByteReader
 from llmc.codegen.host.microkernel import (
-    Ahead,
+    PREFETCH_BYTES,
     Tile,
     flatten,
+    prefetch,
     splat_constant,
     tile_places,
     unflatten,
@@ -27,6 +28,8 @@ from llmc.codegen.host.microkernel import (
 from llmc.codegen.host.packed_weight import Panel, QuantizedWeight
 from llmc.codegen.llvm import F32, I32, POINTER, Emitter, i64, vector
 from llmc.ir.layouts import CodedRows
+
+PREFETCHING_ROWS = 4  # with more, a panel is read from the cache
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,10 @@ class LeftCodes:
 
 @dataclass(frozen=True)
 class _Codes:
-    """The codes of a panel that belong to a block of k, and what to prefetch while they are
-    read."""
+    """The codes of a panel that belong to a block of k."""
 
     block: ir.Value
     address: ir.Value
-    ahead: Ahead
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,7 @@ class CodedWeight(QuantizedWeight):
         hidden = e.b.asm(ir.FunctionType(POINTER, [POINTER]), "", "=r,0", [sums], True)
         lanes = self.block // self.reader.layout.interleave
         distance = e.b.mul(block, i64(lanes * self.reader.group_bytes))
-        codes = _Codes(block, e.offset(panel.weights, distance),
-                       (panel.ahead or Ahead.of(e, panel.weights)).moved(e, distance))
+        codes = _Codes(block, e.offset(panel.weights, distance))
         width = self.dot.vectors_at_once(self.reader.vectors, -(-size // 4))
         for first in range(0, self.reader.vectors, width):
             columns = range(first, first + width)
@@ -174,10 +174,9 @@ class CodedWeight(QuantizedWeight):
                    count: int, columns: range) -> Tile:
         """tile + the products of `count` lanes of codes from lane `first` of the block on."""
         reader = self.reader
-        distance = e.b.mul(first, i64(reader.group_bytes))
-        start = e.offset(codes.address, distance)
-        if columns.start == 0:
-            codes.ahead.moved(e, distance).fetch(e, count * reader.group_bytes)
+        start = e.offset(codes.address, e.b.mul(first, i64(reader.group_bytes)))
+        if columns.start == 0 and len(left.pointers) <= PREFETCHING_ROWS:
+            prefetch(e, e.offset(start, PREFETCH_BYTES), count * reader.group_bytes)
         steps = [step[columns.start:columns.stop] for lane in range(count)
                  for step in reader.group(e, start, lane * reader.group_bytes)]
         first_step = e.b.mul(first, i64(reader.steps))

@@ -51,17 +51,14 @@ class DeepMatmul(BlockedMatmul):
         panel = e.b.sub(tile, e.b.mul(row_group, i64(self.panel_groups)))
         first = e.b.mul(row_group, size)
         last = e.minimum(e.b.add(first, size), blocks)
-        several = e.b.icmp_signed(">", size, i64(1))
         piece_bytes = self.product.weight.panel_bytes // self.pieces
         columns = self.product.weight.panel(e, frame, panel)
         with (e.loop(0, self.pieces, name="piece") as piece,
               e.loop(first, last, name="block") as block):
             number = e.b.sub(block, first)
             start = e.offset(columns.weights, e.b.mul(piece, i64(piece_bytes)))
-            part = replace(columns, weights=start)
-            part = replace(part, ahead=self._ahead(e, part, several, number, piece_bytes))
             sums = e.offset(worker.scratch, e.b.mul(number, i64(self.sums_bytes)))
-            self._add_piece(e, frame, sums, block, piece, part)
+            self._add_piece(e, frame, sums, block, piece, replace(columns, weights=start))
             with e.b.if_then(e.b.icmp_signed("==", piece, i64(self.pieces - 1))):
                 first_row, count = self._rows_of(e, frame, block)
                 self.epilogue.emit(e, frame, sums, first_row, count, panel)

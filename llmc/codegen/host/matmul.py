@@ -16,7 +16,7 @@ the floor on 4 cores: 1 to 4 rows 0.97, 128 rows 0.94, 512 rows 0.97.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import llvmlite.ir as ir
@@ -29,13 +29,12 @@ from llmc.codegen.host.kernel import Frame, Kernel, Worker
 from llmc.codegen.host.microkernel import (
     CACHE_LINE,
     FAR,
-    PREFETCH_BYTES,
-    Ahead,
     IntegerReader,
     LeftRows,
     PanelReader,
+    prefetch,
 )
-from llmc.codegen.host.packed_weight import CodeReader, PackedWeight, Panel, QuantizedWeight
+from llmc.codegen.host.packed_weight import CodeReader, PackedWeight, QuantizedWeight
 from llmc.codegen.host.prologue import RowsInPlace, RowsInScratch
 from llmc.codegen.llvm import F64, I32, Emitter, i64
 from llmc.ir.dims import Dim, bounds, evaluate
@@ -237,30 +236,14 @@ class BlockedMatmul:
         last_panel = e.minimum(e.b.add(first_panel, i64(self.panel_group)),
                                i64(self.product.weight.panels))
         sums = self.epilogue.reserve(e)
-        several = e.b.icmp_signed(">", size, i64(1))
         with (e.loop(first_block, last_block, name="block") as block,
               e.loop(first_panel, last_panel, name="panel") as panel):
-            number = e.b.sub(block, first_block)
-            columns = self.product.weight.panel(e, frame, panel)
-            group = self.panel_group * self.product.weight.panel_bytes
-            columns = replace(columns, ahead=self._ahead(e, columns, several, number, group))
-            self._block_panel(e, frame, sums, block, panel, columns)
-
-    def _ahead(self, e: Emitter, columns: Panel, several: ir.Value, number: ir.Value,
-               group: int) -> Ahead:
-        """Several row blocks read a group of panels, of so many bytes: the first two fetch the next
-        group, every other line each, so that memory works while they compute. Later ones, and one
-        alone, fetch what they read next."""
-        first_two = e.b.and_(several, e.b.icmp_signed("<", number, i64(2)))
-        line = e.b.mul(number, i64(CACHE_LINE))
-        distance = e.b.select(first_two, e.b.add(i64(group), line), i64(PREFETCH_BYTES))
-        even = e.offset(columns.weights, distance)
-        odd = e.offset(even, e.b.select(first_two, i64(0), i64(CACHE_LINE)))
-        return Ahead(even, odd)
+            self._block_panel(e, frame, sums, block, panel)
 
     def _block_panel(self, e: Emitter, frame: Frame, sums: ir.Value, block: ir.Value,
-                     panel: ir.Value, columns: Panel) -> None:
+                     panel: ir.Value) -> None:
         rows, product = self.layout.rows, self.product
+        columns = product.weight.panel(e, frame, panel)
         start = e.offset(frame.pointer(self.blocks), e.b.mul(block, i64(self.block_bytes)))
         first_row, count = self._rows_of(e, frame, block)
         for size in choose_body(e, count, body_sizes(rows, product.rows)):
@@ -335,8 +318,7 @@ class FewRowsMatmul:
         first = e.b.udiv(e.b.mul(panels, worker.index), worker.count)
         start = self.product.weight.panel(e, frame, first).weights
         with e.loop(0, WARMED_BYTES, CACHE_LINE, name="line") as place:
-            line = e.offset(start, place)
-            Ahead(line, line, FAR).fetch(e, CACHE_LINE)
+            prefetch(e, e.offset(start, place), CACHE_LINE, FAR)
 
     def rows_past_panel(self, e: Emitter, frame: Frame, worker: Worker, panel: ir.Value,
                         columns: ir.Value, begin: ir.Value, end: ir.Value) -> None:

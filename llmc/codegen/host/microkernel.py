@@ -190,35 +190,8 @@ class LeftRows:
         return e.splat(e.load(address, I32), reader.lanes)
 
 
-@dataclass(frozen=True)
-class Ahead:
-    """Where to prefetch from while a panel is read: the even and the odd lines of what corresponds
-    to its first bytes. hint: NEAR or FAR."""
-
-    even: ir.Value
-    odd: ir.Value
-    hint: int = NEAR
-
-    @staticmethod
-    def of(e: Emitter, panel: ir.Value) -> Ahead:
-        """A little further along the panel itself."""
-        even = e.offset(panel, PREFETCH_BYTES)
-        return Ahead(even, e.offset(even, CACHE_LINE))
-
-    def moved(self, e: Emitter, distance: ir.Value) -> Ahead:
-        """What corresponds to bytes from `distance` on."""
-        return replace(self, even=e.offset(self.even, distance), odd=e.offset(self.odd, distance))
-
-    def fetch(self, e: Emitter, count: int) -> None:
-        """Ask for what corresponds to the first `count` bytes; it may be none of ours."""
-        for number in range(-(-count // CACHE_LINE)):
-            base = self.odd if number % 2 else self.even
-            place = e.offset(base, (number - number % 2) * CACHE_LINE)
-            e.call("llvm.prefetch.p0", VOID, place, i32(0), i32(self.hint), i32(1))
-
-
-def tile_product(e: Emitter, reader: PanelReader, left: LeftRows, panel: ir.Value, k: int,
-                 ahead: Ahead | None = None) -> Tile:
+def tile_product(e: Emitter, reader: PanelReader, left: LeftRows, panel: ir.Value,
+                 k: int) -> Tile:
     """left @ panel over all k, accumulated in registers in a fixed order.
 
     A k that is no multiple of the unrolled
@@ -230,7 +203,7 @@ def tile_product(e: Emitter, reader: PanelReader, left: LeftRows, panel: ir.Valu
     whole = k // interleave // unroll * unroll
     tile = zeros_of(reader, rows)
     if whole:
-        tile = _stream(e, reader, left, panel, whole, unroll, ahead or Ahead.of(e, panel))
+        tile = _stream(e, reader, left, panel, whole, unroll)
     for group in range(whole, -(-k // interleave)):
         steps = reader.group(e, panel, group * reader.group_bytes)
         for step, columns in enumerate(steps[:k - group * interleave]):
@@ -249,7 +222,7 @@ def _unroll(reader: PanelReader, rows: int) -> int:
 
 
 def _stream(e: Emitter, reader: PanelReader, left: LeftRows, panel: ir.Value, groups: int,
-            unroll: int, ahead: Ahead) -> Tile:
+            unroll: int) -> Tile:
     """The loop over k. Tiles of few accumulators get several chains per accumulator, so that 8
     additions are in flight; the chains are added up in the end."""
     rows, vectors = len(left.pointers), reader.vectors
@@ -258,10 +231,9 @@ def _stream(e: Emitter, reader: PanelReader, left: LeftRows, panel: ir.Value, gr
     with e.fold(0, groups, flatten(zeros_of(reader, rows * chains)), unroll, "k") as (
             group, flat, finish):
         tiles = [unflatten(flat[c * size:(c + 1) * size], vectors) for c in range(chains)]
-        distance = e.b.mul(group, i64(reader.group_bytes))
-        columns_at = e.offset(panel, distance)
+        columns_at = e.offset(panel, e.b.mul(group, i64(reader.group_bytes)))
         base = e.b.mul(group, i64(left.group_bytes))
-        ahead.moved(e, distance).fetch(e, unroll * reader.group_bytes)
+        prefetch(e, e.offset(columns_at, PREFETCH_BYTES), unroll * reader.group_bytes)
         for u in range(unroll):
             for step, columns in enumerate(reader.group(e, columns_at, u * reader.group_bytes)):
                 tile = tiles[(u * reader.steps + step) % chains]
@@ -291,6 +263,12 @@ def dot_product(e: Emitter, accumulator: ir.Value, pairs: ir.Value,
     bits = 32 * accumulator.type.count
     return e.call(f"llvm.x86.avx512bf16.dpbf16ps.{bits}", accumulator.type, accumulator,
                   e.b.bitcast(pairs, type_), e.b.bitcast(column, type_))
+
+
+def prefetch(e: Emitter, pointer: ir.Value, count: int, hint: int = NEAR) -> None:
+    """Ask for `count` bytes from an address on, which may be none of ours."""
+    for line in range(0, count, CACHE_LINE):
+        e.call("llvm.prefetch.p0", VOID, e.offset(pointer, line), i32(0), i32(hint), i32(1))
 
 
 def store_tile(e: Emitter, reader: PanelReader, sums: ir.Value, tile: Tile) -> None:

@@ -14,7 +14,6 @@ import llvmlite.ir as ir
 from llmc.codegen import elements
 from llmc.codegen.host.kernel import Frame
 from llmc.codegen.host.microkernel import (
-    Ahead,
     LeftRows,
     PanelReader,
     Tile,
@@ -33,13 +32,11 @@ from llmc.ir.program import Buffer
 
 @dataclass(frozen=True)
 class Panel:
-    """A panel at run time: addresses of its weights and, if they are codes, scales and zeros.
-    ahead: what to prefetch meanwhile, if not more of its weights."""
+    """A panel at run time: addresses of its weights and, if they are codes, scales and zeros."""
 
     weights: ir.Value
     scales: ir.Value | None = None
     zeros: ir.Value | None = None
-    ahead: Ahead | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class PackedWeight:
 
     def product(self, e: Emitter, left: LeftRows, panel: Panel) -> Tile:
         """left @ panel over all k."""
-        return tile_product(e, self.reader, left, panel.weights, self.k, panel.ahead)
+        return tile_product(e, self.reader, left, panel.weights, self.k)
 
     def store_product(self, e: Emitter, left: Any, panel: Panel, sums: ir.Value) -> None:
         """left @ panel over all k, as the first rows of a tile of sums in memory."""
@@ -77,7 +74,7 @@ class PackedWeight:
     def add_product(self, e: Emitter, left: LeftRows, part: Panel, sums: ir.Value, k: int,
                     fresh: ir.Value) -> None:
         """left @ part over k, a piece of all k, added to a tile of sums (none yet if `fresh`)."""
-        tile = tile_product(e, self.reader, left, part.weights, k, part.ahead)
+        tile = tile_product(e, self.reader, left, part.weights, k)
         places = tile_places(e, self.reader, sums, len(tile))
         with e.b.if_then(fresh):
             store_tile(e, self.reader, sums, zeros_of(self.reader, len(tile)))
@@ -125,10 +122,8 @@ class QuantizedWeight(PackedWeight):
         if self.zeros is not None:
             zeros = self._row(e, panel.zeros, self.zeros, group)
             reader = replace(reader, zeros=tuple(zeros))
-        distance = e.b.mul(group, i64(lanes * reader.group_bytes))
-        codes = e.offset(panel.weights, distance)
-        ahead = panel.ahead.moved(e, distance) if panel.ahead is not None else None
-        sums = tile_product(e, reader, left.advanced(e, group, lanes), codes, size, ahead)
+        codes = e.offset(panel.weights, e.b.mul(group, i64(lanes * reader.group_bytes)))
+        sums = tile_product(e, reader, left.advanced(e, group, lanes), codes, size)
         scales = self._row(e, panel.scales, self.scales, group)
         return [[e.multiply_add(value, scale, total)
                  for value, scale, total in zip(*row, strict=True)]
