@@ -20,9 +20,9 @@ def add(subparsers) -> None:
     parser.add_argument("model", nargs="?", default=str(EMBEDDED), metavar="MODEL",
                         help="default: the embedded model")
     parser.add_argument("--stage", choices=(*STAGES, "ptx", QUANTIZATION), default="program",
-                        help="ptx: with --target nvptx, the last architecture's, under the "
-                             "assembler's report; quantization: of an artifact, what was quantised "
-                             "and the error of each matrix")
+                        help="ptx: of an artifact for GPUs, or with --target nvptx: the last "
+                             "architecture's, under the assembler's report; quantization: of an "
+                             "artifact, what was quantised and the error of each matrix")
     parser.add_argument("--variant", default=None, metavar="NAME",
                         help="which variant's program or code, such as few or generic (default: "
                              "few, where there is one)")
@@ -137,10 +137,15 @@ def _inspect_artifact(arguments) -> int:
 
         print(report(artifact.manifest))
         return 0
-    if arguments.stage != "program":
+    if arguments.stage not in ("program", "ptx"):
         raise LlmcError(f"an artifact holds programs and object code: inspect the model it was "
                         f"made from for --stage {arguments.stage}")
     name = _variant(arguments.variant, [v.name for v in artifact.manifest.variants])
+    if arguments.stage == "ptx":
+        from llmc.cli.inspect_ptx import artifact_ptx
+
+        print(artifact_ptx(artifact.directory, name), end="")
+        return 0
     (variant,) = (v for v in artifact.manifest.variants if v.name == name)
     from llmc.ir.program_text import parse_program
 

@@ -79,10 +79,16 @@ def test_without_a_gpu_the_error_says_what_is_missing(tmp_path, capsys, embedded
     error = capsys.readouterr().err
     assert error.startswith("llmc: ") and error.count("\n") == 1
     assert why_no_gpu() in error
+    assert cli.main(["inspect", str(output), "--stage", "ptx"]) == 0
+    listed = capsys.readouterr().out
+    assert "// sm_80\n" in listed and "// sm_90a\n" in listed and ".target sm_90a" in listed
+    assert listed.count(" 0 spilled") == listed.count(" spilled") > 20
     with pytest.raises(DeviceError):
         llmc.Runtime(embedded, target="nvptx")
     with pytest.raises(DeviceError, match="compiled for"):
         llmc.Runtime(embedded_artifact, target="nvptx")
+    assert cli.main(["inspect", str(embedded_artifact), "--stage", "ptx"]) == 1
+    assert "holds no GPU code" in capsys.readouterr().err
 
 
 def test_auto_says_what_it_chose(capsys):
