@@ -92,7 +92,7 @@ def add(subparsers) -> None:
                             help=f"{text} [{variable}]",
                             metavar=METAVARS.get(kind) or name.split("-")[-1].upper())
     parser.add_argument("--otel", action="store_true", default=bool(os.environ.get("LLMC_OTEL")),
-                        help="send a span for each request, by OpenTelemetry (needs llmc[otel]; "
+                        help="send a span for each request, by OpenTelemetry (extra otel; "
                              "the OTEL_* variables say where) [LLMC_OTEL]")
     add_runtime_options(parser)
     read_variables(parser)
@@ -139,7 +139,7 @@ def require_extra() -> None:
             importlib.import_module(module)
         except ImportError:
             raise LlmcError(f"the server needs {module}, which is not installed: "
-                            "pip install 'llmc[server]'") from None
+                            "pip install '.[server]' in llmc's checkout") from None
 
 
 def serve(arguments: argparse.Namespace) -> int:

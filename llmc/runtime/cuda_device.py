@@ -33,7 +33,8 @@ def _driver() -> Any:
         from cuda.bindings import driver
     except ImportError:
         raise DeviceError("the CUDA bindings for Python are missing: install them with "
-                          "pip install 'llmc[cuda]', or run with --target host") from None
+                          "pip install '.[cuda]' in llmc's checkout, or run with "
+                          "--target host") from None
     try:
         (status,) = driver.cuInit(0)
     except RuntimeError:

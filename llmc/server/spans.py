@@ -21,7 +21,7 @@ class Spans:
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ImportError as error:
             raise LlmcError(f"--otel needs {error.name}, which is not installed: "
-                            "pip install 'llmc[otel]'") from None
+                            "pip install '.[otel]' in llmc's checkout") from None
         self._model = model
         self._provider = TracerProvider(resource=Resource.create({"service.name": "llmc"}))
         self._provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter()))

@@ -137,7 +137,7 @@ def test_a_missing_extra_says_how_to_get_it(monkeypatch, capsys):
 
     monkeypatch.setattr(importlib, "import_module", missing)
     assert cli.main(["serve", "model"]) == 1
-    assert "pip install 'llmc[server]'" in capsys.readouterr().err
+    assert "pip install '.[server]'" in capsys.readouterr().err
 
 
 def test_an_address_that_is_taken_is_an_error(model, capsys):
