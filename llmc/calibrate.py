@@ -8,10 +8,11 @@ products instead of that of matrices.
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from llmc.frontend.model import ImportedModel, load_model
 from llmc.ir.dims import evaluate, symbol
 from llmc.ir.graph import Node, TensorType
 from llmc.ir.ops import make
-from llmc.ir.quantization import FLOAT, Quantization
+from llmc.ir.quantization import Quantization
 from llmc.passes.lower import ShapeKey
 from llmc.passes.quantize import Candidate, candidates
 from llmc.passes.raise_patterns import raise_patterns
@@ -37,7 +38,9 @@ from llmc.runtime.session import default_threads
 
 SEQUENCES = 32
 LENGTH = 256  # of each sequence, in tokens: 8192 in all
-CHEAP = 2e10  # multiplications of all error feedback, n * k * k: a second or so
+LIMIT = 30.0  # seconds that `auto` may add, from the first token to the last matrix rounded
+TRIAL = 8  # steps after which it is known how long they take
+SPEED_SIZE = 1024  # of the square matrices that are multiplied to see how fast this machine is
 MEMORY = 1 << 30  # bytes of what products are given: the sequences are shorter where it is more
 
 
@@ -54,40 +57,118 @@ def compile_quantized(path: str | Path, target: Target, quantization: Quantizati
 
 def calibrate(model: ImportedModel, quantization: Quantization, progress: Progress = silent
               ) -> Calibration | None:
-    """The second moments for a model's four-bit matrices; None if there are none, or where `auto`
-    finds it too dear. LlmcError if it is asked for and the model makes no text."""
-    if quantization.calibrate == "never" or quantization.weights == FLOAT:
+    """The second moments for a model's four-bit matrices, or why `auto` does without; None where
+    nobody expects any. LlmcError if they are asked for and the model makes no text."""
+    if quantization.calibrate == "never" or "int4" not in (quantization.weights,
+                                                           quantization.head):
         return None
+    always = quantization.calibrate == "always"
     if model.kind != "causal_lm" or all(
             node["name"] != "page_table" for node in model.graph.inputs):
-        if quantization.calibrate == "always":
+        if always:
             raise LlmcError(f"{model.path} is no checkpoint of a language model with a KV "
                             "cache: it makes no text to calibrate with")
-        return None
+        return Calibration(skipped="the model makes no text to calibrate with")
     graph = raise_patterns(simplify(model.graph))
     counts = {node.shape[0] for node in graph.inputs if node["name"] in ("sequence", "rows")}
-    wanted = [each for each in candidates(graph, quantization, makes_logits(model))
+    found = candidates(graph, quantization, makes_logits(model))
+    wanted = [each for each in found
               if each.options is not None and each.options.weights == "int4"
               and each.product.inputs[0].rank == 2 and each.product.inputs[0].shape[0] in counts]
-    if not wanted or (quantization.calibrate == "auto" and _cost(wanted) > CHEAP):
+    if not wanted:
         return None
-    started = time.perf_counter()
     names: dict[Node, str] = {}
     for each in wanted:
         names.setdefault(each.product.inputs[0], f"{each.name}.input")
-    moments = _moments(replace(model, graph=graph), {names[point]: point for point in names},
-                       progress)
+    points = {names[point]: point for point in names}
+    work = _Work.of(model, found, wanted, points)
+    clock = _Clock(math.inf if always else LIMIT, progress)
+    try:
+        clock.expect(work.seconds())
+        moments = _moments(replace(model, graph=graph), points, work, clock)
+    except _TooLong as error:
+        return Calibration(skipped=f"it would take about {error.seconds:.0f} s here, and auto "
+                           f"takes {LIMIT:.0f} s at most (--calibrate always: all that it takes)",
+                           seconds=clock.seconds())
     return Calibration(moments, {each.name: names[each.product.inputs[0]] for each in wanted},
-                       time.perf_counter() - started)
+                       clock.seconds(), clock.limit)
 
 
-def _cost(wanted: Sequence[Candidate]) -> float:
-    """Multiplications of the error feedback."""
-    shapes = [[evaluate(size, {}) for size in each.matrix.shape] for each in wanted]
-    return float(sum(n * k * k for n, k in shapes))
+class _TooLong(Exception):
+    """Calibration would take so many seconds."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
 
 
-def _moments(model: ImportedModel, points: Mapping[str, Node], progress: Progress
+class _Clock:
+    """Seconds since calibration began. limit: that it may take in all."""
+
+    def __init__(self, limit: float, progress: Progress):
+        self.limit = limit
+        self.progress = progress
+        self._started = time.perf_counter()
+
+    def seconds(self) -> float:
+        """So far."""
+        return time.perf_counter() - self._started
+
+    def expect(self, rest: float) -> None:
+        """_TooLong if so many seconds more would be too many."""
+        if self.seconds() + rest > self.limit:
+            raise _TooLong(self.seconds() + rest)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Of a calibration: steps of text, and floating-point operations of making it, of taking second
+    moments, and of choosing codes by them."""
+
+    steps: int
+    text: float
+    moments: float
+    codes: float
+
+    @classmethod
+    def of(cls, model: ImportedModel, products: Sequence[Candidate], wanted: Sequence[Candidate],
+           points: Mapping[str, Node]) -> _Work:
+        """products: all of the model; wanted: those to calibrate, by what comes in at `points`."""
+        inner = [evaluate(point.shape[-1], {}) for point in points.values()]
+        each_token = sum(k * point.dtype.bits // 8
+                         for k, point in zip(inner, points.values(), strict=True))
+        steps = min(LENGTH, model.config.max_context or LENGTH,
+                    max(PAGE, MEMORY // (each_token * SEQUENCES)))
+        tokens = steps * SEQUENCES
+        elements = sum(math.prod(_sizes(each)) for each in products)
+        feedback = sum(n * k * k for n, k in map(_sizes, wanted)) + sum(2 * k**3 for k in inner)
+        return cls(steps, 2.0 * tokens * elements, float(tokens * sum(k * k for k in inner)),
+                   float(feedback))
+
+    def seconds(self) -> float:
+        """What all of it takes at the speed at which this machine, as busy as it is, multiplies."""
+        return (self.text + self.moments + self.codes) / _speed()
+
+    def seconds_behind_text(self) -> float:
+        """The same for what follows the text."""
+        return (self.moments + self.codes) / _speed()
+
+
+def _sizes(candidate: Candidate) -> list[int]:
+    return [evaluate(size, {}) for size in candidate.matrix.shape]
+
+
+def _speed() -> float:
+    """Floating-point operations a second of NumPy's products, now."""
+    a = np.full((SPEED_SIZE, SPEED_SIZE), 0.5, np.float32)
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - started)
+    return 2 * SPEED_SIZE**3 / sorted(seconds)[1]
+
+
+def _moments(model: ImportedModel, points: Mapping[str, Node], work: _Work, clock: _Clock
              ) -> dict[str, np.ndarray]:
     """x x' of each point [tokens, k], the mean over the tokens that the model makes; f32 [k, k]."""
     inputs = {node["name"]: node for node in model.graph.inputs}
@@ -95,19 +176,18 @@ def _moments(model: ImportedModel, points: Mapping[str, Node], progress: Progres
     updates = (*model.graph.updates, *((grown.inputs[0], grown) for grown in caches.values()))
     tapped = replace(model, graph=replace(model.graph, updates=updates))
     limits = dict.fromkeys(("tokens", "sequences", "rows"), (SEQUENCES, SEQUENCES))
-    each_token = sum(evaluate(point.shape[-1], {}) * point.dtype.bits // 8
-                     for point in points.values())
-    length = min(LENGTH, model.config.max_context or LENGTH,
-                 max(PAGE, MEMORY // (each_token * SEQUENCES)))
     with tempfile.TemporaryDirectory(prefix="llmc-calibrate-") as directory:
         compiled = compile_imported(tapped, Target.host(), limits=limits)
         artifact = Artifact(compiled.write(Path(directory) / "model"))
         executor = Executor(artifact, default_threads(artifact.manifest.weight_bytes))
         try:
-            _generate(model, executor, length, progress)
-            found = {name: _mean_square(memory, length)
-                     for state in compiled.graph.states()
-                     for name, memory in _copies(state, executor, caches)}
+            _generate(model, executor, work, clock)
+            found = {}
+            for state in compiled.graph.states():
+                for name, memory in _copies(state, executor, caches):
+                    clock.expect(0.0)
+                    found[name] = _mean_square(memory, work.steps)
+                    clock.progress("calibrate: moments", len(found) / len(caches))
         finally:
             executor.close()
     return found
@@ -141,9 +221,9 @@ def _mean_square(memory: np.ndarray, length: int) -> np.ndarray:
     return x.T @ x / np.float32(len(x))
 
 
-def _generate(model: ImportedModel, executor: Executor, length: int, progress: Progress) -> None:
+def _generate(model: ImportedModel, executor: Executor, work: _Work, clock: _Clock) -> None:
     """Run sequences of so many tokens, sampled at temperature 1."""
-    width = -(-length // PAGE)
+    width = -(-work.steps // PAGE)
     random = np.random.default_rng(0)
     count = np.arange(SEQUENCES, dtype=np.int32)
     ids = random.integers(0, model.config.vocab_size, SEQUENCES).astype(np.int32)
@@ -154,9 +234,21 @@ def _generate(model: ImportedModel, executor: Executor, length: int, progress: P
               "page_table": np.arange(SEQUENCES * width, dtype=np.int32).reshape(-1, width)}
     wanted = {tensor.name for tensor in executor.inputs}
     executor.allocate_states(Pools(SEQUENCES * width, SEQUENCES).symbols())
-    for position in range(length):
+    started = clock.seconds()
+    for position in range(work.steps):
         inputs |= {"ids": ids, "positions": np.full(SEQUENCES, position, np.int32)}
         logits = executor.run({name: inputs[name] for name in wanted})["logits"]
-        noise = random.gumbel(size=logits.shape).astype(np.float32)
-        ids = (logits + noise).argmax(axis=1).astype(np.int32)
-        progress("calibrate", (position + 1) / length)
+        ids = _sampled(logits, random)
+        clock.progress("calibrate: text", (position + 1) / work.steps)
+        if position + 1 == TRIAL:
+            each = (clock.seconds() - started) / TRIAL
+            clock.expect(each * (work.steps - TRIAL) + work.seconds_behind_text())
+        clock.expect(0.0)
+
+
+def _sampled(logits: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """A token of each row, i32, at temperature 1: one random number a row costs a tenth of what
+    noise for each token of the vocabulary does."""
+    sums = np.cumsum(np.exp(logits - logits.max(axis=1, keepdims=True)), axis=1)
+    below = sums <= random.random((len(sums), 1), np.float32) * sums[:, -1:]
+    return np.minimum(below.sum(axis=1), sums.shape[1] - 1).astype(np.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -53,11 +54,14 @@ from llmc.weights import WeightFile, WeightMaker, write_weights
 @dataclass(frozen=True)
 class Calibration:
     """Second moments of what quantised matrices are multiplied by: arrays f32 [k, k] by name, and
-    name of a weight -> name of its array. seconds: what it took to find them."""
+    name of a weight -> name of its array. seconds: what it took to find them; limit: what that and
+    their use may take in all. skipped: why there are none."""
 
-    arrays: Mapping[str, np.ndarray]
-    names: Mapping[str, str]
-    seconds: float
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    limit: float = math.inf
+    skipped: str = ""
 
 
 @dataclass
@@ -77,6 +81,7 @@ class Compiled:
     timings: dict[str, float] = field(default_factory=dict)
     quantization: Quantization | None = None
     kept: tuple[tuple[str, str], ...] = ()
+    calibration: Calibration = field(default_factory=Calibration)
     report: QuantizationInfo | None = None
 
     def generate(self, progress: Progress = silent) -> None:
@@ -111,7 +116,7 @@ class Compiled:
         for source in self.model.companion_files:
             shutil.copyfile(source, directory / "files" / source.name)
         program = next(iter(self.programs.values()))
-        maker = WeightMaker(self.model)
+        maker = WeightMaker(self.model, self.calibration.limit - self.calibration.seconds)
         maker.prepare(program)
         with ThreadPoolExecutor(1) as beside:
             code = beside.submit(self._write_code, directory / "variants")
@@ -136,8 +141,9 @@ class Compiled:
     def _quantized(self, maker: WeightMaker) -> QuantizationInfo | None:
         if self.quantization is None:
             return None
+        seconds = self.calibration.seconds + maker.moments_seconds
         return QuantizationInfo(asdict(self.quantization), tuple(maker.quantized), self.kept,
-                                self.timings.get("calibration", 0.0))
+                                seconds, self.calibration.skipped or maker.skipped)
 
     def _manifest(self, program: Program, weights: tuple[WeightInfo, ...], size: int,
                   hashes: dict[str, str]) -> Manifest:
@@ -197,6 +203,17 @@ def graph_for(model: ImportedModel, capabilities: Capabilities) -> Graph:
     return model.graph
 
 
+def optimized(model: ImportedModel, capabilities: Capabilities,
+              quantization: Quantization | None = None, calibration: Calibration | None = None
+              ) -> tuple[Graph, tuple[tuple[str, str], ...]]:
+    """The graph that programs are lowered from, and `Compiled.kept`."""
+    kept: list[tuple[str, str]] = []
+    quantizing = None if quantization is None else (
+        "quantize", _quantizing(model, quantization, calibration, kept))
+    graph = optimize(graph_for(model, capabilities), capabilities, before_outline=quantizing)
+    return graph, tuple(kept)
+
+
 def compile_imported(model: ImportedModel, target: Target, progress: Progress = silent,
                      limits: ShapeKey | None = None,
                      timings: dict[str, float] | None = None,
@@ -205,18 +222,16 @@ def compile_imported(model: ImportedModel, target: Target, progress: Progress = 
     """The part of compile_model after the frontend."""
     timings = {} if timings is None else timings
     capabilities = target.capabilities()
-    kept: list[tuple[str, str]] = []
     if calibration is not None:
         timings["calibration"] = calibration.seconds
         model = _with_moments(model, calibration)
     with timed(timings, "passes"):
-        graph = optimize(graph_for(model, capabilities), capabilities, before_outline=(
-            "quantize", _quantizing(model, quantization, calibration, kept))
-            if quantization is not None else None)
+        graph, kept = optimized(model, capabilities, quantization, calibration)
     with timed(timings, "lower"):
         programs = {name: lower(graph, capabilities, key) for name, key in variant_keys(
             graph, capabilities, dict(limits or {})).items()}
-    compiled = Compiled(model, graph, target, programs, {}, timings, quantization, tuple(kept))
+    compiled = Compiled(model, graph, target, programs, {}, timings, quantization, kept,
+                        calibration or Calibration())
     if not later:
         compiled.generate(progress)
     progress("compile", 1.0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -110,9 +112,15 @@ class WeightMaker:
 
     A matrix is quantised once: its codes are packed at once, its scales and zeros are kept until
     they are asked for. `quantized` tells what was lost.
+
+    moments_limit: seconds that choosing codes by second moments may take; the matrices behind are
+    rounded without (`skipped` says so). moments_seconds: what it took.
     """
 
-    def __init__(self, model: ImportedModel):
+    def __init__(self, model: ImportedModel, moments_limit: float = math.inf):
+        self.moments_seconds = 0.0
+        self.skipped = ""
+        self._moments_limit = moments_limit
         self.quantized: list[QuantizedInfo] = []
         self._model = model
         self._threads = knobs.cores()
@@ -164,10 +172,18 @@ class WeightMaker:
         return self._parts[key].pop(node["index"])
 
     def _quantize(self, whole: Node, names: Names) -> QuantizedMatrix:
+        inputs = whole.inputs
+        if len(inputs) > 1 and self.moments_seconds >= self._moments_limit:
+            self.skipped = ("the machine was too busy to end in time (--calibrate always: all "
+                            "that it takes)")
+            inputs = inputs[:1]
         operands = [self._interpreted(Graph("operand", (), (("value", each),)), names, {})
-                    for each in whole.inputs]
+                    for each in inputs]
+        started = time.perf_counter()
         self._quantizer = self._quantizer or Quantizer(self._threads)
         found = self._quantizer(operands[0], whole["dtype"], whole["group"], *operands[1:])
+        if len(operands) > 1:
+            self.moments_seconds += time.perf_counter() - started
         leaves = {leaf["name"] for leaf in walk(whole.inputs[:1]) if leaf.op == "parameter"}
         n, k = operands[0].shape
         stored = sum(each.size * from_numpy(each.dtype).bits for each in found.parts) // 8

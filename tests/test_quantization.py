@@ -3,13 +3,19 @@ and what artifacts tell."""
 
 import json
 import shutil
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import llmc
+from llmc import calibrate
 from llmc.cli import main
+from llmc.codegen.target import Target
+from llmc.driver import compile_imported
 from llmc.errors import LlmcError
+from llmc.frontend.model import load_model
 from llmc.ir.quantization import Quantization
 from llmc.runtime.pages import Sequence
 from llmc.runtime.step import Chunk
@@ -183,6 +189,67 @@ def test_command_line(tmp_path, capsys):
     assert "go with --quantize" in capsys.readouterr().err
     assert main(["inspect", str(EMBEDDED), "--stage", "quantization"]) == 1
     assert "is no artifact" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("codes", ["i8", "i4"])
+def test_inspect_shows_what_compile_would_make(codes, capsys):
+    model = [str(EMBEDDED), "--stage", "optimized", "--quantize", f"int{codes[1:]}"]
+    assert main(["inspect", *model, "--quantize-head", "float"]) == 0
+    assert f" : {codes}[" in capsys.readouterr().out
+    assert main(["inspect", str(EMBEDDED), "--stage", "optimized"]) == 0
+    assert f" : {codes}[" not in capsys.readouterr().out
+
+
+def test_inspect_of_an_artifact_takes_no_options_of_quantisation(artifacts, capsys):
+    assert main(["inspect", str(artifacts(weights="int8").path), "--quantize", "int8"]) == 1
+    assert "is an artifact: options of quantisation" in capsys.readouterr().err
+
+
+# ---- how long calibration may take -------------------------------------------------------------
+
+
+def test_calibration_that_takes_too_long_is_left_out_and_said(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(calibrate, "LIMIT", 1e-4)
+    command = ["compile", str(EMBEDDED), "--quantize", "int4", "-o", str(tmp_path / "m.llmc")]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "not calibrated: it would take about" in printed and "--calibrate always" in printed
+    info = llmc.load(tmp_path / "m.llmc").manifest.quantization
+    assert info.uncalibrated and not any(each.calibrated for each in info.quantized)
+
+
+@pytest.mark.slow
+def test_steps_that_take_long_end_the_text(monkeypatch):
+    steps = []
+
+    def slow(logits, random):
+        steps.append(time.sleep(1.0))
+        return np.ones(len(logits), np.int32)
+
+    monkeypatch.setattr(calibrate, "_sampled", slow)
+    found = calibrate.calibrate(load_model(EMBEDDED), Quantization("int4"))
+    assert not found.names and "it would take about" in found.skipped
+    assert len(steps) <= calibrate.TRIAL
+
+
+def test_tokens_are_sampled_as_often_as_is_likely():
+    wanted = np.array([0.5, 0.0, 0.2, 0.3])
+    with np.errstate(divide="ignore"):
+        logits = np.tile(np.log(wanted).astype(np.float32) + 7, (20_000, 1))
+    found = calibrate._sampled(logits, np.random.default_rng(0))
+    assert found.dtype == np.int32
+    np.testing.assert_allclose(np.bincount(found, minlength=4) / len(found), wanted, atol=0.015)
+
+
+def test_matrices_behind_the_limit_are_rounded_without_moments(tmp_path):
+    quantization = Quantization("int4", activations="float")
+    model = load_model(EMBEDDED)
+    found = calibrate.calibrate(model, quantization)
+    compiled = compile_imported(model, Target.host(), quantization=quantization,
+                                calibration=replace(found, limit=found.seconds + 1e-9))
+    compiled.write(tmp_path / "model")
+    assert sum(each.calibrated for each in compiled.report.quantized) == 1
+    assert "too busy" in compiled.report.uncalibrated
 
 
 # ---- the cache ---------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def add_quantization_options(parser: argparse.ArgumentParser) -> None:
                             "not")
     group.add_argument("--calibrate", choices=("auto", "always", "never"), default=None,
                        help="int4: choose codes on text that the model itself makes while "
-                            "compiling (default: auto, for models where that takes seconds)")
+                            "compiling (default: auto, where that takes 30 seconds at most)")
     group.add_argument("--kv-cache", choices=("int8", "float"), default=None,
                        help="store keys and values as 8-bit codes, with a scale for each token and "
                             "head (default: float, in the compute dtype)")

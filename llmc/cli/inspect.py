@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from llmc.cli import add_command
+from llmc.cli import add_command, add_quantization_options, quantization_of
 from llmc.cli.generate import EMBEDDED
 from llmc.errors import LlmcError
 
@@ -36,6 +36,7 @@ def add(subparsers) -> None:
     parser.add_argument("--target", default="host")
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--json", action="store_true", help="artifact: print its manifest")
+    add_quantization_options(parser)
 
 
 def run(arguments) -> int:
@@ -61,11 +62,10 @@ def _print_stage(arguments) -> int:
     """The model at the stage that is asked for; nothing is done that comes after it."""
     from llmc.codegen import generate
     from llmc.codegen.target import Target
-    from llmc.driver import graph_for, variant_keys
+    from llmc.driver import optimized, variant_keys
     from llmc.frontend.model import load_model
     from llmc.ir.text import format_graph
     from llmc.passes.lower import lower
-    from llmc.passes.pipeline import optimize
 
     model = load_model(arguments.model, arguments.dtype)
     if arguments.stage == "imported":
@@ -73,7 +73,7 @@ def _print_stage(arguments) -> int:
         return 0
     target = Target.parse(arguments.target)
     capabilities = target.capabilities()
-    graph = optimize(graph_for(model, capabilities), capabilities)
+    graph, _ = optimized(model, capabilities, quantization_of(arguments))
     if arguments.stage == "optimized":
         print(format_graph(graph), end="")
         return 0
@@ -92,7 +92,8 @@ def _write_page(arguments) -> int:
     from llmc.codegen.target import Target
     from llmc.driver import compile_model
 
-    compiled = compile_model(arguments.model, Target.parse(arguments.target), arguments.dtype)
+    compiled = compile_model(arguments.model, Target.parse(arguments.target), arguments.dtype,
+                             quantization=quantization_of(arguments))
     write_page(Path(arguments.html), compiled, _variant(arguments.variant, compiled.programs))
     print(arguments.html)
     return 0
@@ -122,6 +123,9 @@ def _inspect_artifact(arguments) -> int:
     from llmc.runtime.artifact import Artifact
 
     artifact = Artifact(arguments.model)
+    if quantization_of(arguments) is not None:
+        raise LlmcError(f"{arguments.model} is an artifact: options of quantisation are for the "
+                        "model it was made from")
     if arguments.html:
         raise LlmcError(f"{arguments.model} is an artifact: --html inspects the model it was made "
                         "from")

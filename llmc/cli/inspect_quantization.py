@@ -26,9 +26,13 @@ def summary(info: QuantizationInfo) -> list[str]:
     lines = [f"{len(info.quantized)} matrices quantised, {before / 1e6:.1f} MB -> "
              f"{after / 1e6:.1f} MB, {8 * after / max(1, elements):.3f} bits a weight; "
              f"{len(info.kept)} stay as they are"]
-    if info.calibration:
-        lines.append(f"calibrated in {info.calibration:.1f} s: codes marked * are chosen for the "
-                     "errors of products, not of elements")
+    calibrated = sum(each.calibrated for each in info.quantized)
+    if calibrated:
+        lines.append(f"{calibrated} calibrated in {info.calibration:.1f} s: codes marked * are "
+                     "chosen for the errors of products, not of elements")
+    if info.uncalibrated:
+        lines.append(f"{'the others are ' if calibrated else ''}not calibrated: "
+                     f"{info.uncalibrated}")
     return lines
 
 

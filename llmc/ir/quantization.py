@@ -31,8 +31,8 @@ class Quantization:
     activations  "int8" (the default): where the target has instructions for it, what is multiplied
                  by quantised weights is rounded to 8 bits, block by block; "float": never
     calibrate    int4 only. "always": choose codes for the errors of products, on text that the
-                 model makes; "auto" (the default): where that takes seconds; "never": for those of
-                 the weights
+                 model makes; "auto" (the default): where that takes 30 s at most; "never": for
+                 those of the weights
     kv_cache     "int8": keys and values are stored as 8-bit codes, with a scale for each token and
                  head; "float" (the default): in the compute dtype
     """

@@ -89,12 +89,14 @@ class QuantizedInfo:
 @dataclass(frozen=True)
 class QuantizationInfo:
     """What `quantize` was asked for (its options by name), and what became of it: the matrices that
-    were quantised, and (name, reason) of those that were not. calibration: seconds that it took."""
+    were quantised, and (name, reason) of those that were not. calibration: seconds that it took;
+    uncalibrated: why some or all were not, where one might expect it."""
 
     options: dict[str, Any]
     quantized: tuple[QuantizedInfo, ...]
     kept: tuple[tuple[str, str], ...]
     calibration: float = 0.0
+    uncalibrated: str = ""
 
 
 @dataclass(frozen=True)
