@@ -138,13 +138,15 @@ class Engine:
         """Queue a request; its events come through the Stream, and `wake` is told of them once a
         step (see `LoopWaker`; it must not block, as it tells of all streams).
 
-        ShapeError if the request does not fit the model, QueueFull if too many wait,
-        EngineStopped while draining. Whatever `request.grammar` raises.
+        ShapeError if the request does not fit the model, or can never fit the queue; QueueFull if
+        too many wait, EngineStopped while draining. Whatever `request.grammar` raises.
         """
         ids = self.runtime.check_ids(request.prompt_ids)
         if len(ids) > self.capacity:
             raise ShapeError(f"the prompt has {len(ids)} tokens, the context holds "
                              f"{self.capacity}")
+        if request.n > self.queue_limit:
+            raise ShapeError(f"n is {request.n}, the queue holds {self.queue_limit} answers")
         request.sampling.check(self.sampler.vocabulary)
         stream = Stream(request, wake, self._request_end)
         matchers = [request.grammar() if request.grammar else None for _ in range(request.n)]

@@ -20,6 +20,7 @@ JSON_OPTIONS: Any = {"whitespace_pattern": r"( |\n[ \t]{0,32})?"}
 
 FIELDS = {"json": "response_format", "regex": "regex", "lark": "grammar"}  # where they come from
 MOST_WORDS = 500  # characters of what llguidance says, which repeats its input
+REASONS = {"NoExtensionBias": "no token of this model may come next"}
 
 
 class GrammarMatcher:
@@ -42,8 +43,8 @@ class GrammarMatcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise ApiError(400, f"the grammar cannot be followed: {self._matcher.get_error()}",
-                           code="invalid_grammar")
+            raise ApiError(400, "the grammar cannot be followed: "
+                           f"{_short(self._matcher.get_error())}", code="invalid_grammar")
 
 
 class Grammars:
@@ -81,7 +82,13 @@ class Grammars:
 
 
 def _invalid(kind: str, why: str) -> ApiError:
-    return ApiError(400, f"invalid grammar: {why[:MOST_WORDS]}", FIELDS[kind], "invalid_grammar")
+    return ApiError(400, f"invalid grammar: {_short(why)}", FIELDS[kind], "invalid_grammar")
+
+
+def _short(why: str) -> str:
+    """What llguidance says, without the state of its parser."""
+    why = why.partition("\n<state>")[0]
+    return REASONS.get(why, why)[:MOST_WORDS].rstrip()
 
 
 def _from_schema(schema: Any) -> str:

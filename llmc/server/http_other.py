@@ -94,7 +94,7 @@ class Other:
 
     def _card(self) -> dict[str, Any]:
         host = self._host
-        context = host.runtime.max_context if host.phase == "ready" else None
+        context = host.context if host.phase == "ready" else None
         return {"id": host.options.name, "object": "model", "created": host.created,
                 "owned_by": "llmc", "max_model_len": context}
 
@@ -107,7 +107,7 @@ class Other:
             ids = await chat_ids(host, body.messages, body.add_generation_prompt, {})
         else:
             ids = await encode(host, body.prompt, body.add_special_tokens) if body.prompt else []
-        answer = {"count": len(ids), "max_model_len": host.runtime.max_context, "tokens": ids}
+        answer = {"count": len(ids), "max_model_len": host.context, "tokens": ids}
         if body.return_token_strs:
             assert host.vocabulary is not None
             answer["token_strs"] = [host.vocabulary.text_of(each) for each in ids]

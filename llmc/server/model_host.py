@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -104,6 +105,7 @@ class ModelHost:
                                  mixed_step_tokens=(options.mixed_step_tokens
                                                     or mixed_step_tokens(runtime)),
                                  queue_limit=options.queue_limit)
+            self._warn_of_little_memory(self.engine.capacity, runtime.max_context)
             self.engine.start()
         self._open_text(runtime)
         if self._closing:
@@ -141,12 +143,23 @@ class ModelHost:
         if self.runtime is not None:
             self.runtime.close()
 
+    def _warn_of_little_memory(self, capacity: int, context: int) -> None:
+        if capacity < context:
+            log("little_memory", logging.WARNING, model=self.options.name, context=capacity,
+                max_context=context, message=f"the KV cache holds {capacity} tokens, of the "
+                f"{context} that a sequence may have: give more --kv-memory")
+
     # ---- asking ---------------------------------------------------------------------------------
 
     @property
     def elapsed(self) -> float:
         """Seconds since the start."""
         return time.monotonic() - self.began
+
+    @property
+    def context(self) -> int:
+        """Most tokens of a sequence: the model's limit, or what the KV cache holds."""
+        return self.engine.capacity if self.engine else self.runtime.max_context
 
     def status(self) -> dict[str, Any]:
         """What the health endpoints tell."""

@@ -117,12 +117,24 @@ async def _request_fields(host: ModelHost, body: Generation, max_tokens: int | N
                           ) -> dict[str, Any]:
     """What Request takes, apart from the prompt. ShapeError for values out of range."""
     grammar = _grammar(body)
+    _check_stops(body, host.runtime.config["vocab_size"], max_tokens)
     assert host.grammars is not None
     return {
         "max_tokens": max_tokens, "sampling": _sampling(body, host.runtime.config["vocab_size"]),
         "stop": body.stops, "n": body.n or 1, "min_tokens": body.min_tokens or 0,
         "ignore_eos": bool(body.ignore_eos), "stop_ids": frozenset(body.stop_token_ids or ()),
         "grammar": await asyncio.to_thread(host.grammars.compile, *grammar) if grammar else None}
+
+
+def _check_stops(body: Generation, vocabulary: int, max_tokens: int | None) -> None:
+    """ApiError 400 for what could have no effect."""
+    for token in body.stop_token_ids or ():
+        if token >= vocabulary:
+            raise ApiError(400, f"Token id {token} of stop_token_ids is outside the vocabulary of "
+                           f"{vocabulary}.", "stop_token_ids")
+    if max_tokens is not None and (body.min_tokens or 0) > max_tokens:
+        raise ApiError(400, f"min_tokens is {body.min_tokens}, more than max_tokens, which is "
+                       f"{max_tokens}.", "min_tokens")
 
 
 def _sampling(body: Generation, vocabulary: int) -> Sampling:

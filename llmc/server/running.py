@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from llmc.server.detokenizer import Delta, TextStream
 from llmc.server.engine import Engine
+from llmc.server.http_errors import ApiError
 from llmc.server.metrics import Metrics
 from llmc.server.model_host import ModelHost
 from llmc.server.request import EngineStopped, Request, Stream
@@ -44,6 +45,7 @@ class Running:
 
     def __init__(self, host: ModelHost, engine: Engine, waker: Waker, metrics: Metrics,
                  requests: Sequence[Request]):
+        _check_number(requests, engine.queue_limit)
         self._waker, self._metrics = waker, metrics
         self._news = asyncio.Event()
         self._gone = False
@@ -133,3 +135,14 @@ def joined(deltas: Sequence[Delta]) -> Delta:
                  [token for each in deltas for token in each.tokens],
                  [logprob for each in deltas for logprob in each.logprobs],
                  last.finish, last.error, last.stop)
+
+
+def _check_number(requests: Sequence[Request], limit: int) -> None:
+    """ApiError 400 for more answers than the queue ever holds: waiting would not help them."""
+    choices = requests[0].n
+    if len(requests) * choices > limit:
+        what = f"{len(requests)} prompts with n = {choices}" if len(requests) > 1 else (
+            f"n = {choices}")
+        raise ApiError(400, f"{what} ask for {len(requests) * choices} answers, this server's "
+                       f"queue holds {limit}: send fewer at once.",
+                       "prompt" if len(requests) > 1 else "n", "too_many_answers")

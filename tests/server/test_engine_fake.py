@@ -280,6 +280,8 @@ def test_a_full_queue_refuses_and_takes_again():
         engine.submit(Request(prompt(3), 4))
     with pytest.raises(QueueFull, match="try again"):
         engine.submit(Request(prompt(3), 4))
+    with pytest.raises(ShapeError, match="n is 3, the queue holds 2"):
+        engine.submit(Request(prompt(3), 4, n=3))
     engine.step()
     engine.submit(Request(prompt(3), 4))
     run(engine)

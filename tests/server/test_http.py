@@ -183,6 +183,15 @@ def test_bad_bodies_are_bad_requests(demo, body):
     ("/v1/completions", b'{"prompt": [9999]}', "prompt", None, "vocabulary of 512"),
     ("/v1/completions", b'{"prompt": "a", "regex": "' + b"a" * 9999 + b'("}', "regex",
      "invalid_grammar", "invalid regex"),
+    ("/v1/completions", b'{"prompt": "a", "regex": "[^\\\\s\\\\S]"}', None, "invalid_grammar",
+     "no token of this model may come next"),
+    ("/v1/completions", b'{"prompt": "a", "stop_token_ids": [5, 99999]}', "stop_token_ids", None,
+     "99999"),
+    ("/v1/completions", b'{"prompt": "a", "min_tokens": 6, "max_tokens": 5}', "min_tokens", None,
+     "more than max_tokens"),
+    ("/v1/completions", b'{"prompt": "a", "min_tokens": 17}', "min_tokens", None, "which is 16"),
+    ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": "a"}], "min_tokens": 6, '
+     b'"max_completion_tokens": 5}', "min_tokens", None, "more than max_tokens"),
     ("/v1/completions", b'{"prompt": "a", "b\\nc": 1}', "b\nc", "unknown_parameter",
      "Unrecognized"),
     ("/v1/completions", b'{"prompt": "a", "model": "' + b"x" * 9999 + b'"}', "model",
@@ -201,7 +210,7 @@ def test_errors_name_the_field_and_nothing_of_the_server(demo, path, body, param
     error = error_of(answer)
     assert (answer[0] // 100, error["param"], error["code"]) == (4, param, code), error
     assert words in error["message"] and len(error["message"]) < 600
-    for secret in ("Error", "codec", "()", str(demo.host.runtime.artifact.directory)):
+    for secret in ("Error", "codec", "()", "<state>", str(demo.host.runtime.artifact.directory)):
         assert secret not in error["message"]
 
 
@@ -349,6 +358,8 @@ def test_an_engine_exception_is_a_500_with_an_id_and_the_rest_goes_on(demo, monk
 def test_beyond_the_queue_is_429_and_short_pages_only_make_it_slower(embedded_artifact):
     with serving(embedded_artifact, max_batch=4, queue_limit=4, runtime={"kv_memory": 1}) as small:
         assert small.host.engine.stats().pages == 1  # 32 tokens: one short request at a time
+        assert small.ask("GET", "/v1/models")[2]["data"][0]["max_model_len"] == 32
+        assert small.post("/tokenize", prompt="a")[2]["max_model_len"] == 32
         answers = []
         body = {"prompt": "Once", "max_tokens": 20, "ignore_eos": True}
         threads = [threading.Thread(target=lambda: answers.append(
@@ -363,10 +374,36 @@ def test_beyond_the_queue_is_429_and_short_pages_only_make_it_slower(embedded_ar
             if answer[0] == 429:
                 assert int(answer[1]["retry-after"]) >= 1
                 assert error_of(answer)["type"] == "rate_limit_error"
-        assert small.post("/v1/completions", prompt="a", max_tokens=2, n=50)[0] == 429
+        for many, param in (({"prompt": "a", "n": 5}, "n"), ({"prompt": ["a"] * 5}, "prompt"),
+                            ({"prompt": ["a", "b"], "n": 3}, "prompt")):
+            refused = small.post("/v1/completions", max_tokens=2, **many)  # at any time
+            assert refused[0] == 400 and "retry-after" not in refused[1]
+            error = error_of(refused)
+            assert error["param"] == param and "queue holds 4" in error["message"]
+        fits = small.post("/v1/completions", prompt=["a", "b"], n=2, max_tokens=2)
+        assert fits[0] == 200 and len(fits[2]["choices"]) == 4
         too_long = small.post("/v1/completions", prompt=[5] * 40)
         assert too_long[0] == 400 and "context" in error_of(too_long)["message"]
         small.wait_idle()
+
+
+@pytest.mark.parametrize(("runtime", "said"), [
+    ({}, []), ({"kv_memory": 1}, ["the KV cache holds 32 tokens, of the 512 "])])
+def test_a_cache_that_holds_less_than_the_context_is_warned_of(embedded_artifact, monkeypatch,
+                                                               runtime, said):
+    logged = []
+    monkeypatch.setattr("llmc.server.model_host.log", lambda event, *_, **fields: logged.append(
+        (event, fields)))
+    with serving(embedded_artifact, runtime=runtime):
+        texts = [fields["message"] for event, fields in logged if event == "little_memory"]
+        assert [text[:len(start)] for text, start in zip(texts, said, strict=True)] == said
+
+
+def test_unknown_fields_of_a_message_are_ignored_and_those_of_the_body_refused(demo):
+    messages = [{"role": "user", "content": "a", "annotations": []}]
+    assert demo.post("/v1/chat/completions", messages=messages, max_tokens=1)[0] == 200
+    refused = demo.post("/v1/chat/completions", messages=messages, max_tokens=1, annotations=[])
+    assert refused[0] == 400 and error_of(refused)["param"] == "annotations"
 
 
 def test_unicode_across_tokens_is_whole_in_every_chunk(demo):
