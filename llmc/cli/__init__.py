@@ -59,8 +59,8 @@ def add_command(subparsers, name: str, run, summary: str, example: str) -> argpa
     return parser
 
 
-def add_runtime_options(parser: argparse.ArgumentParser) -> None:
-    """Options that every command which runs a model has; each has an LLMC_* variable too."""
+def add_target_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Where a model runs, and in which dtype; each option has an LLMC_* variable too."""
     group = parser.add_argument_group("runtime")
     group.add_argument("--target", default=os.environ.get("LLMC_TARGET", "host"),
                        help="where to run: host, nvptx (an NVIDIA GPU) or auto (default: host) "
@@ -68,10 +68,16 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", default=os.environ.get("LLMC_DTYPE"),
                        help="compute dtype, such as f32 or bf16 (default: the checkpoint's) "
                             "[LLMC_DTYPE]")
-    add_quantization_options(parser)
     group.add_argument("--threads", type=int, default=None, metavar="N",
                        help="host threads (default: all cores; for a small model as many as it "
                             "pays for) [LLMC_THREADS]")
+    return group
+
+
+def add_runtime_options(parser: argparse.ArgumentParser) -> None:
+    """Options that every command which runs a model has; each has an LLMC_* variable too."""
+    group = add_target_options(parser)
+    add_quantization_options(parser)
     group.add_argument("--max-context", type=int, default=knobs.positive("LLMC_MAX_CONTEXT"),
                        metavar="N", help="longest sequence in tokens (default: the model's "
                                          "limit) [LLMC_MAX_CONTEXT]")

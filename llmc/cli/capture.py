@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llmc.cli import add_command, add_runtime_options
+from llmc.cli import add_command, add_target_options
 from llmc.cli.examine_options import add_inputs, model_inputs, open_tapped
 
 
@@ -18,7 +18,7 @@ def add(subparsers) -> None:
                         help="module paths; * stands for anything but a dot")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")
     add_inputs(parser)
-    add_runtime_options(parser)
+    add_target_options(parser)
 
 
 def run(arguments) -> int:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmc.cli import add_command, add_runtime_options
+from llmc.cli import add_command, add_target_options
 from llmc.cli.examine_options import add_inputs, model_inputs, open_tapped
 from llmc.errors import LlmcError
 
@@ -38,7 +38,7 @@ def add(subparsers) -> None:
                         help="of the largest magnitude of a value (default: by dtype)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_inputs(parser)
-    add_runtime_options(parser)
+    add_target_options(parser)
 
 
 def run(arguments) -> int:
@@ -95,9 +95,8 @@ def _with_onnxruntime(first: TappedModel, arguments, dtypes: list[str],
                       progress: Progress) -> Comparison:
     from llmc.examine.compare import Comparison
     from llmc.examine.onnx_run import OnnxRuntimeSide, result_names
-    from llmc.examine.taps import tap_points
 
-    points, names = result_names(first.model.path, tap_points(first.graph))
+    points, names = result_names(first.model.path, first.graph)
     side = OnnxRuntimeSide(first.model.path, first.inputs, names)
     return Comparison(first, points, side, _tolerance(arguments, dtypes), progress)
 

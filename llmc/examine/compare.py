@@ -1,4 +1,5 @@
-"""Where two runs of a model part: bisects its ops and names the first that differs too much.
+"""Where two runs of a model part: compares what comes out of it, bisects the ops that a wrong one
+is computed from, and names the first that differs too much.
 
 In a round a few values, evenly spaced over what is still in question, are read from both sides;
 the next round looks between the last that agreed and the first that did not. Both sides compute
@@ -7,7 +8,7 @@ from their own values, so an error shows from where it arises to the end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from llmc.errors import LlmcError
 from llmc.examine.taps import TappedModel, describe, module_of
-from llmc.ir.graph import Node
+from llmc.ir.graph import Node, walk
 from llmc.runtime.progress import Progress, silent
 
 TAPS = 16  # values of a round, at most
@@ -128,32 +129,72 @@ class Comparison:
         self._numbers = {node: number for number, node in enumerate(points)}
 
     def run(self) -> Verdict:
-        """The verdict. The last point is always looked at."""
-        good, bad = -1, len(self.points)
+        """The verdict. All ends are looked at, then what the first wrong one is computed from, or
+        some of all points if the ends agree: what was wrong may have been lost in a rounding."""
+        ends = self._ends()
+        for portion in self._portions(ends):
+            self._check(portion)
+        wrong = next(filter(self._is_wrong, ends), None)
+        within = range(len(self.points)) if wrong is None else self._ancestors(wrong)
+        bad = self._bisect(within)
+        self.progress("compare", 1.0)
+        return self._verdict(None if bad is None else self._earliest(bad))
+
+    def _ends(self) -> list[int]:
+        """The graph's outputs, and points that no other is computed from: nothing shows their
+        errors but themselves."""
+        outputs = {node for _, node in self.first.graph.outputs}
+        used = set(walk([node for point in self.points for node in point.inputs]))
+        return [number for number, node in enumerate(self.points)
+                if node in outputs or node not in used]
+
+    def _portions(self, numbers: Sequence[int]) -> Iterator[list[int]]:
+        """The numbers in parts of which each fits into memory, or is a single one."""
+        portion: list[int] = []
+        size = 0
+        for number in numbers:
+            more = self.first.bytes_of([self.points[number]])
+            if portion and size + more > MEMORY:
+                yield portion
+                portion, size = [], 0
+            portion.append(number)
+            size += more
+        if portion:
+            yield portion
+
+    def _ancestors(self, number: int) -> list[int]:
+        """The points that a point is computed from, and itself, in order."""
+        return sorted({self._numbers[node] for node in walk([self.points[number]])
+                       if node in self._numbers} | {number})
+
+    def _bisect(self, within: Sequence[int]) -> int | None:
+        """The first of the values that differs too much, of those that were looked at."""
+        good, bad = -1, len(within)
         while bad - good > 1:
-            self.progress("compare", 1 - (bad - good) / (len(self.points) + 1))
-            numbers = self._spaced(good + 1, min(bad, len(self.points) - 1))
-            self._check([number for number in numbers if number not in self.checked])
-            wrong = [number for number in numbers if self._is_wrong(number)]
+            self.progress("compare", 1 - (bad - good) / (len(within) + 1))
+            places = self._spaced(within, good + 1, min(bad, len(within) - 1))
+            self._check([within[place] for place in places])
+            wrong = [place for place in places if self._is_wrong(within[place])]
             if not wrong:
                 break
             bad = wrong[0]
-            good = max((number for number in self.checked if number < bad), default=-1)
-        bad = self._earliest(bad)
-        self.progress("compare", 1.0)
-        return self._verdict(bad)
+            good = max((place for place in range(bad) if within[place] in self.checked), default=-1)
+        return within[bad] if bad < len(within) else None
 
-    def _spaced(self, low: int, high: int) -> list[int]:
-        """At most TAPS numbers from low to high, both included, as many as memory allows."""
+    def _spaced(self, within: Sequence[int], low: int, high: int) -> list[int]:
+        """At most TAPS places from low to high, both included, as many as memory allows."""
         count = min(TAPS, high - low + 1)
         while True:
-            numbers = sorted({low + round(step * (high - low) / max(1, count - 1))
-                              for step in range(count)} | {high})
-            if count <= 2 or self.first.bytes_of([self.points[n] for n in numbers]) <= MEMORY:
-                return numbers
+            places = sorted({low + round(step * (high - low) / max(1, count - 1))
+                             for step in range(count)} | {high})
+            nodes = [self.points[within[place]] for place in places]
+            if count <= 2 or self.first.bytes_of(nodes) <= MEMORY:
+                return places
             count //= 2
 
     def _check(self, numbers: Sequence[int]) -> None:
+        """Looks at those of the values that were not looked at yet."""
+        numbers = [number for number in numbers if number not in self.checked]
         if not numbers:
             return
         nodes = [self.points[number] for number in numbers]
@@ -170,14 +211,13 @@ class Comparison:
 
     def _earliest(self, bad: int) -> int:
         """Goes from a wrong value to the first wrong one among those that it is computed from."""
-        while bad < len(self.points):
+        while True:
             operands = self._operands(bad)
-            self._check([number for number in operands if number not in self.checked])
+            self._check(operands)
             wrong = [number for number in operands if self._is_wrong(number)]
             if not wrong:
-                break
+                return bad
             bad = wrong[0]
-        return bad
 
     def _operands(self, number: int) -> list[int]:
         """The points that a point is computed from, through nodes that are no points."""
@@ -195,9 +235,9 @@ class Comparison:
                 todo.extend(node.inputs)
         return sorted(found)
 
-    def _verdict(self, bad: int) -> Verdict:
+    def _verdict(self, bad: int | None) -> Verdict:
         checked = tuple(self.checked[number] for number in sorted(self.checked))
-        if bad >= len(self.points):
+        if bad is None:
             return Verdict(None, (), checked, len(self.points), self.tolerance)
         operands = tuple(self.checked[number] for number in self._operands(bad)
                          if number in self.checked)

@@ -16,14 +16,23 @@ def match(left: Graph, right: Graph) -> Pairs:
     """Pairs of nodes with the same meaning, in the order of the left graph.
 
     Graphs of the same ops in the same order (casts aside) match op by op; of two ONNX files the
-    results of nodes of the same name do; else the results of modules of the same path. LlmcError
-    if nothing matches.
+    results of nodes of the same name do; else the results of modules of the same path. Outputs of
+    the same name always do. LlmcError if nothing matches.
     """
     for pairs in (_in_lockstep(left, right), _by_name(left, right, _file_node),
                   _by_name(left, right, _module)):
         if pairs:
-            return pairs
+            return with_outputs(pairs, left, right)
     raise LlmcError(f"{left.name} and {right.name} have no op, node name or module path in common")
+
+
+def with_outputs(pairs: Pairs, left: Graph, right: Graph) -> Pairs:
+    """The pairs and those of the computed outputs of the same name, in the left graph's order."""
+    order = {node: place for place, node in enumerate(left.nodes())}
+    points, others = set(tap_points(left)), dict(right.outputs)
+    outputs = [(node, others[name]) for name, node in left.outputs
+               if node in points and name in others]
+    return sorted(dict.fromkeys([*pairs, *outputs]), key=lambda pair: order[pair[0]])
 
 
 def _in_lockstep(left: Graph, right: Graph) -> Pairs:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from llmc.errors import LlmcError, ModelError
-from llmc.ir.graph import Node, origin_of
+from llmc.examine.taps import tap_points
+from llmc.ir.graph import Graph, Node, origin_of
 
 
 @dataclass(frozen=True)
@@ -50,20 +51,23 @@ def _as_written(runtime: Any) -> Any:
     return options
 
 
-def result_names(path: Path, points: Sequence[Node]) -> tuple[list[Node], list[str]]:
-    """The points that are results of the file's nodes, and the names of their values."""
+def result_names(path: Path, graph: Graph) -> tuple[list[Node], list[str]]:
+    """The points that are results of the file's nodes or outputs, and the names of their values."""
     onnx, _ = _modules()
     model = onnx.load(path, load_external_data=False)
-    outputs = {node.name or node.output[0]: node.output[0] for node in model.graph.node
-               if node.output and node.output[0]}
+    values = {node.name or node.output[0]: node.output[0] for node in model.graph.node
+              if node.output and node.output[0]}
+    points = tap_points(graph)
     last: dict[str, Node] = {}
     for node in points:
         origin = origin_of(node)
-        name = origin.node if origin else None
-        if name is not None and name in outputs:
-            last.pop(name, None)
-            last[name] = node
-    return list(last.values()), [outputs[name] for name in last]
+        if origin is not None and origin.node in values:
+            last[values[origin.node]] = node
+    declared, known = {output.name for output in model.graph.output}, set(points)
+    last |= {name: node for name, node in graph.outputs if name in declared and node in known}
+    order = {node: place for place, node in enumerate(points)}
+    names = sorted(last, key=lambda name: order[last[name]])
+    return [last[name] for name in names], names
 
 
 def _modules():

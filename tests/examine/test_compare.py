@@ -82,12 +82,59 @@ def test_the_same_model_does_not_differ(tmp_path, small_input, capsys):
     assert "no difference above 0.0001" in capsys.readouterr().out
 
 
+def branched_model(path: Path, factors: list[float]) -> Path:
+    """x [n, HIDDEN] through a branch relu(x * factor) for every factor, each an output."""
+    nodes, weights, outputs = [], [], []
+    for number, factor in enumerate(factors):
+        weights.append(numpy_helper.from_array(np.array(factor, np.float32), f"factor.{number}"))
+        inner = f"m.{number}"
+        nodes += [helper.make_node("Mul", ["x", f"factor.{number}"], [inner], f"mul.{number}"),
+                  helper.make_node("Relu", [inner], [f"y.{number}"], f"relu.{number}")]
+        outputs.append(
+            helper.make_tensor_value_info(f"y.{number}", TensorProto.FLOAT, ["n", HIDDEN]))
+    first = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", HIDDEN])
+    graph = helper.make_graph(nodes, "branched", [first], outputs, weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)],
+                                ir_version=9), path)
+    return path
+
+
+@pytest.mark.parametrize("branch", [0, 22, 37])
+def test_every_output_is_compared(tmp_path, small_input, capsys, branch):
+    factors = [1.0 + number / 64 for number in range(38)]
+    right = branched_model(tmp_path / "right.onnx", factors)
+    factors[branch] *= 50
+    wrong = branched_model(tmp_path / "wrong.onnx", factors)
+    assert main(["compare", str(right), str(wrong), "--input", small_input, "--json"]) == 1
+    assert f"mul.{branch}" in json.loads(capsys.readouterr().out)["first"]["what"]
+
+
+def test_outputs_are_paired_by_name(tmp_path, small_input, capsys):
+    """Though the ops of both models are the same."""
+    right = branched_model(tmp_path / "right.onnx", [1.0, 2.0])
+    model = onnx.load(right)
+    for node in model.graph.node[1::2]:
+        node.output[0] = {"y.0": "y.1", "y.1": "y.0"}[node.output[0]]
+    onnx.save(model, tmp_path / "wrong.onnx")
+    assert main(["compare", str(right), str(tmp_path / "wrong.onnx"), "--input", small_input]) == 1
+    assert "first difference above" in capsys.readouterr().out
+
+
 def test_a_coarser_dtype_is_within_its_own_tolerance(capsys):
     """And in f32's tolerance the first rounded value is found: the embedding."""
     model = str(GOLDENS / "hf" / "llama_mha")
     assert main(["compare", model, "--other-dtype", "bf16", "--tokens", "1,2,3", "--json",
                  "--tolerance", "1e-5"]) == 1
     assert json.loads(capsys.readouterr().out)["first"]["number"] == 0
+
+
+@pytest.mark.parametrize("command", [["compare"], ["capture", "--blocks", "*", "--output", "b"]])
+@pytest.mark.parametrize("option", ["--quantize=int8", "--kv-cache=int8", "--max-context=8",
+                                    "--specialize=none", "--cache-dir=c"])
+def test_options_without_effect_are_not_offered(command, option, capsys):
+    with pytest.raises(SystemExit):
+        main([*command, str(GOLDENS / "hf" / "llama_mha"), option])
+    assert f"unrecognized arguments: {option}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [("--tolerance", "nan"), ("--tolerance", "-1"),
