@@ -226,9 +226,10 @@ def _generate(model: ImportedModel, executor: Executor, work: _Work, clock: _Clo
     width = -(-work.steps // PAGE)
     random = np.random.default_rng(0)
     count = np.arange(SEQUENCES, dtype=np.int32)
-    ids = random.integers(0, model.config.vocab_size, SEQUENCES).astype(np.int32)
-    if model.config.bos_token_id is not None:
-        ids[:] = model.config.bos_token_id
+    vocabulary, begin = model.config.vocab_size, model.config.bos_token_id
+    ids = random.integers(0, vocabulary, SEQUENCES).astype(np.int32)
+    if begin is not None and begin < vocabulary:  # cut vocabularies keep the id of the whole one
+        ids[:] = begin
     inputs = {"sequence": count, "offsets": np.arange(SEQUENCES + 1, dtype=np.int32),
               "rows": count, "slots": count,
               "page_table": np.arange(SEQUENCES * width, dtype=np.int32).reshape(-1, width)}

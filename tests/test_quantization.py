@@ -176,6 +176,13 @@ def test_what_cannot_be_calibrated_says_so(tmp_path):
         llmc.compile(path, quantize=Quantization("int4", calibrate="always"))
 
 
+@pytest.mark.parametrize("name", ["gpt2", "starcoder2"])
+def test_a_first_token_beyond_the_vocabulary_begins_no_text(name):
+    quantization = Quantization("int4", calibrate="always")
+    info = llmc.compile(GOLDENS / "hf" / name, quantize=quantization).manifest.quantization
+    assert any(each.calibrated for each in info.quantized)
+
+
 def test_command_line(tmp_path, capsys):
     target = tmp_path / "model.llmc"
     assert main(["compile", str(EMBEDDED), "--quantize", "int4", "--group", "64", "--asymmetric",
