@@ -10,12 +10,13 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llmc.codegen import generate
+from llmc.codegen import generate, generate_all
 from llmc.codegen.host import Code
 from llmc.codegen.target import Target
 from llmc.errors import CompileError, LlmcError, ValueNeeded
@@ -86,12 +87,12 @@ class Compiled:
 
     def generate(self, progress: Progress = silent) -> None:
         """Make the machine code."""
-        codes = {}
+        ready = count(1)
+        progress("compile", 0.0)
         with timed(self.timings, "codegen"):
-            for number, (name, program) in enumerate(self.programs.items()):
-                progress("compile", number / len(self.programs))
-                codes[name] = generate(program, self.target)
-        self.codes = codes
+            self.codes = dict(generate_all(
+                self.programs, self.target,
+                lambda: progress("compile", next(ready) / (len(self.programs) + 1))))
 
     def write(self, path: str | os.PathLike[str], progress: Progress = silent) -> Path:
         """Write the artifact directory, whole or not at all; an old one there is replaced."""

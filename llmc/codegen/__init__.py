@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from llmc.ir.program import Program
@@ -22,3 +23,19 @@ def generate(program: Program, target: Target) -> Code | DeviceCode:
     from llmc.codegen.host import generate as generate_host
 
     return generate_host(program, target)
+
+
+def generate_all(programs: Mapping[str, Program], target: Target,
+                 done: Callable[[], None]) -> dict[str, Code] | dict[str, DeviceCode]:
+    """`generate` of each, several at a time where that pays. done: called after each."""
+    if target.kind != "nvptx":
+        from llmc.codegen.host import generate_all as generate_all_host
+
+        return generate_all_host(programs, target, done)
+    from llmc.codegen.nvptx import generate as generate_device
+
+    codes = {}
+    for name, program in programs.items():
+        codes[name] = generate_device(program, target)
+        done()
+    return codes

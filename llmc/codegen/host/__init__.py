@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import llvmlite.binding as llvm
 import llvmlite.ir as ir
 
+from llmc import knobs
+from llmc.codegen.host.beside import LEAST, object_beside
 from llmc.codegen.host.driver import Driver
 from llmc.codegen.host.kernel import Kernel
 from llmc.codegen.llvm import emit_object
@@ -60,16 +63,43 @@ class Code:
 
 def generate(program: Program, target: Target) -> Code:
     """Machine code of a program; CompileError where no kernel can compute a stage."""
+    text, scratch_bytes = _module(program, target)
+    return Code(*_object_here(text, target), scratch_bytes, target)
+
+
+def generate_all(programs: Mapping[str, Program], target: Target,
+                 done: Callable[[], None]) -> dict[str, Code]:
+    """`generate` of each; all but the last in processes of their own, where they are large and
+    there are cores for it. done: called when one is ready to be waited for."""
+    made: dict[str, tuple[Future[tuple[bytes, str]], Dim]] = {}
+    with ThreadPoolExecutor(len(programs)) as pool:
+        for left, (name, program) in zip(range(len(programs) - 1, -1, -1), programs.items(),
+                                         strict=True):
+            text, scratch_bytes = _module(program, target)
+            beside = left and len(text) >= LEAST and knobs.cores() > 1
+            made[name] = pool.submit(
+                object_beside if beside else _object_here, text, target), scratch_bytes
+            if not beside:
+                made[name][0].result()
+            done()
+        return {name: Code(*future.result(), scratch_bytes, target)
+                for name, (future, scratch_bytes) in made.items()}
+
+
+def _object_here(text: str, target: Target) -> tuple[bytes, str]:
+    return emit_object(text, target.machine())
+
+
+def _module(program: Program, target: Target) -> tuple[str, Dim]:
+    """The text of a program's module, and `Code.scratch_bytes`."""
     module = ir.Module(program.name)
     module.triple = target.triple
-    machine = target.machine()
-    module.data_layout = str(machine.target_data)
+    module.data_layout = str(target.machine().target_data)
     kernels = {number: make_kernel(stage, program, target)
                for number, stage in enumerate(program.stages())}
     driver = Driver(module, program, kernels)
     driver.emit()
-    code, text = emit_object(str(module), machine)
-    return Code(code, text, driver.scratch_bytes, target)
+    return str(module), driver.scratch_bytes
 
 
 def make_kernel(stage: Stage, program: Program, target: Target) -> Kernel:
