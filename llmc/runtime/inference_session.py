@@ -16,7 +16,7 @@ from llmc.ir.dims import Dim, Symbol
 from llmc.ir.listed import ITEMS, collected, spread
 from llmc.runtime.artifact import is_artifact
 from llmc.runtime.binding import Tensor
-from llmc.runtime.jit import onnx_interface
+from llmc.runtime.jit import onnx_interface, onnx_metadata
 from llmc.runtime.plan import PlannedModel, open_model
 from llmc.runtime.session import Runtime
 from llmc.runtime.staged import StagedModel
@@ -46,9 +46,9 @@ class NodeArg:
 
 @dataclass(frozen=True)
 class ModelMetadata:
-    """What a model says of itself."""
+    """What a model says of itself; version: 2^63 - 1 if the file has none."""
 
-    producer_name: str = "llmc"
+    producer_name: str = ""
     graph_name: str = ""
     domain: str = ""
     description: str = ""
@@ -84,6 +84,7 @@ class InferenceSession:
         self._model = _open(path_or_bytes, target, options)
         self._lock = threading.Lock()
         self._inputs, self._outputs = _interface(path_or_bytes, self._model)
+        self._source = path_or_bytes
 
     def run(
         self,
@@ -118,9 +119,8 @@ class InferenceSession:
         return list(self._outputs)
 
     def get_modelmeta(self) -> ModelMetadata:
-        """The graph's name."""
-        runtime = self._model if isinstance(self._model, Runtime) else self._model.runtime
-        return ModelMetadata(graph_name=runtime.manifest.name if runtime else "")
+        """What the ONNX file says of itself; an artifact keeps of that the graph's name."""
+        return _metadata(self._source, self._model)
 
     def get_providers(self) -> list[str]:
         """The one that runs this model."""
@@ -162,6 +162,12 @@ def _interface(source: Source, model: Model
     inputs, outputs = onnx_interface(source if isinstance(source, bytes) else Path(source))
     return ([NodeArg(name, shape, kind) for name, kind, shape in inputs],
             [NodeArg(name, shape, kind) for name, kind, shape in outputs])
+
+
+def _metadata(source: Source, model: Model) -> ModelMetadata:
+    if isinstance(model, Runtime):  # an artifact
+        return ModelMetadata("llmc", model.manifest.name)
+    return ModelMetadata(**onnx_metadata(source if isinstance(source, bytes) else Path(source)))
 
 
 def _array(name: str, value: Any) -> np.ndarray:

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -104,6 +104,13 @@ def onnx_interface(source: Path | bytes) -> tuple[list[tuple], list[tuple]]:
     from llmc.frontend.onnx import declared_interface
 
     return declared_interface(source)
+
+
+def onnx_metadata(source: Path | bytes) -> dict[str, Any]:
+    """What an ONNX model says of itself."""
+    from llmc.frontend.onnx import declared_metadata
+
+    return declared_metadata(source)
 
 
 def host_plan(source: Path | bytes) -> Plan | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper
 
@@ -60,6 +61,25 @@ def test_what_inputs_and_outputs_are(session: llmc.InferenceSession):
         ("y", ["batch", 2]), ("total", ["batch"])]
     assert session.get_providers() == ["CPUExecutionProvider"]
     assert session.get_modelmeta().graph_name == "linear"
+
+
+def test_what_the_file_says_of_itself(tmp_path: Path):
+    model = onnx.load_from_string(linear())
+    model.producer_name, model.domain, model.model_version = "exporter", "org.example", 7
+    model.doc_string, model.graph.doc_string = "about the model", "about the graph"
+    helper.set_model_props(model, {"author": "someone"})
+    onnx.save(model, tmp_path / "linear.onnx")
+    for source in (tmp_path / "linear.onnx", model.SerializeToString()):
+        meta = llmc.InferenceSession(source, cache_dir=tmp_path / "cache").get_modelmeta()
+        assert (meta.producer_name, meta.graph_name, meta.domain, meta.version) == (
+            "exporter", "linear", "org.example", 7)
+        assert (meta.description, meta.graph_description) == ("about the model", "about the graph")
+        assert meta.custom_metadata_map == {"author": "someone"}
+
+
+def test_a_file_that_says_nothing_of_itself(session: llmc.InferenceSession):
+    meta = session.get_modelmeta()
+    assert (meta.producer_name, meta.version, meta.custom_metadata_map) == ("", 2**63 - 1, {})
 
 
 @pytest.mark.parametrize(("feeds", "words"), [

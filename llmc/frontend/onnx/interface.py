@@ -5,22 +5,42 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from onnx import TensorProto, TypeProto
+from onnx import ModelProto, TensorProto, TypeProto
 
 from llmc.frontend.onnx.protobuf import parse_model, read_model
 
+NO_VERSION = 2**63 - 1  # as onnxruntime has it
 Declared = tuple[str, str, list[int | str | None]]
 
 
 def declared_interface(source: Path | bytes) -> tuple[list[Declared], list[Declared]]:
     """(name, type such as "tensor(float)", shape) of the inputs without initialisers, and of the
     outputs. An axis is an int, its name or None."""
-    model = (
-        parse_model(source, Path("model.onnx")) if isinstance(source, bytes) else read_model(source)
-    )
+    model = _parsed(source)
     initialized = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in initialized]
     return [_declared(value) for value in inputs], [_declared(v) for v in model.graph.output]
+
+
+def declared_metadata(source: Path | bytes) -> dict[str, Any]:
+    """What a model says of itself, by onnxruntime's names for it. version: NO_VERSION if it has
+    none."""
+    model = _parsed(source)
+    return {
+        "producer_name": model.producer_name,
+        "graph_name": model.graph.name,
+        "domain": model.domain,
+        "description": model.doc_string,
+        "graph_description": model.graph.doc_string,
+        "version": model.model_version if model.HasField("model_version") else NO_VERSION,
+        "custom_metadata_map": {entry.key: entry.value for entry in model.metadata_props},
+    }
+
+
+def _parsed(source: Path | bytes) -> ModelProto:
+    if isinstance(source, bytes):
+        return parse_model(source, Path("model.onnx"))
+    return read_model(source)
 
 
 def _declared(value: Any) -> Declared:
