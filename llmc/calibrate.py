@@ -248,8 +248,6 @@ def _generate(model: ImportedModel, executor: Executor, work: _Work, clock: _Clo
 
 
 def _sampled(logits: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """A token of each row, i32, at temperature 1: one random number a row costs a tenth of what
-    noise for each token of the vocabulary does."""
-    sums = np.cumsum(np.exp(logits - logits.max(axis=1, keepdims=True)), axis=1)
-    below = sums <= random.random((len(sums), 1), np.float32) * sums[:, -1:]
-    return np.minimum(below.sum(axis=1), sums.shape[1] - 1).astype(np.int32)
+    """A token of each row, i32, at temperature 1."""
+    noise = random.gumbel(size=logits.shape).astype(np.float32)
+    return (logits + noise).argmax(axis=1).astype(np.int32)
