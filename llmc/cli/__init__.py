@@ -8,7 +8,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from llmc import knobs
+from llmc import __version__, knobs
 from llmc.errors import LlmcError
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="MODEL is an .onnx file, a Hugging Face directory, or an artifact made by "
                "`llmc compile` (loading an artifact runs its code). `llmc COMMAND --help` has "
                "an example for each command.")
+    parser.add_argument("--version", action="version", version=f"llmc {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         importlib.import_module(f"llmc.cli.{name.replace('-', '_')}").add(subparsers)

@@ -59,6 +59,8 @@ def make_comparison(arguments, progress: Progress) -> Comparison:
     from llmc.frontend.model import load_model
 
     model = load_model(arguments.model, dtype=arguments.dtype)
+    if arguments.onnxruntime and model.kind != "onnx":
+        raise LlmcError(f"{arguments.model}: --onnxruntime is for .onnx files, which it reads")
     dtypes = [model.config.compute_dtype.name]
     if arguments.other and is_capture(Path(arguments.other)):
         _refuse_with(arguments, "what was captured brings its own inputs and runs nowhere",

@@ -39,6 +39,7 @@ def add(subparsers) -> None:
 def run(arguments) -> int:
     from llmc.cli.progress import progress_bar
     emit, quantization = _emitter(arguments), quantization_of(arguments)
+    _check_output(Path(arguments.output))
     started = time.perf_counter()
     with progress_bar() as progress:
         compiled = _compile(arguments, quantization, progress)
@@ -49,6 +50,13 @@ def run(arguments) -> int:
     else:
         _report(paths[0], compiled, seconds, arguments.json)
     return 0
+
+
+def _check_output(output: Path) -> None:
+    """LlmcError before anything is compiled, where the parent of the output is no directory: more
+    likely a slip than a wish for one."""
+    if not output.parent.is_dir():
+        raise LlmcError(f"cannot write {output}: {output.parent} is no directory")
 
 
 def _compile(arguments, quantization, progress):
@@ -120,11 +128,16 @@ def _report(path: Path, compiled, seconds: float, as_json: bool) -> None:
         return
     print(f"{path}: compiled in {compile_seconds:.2f} s "
           f"({', '.join(f'{n} {s / 1024:.0f} KiB' for n, s in sizes.items())}), "
-          f"{weights / 1e6:.1f} MB of weights packed at {rate:.2f} GB/s")
+          f"{weights / 1e6:.1f} MB of weights packed at {_rate(rate)}")
     if compiled.report is not None:
         from llmc.cli.inspect_quantization import summary
 
         print(*summary(compiled.report), sep="\n")
+
+
+def _rate(gigabytes: float) -> str:
+    """Of small weights, packed in less time than it takes to begin, there are no GB a second."""
+    return f"{gigabytes:.2f} GB/s" if gigabytes >= 0.1 else f"{gigabytes * 1e3:.2g} MB/s"
 
 
 def _report_files(paths: list[Path], compiled, seconds: float, as_json: bool) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
 
 from llmc.cli import add_command, add_runtime_options, open_runtime
+from llmc.cli.model_path import require_model
 from llmc.errors import LlmcError
 
 EMBEDDED = Path(__file__).parent.parent / "data" / "stories260K"
@@ -42,11 +42,11 @@ def run(arguments) -> int:
     prompt = arguments.prompt
     if prompt is None and arguments.model == str(EMBEDDED):
         prompt = EMBEDDED_PROMPT
-    if not os.path.exists(arguments.model):
-        raise LlmcError(f"{arguments.model}: no such file or directory")
+    require_model(arguments.model)
     if not prompt:
         raise LlmcError("the prompt is empty: give a text to continue, --prompt TEXT")
     with open_runtime(arguments.model, arguments) as runtime:
+        runtime.require_context(arguments.max_context)
         prompt_ids = runtime.encode(prompt)
         loaded = time.perf_counter()
         tokens = runtime.generate(
@@ -63,7 +63,7 @@ def run(arguments) -> int:
             if show:
                 print(show.push(token), end="", flush=True)
         if show:
-            print(show.finish())
+            print(show.finish(), flush=True)  # before the summary, which goes to stderr
         timings = _timings(started, loaded, times)
         reason = _finish_reason(len(prompt_ids) + len(token_ids), runtime.max_context,
                                 len(token_ids) >= arguments.max_tokens)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llmc.cli import add_command, add_quantization_options, quantization_of
 from llmc.cli.generate import EMBEDDED
+from llmc.cli.model_path import require_model
 from llmc.errors import LlmcError
 
 STAGES = ("imported", "optimized", "program", "llvm", "asm")
@@ -44,6 +45,7 @@ def run(arguments) -> int:
 
     if is_artifact(arguments.model):
         return _inspect_artifact(arguments)
+    require_model(arguments.model)
     if arguments.verify:
         raise LlmcError(f"{arguments.model} is no artifact: --verify checks artifacts")
     if arguments.json:

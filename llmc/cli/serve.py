@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.cli import add_command, add_runtime_options, quantization_of
+from llmc.cli.model_path import require_served
 from llmc.errors import LlmcError
 
 EXTRA = ("starlette", "uvicorn", "msgspec", "prometheus_client")
@@ -156,12 +157,13 @@ def serve(arguments: argparse.Namespace) -> int:
 
 
 def serve_options(arguments: argparse.Namespace):
-    """What the command line says, for the server; LlmcError if a file is missing."""
+    """What the command line says, for the server; LlmcError if a file is missing, or the model is
+    none that can be served."""
     from llmc.server.model_host import ServeOptions
 
-    for path in (arguments.model, arguments.chat_template):
-        if path is not None and not Path(path).exists():
-            raise LlmcError(f"{path}: no such file or directory")
+    require_served(arguments.model)
+    if arguments.chat_template is not None and not arguments.chat_template.exists():
+        raise LlmcError(f"{arguments.chat_template}: no such file or directory")
     runtime = {name: getattr(arguments, name) for name in RUNTIME}
     runtime |= {"kv_memory": arguments.kv_memory, "profile_dir": arguments.profile_dir,
                 "quantize": quantization_of(arguments)}

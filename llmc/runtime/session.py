@@ -291,6 +291,13 @@ class Runtime:
         """Tokens of a sequence, at most; 0 for a graph without a token input."""
         return self._model.max_context if self._model else 0
 
+    def require_context(self, tokens: int | None) -> None:
+        """LlmcError if sequences of so many tokens are beyond the model's own limit (None: they
+        are not). The option max_context is cut to the limit without a word: it says "at most"."""
+        limit = self.config.get("max_context") or 0
+        if tokens is not None and limit and tokens > limit:
+            raise LlmcError(f"max_context is {tokens}, this model's limit is {limit} tokens")
+
     # ---- generating -----------------------------------------------------------------------
 
     def generate(self, tokens: Sequence[int], max_new_tokens: int | None = None,

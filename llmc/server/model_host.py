@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmc.errors import LlmcError, ModelError
+from llmc.errors import LlmcError
 from llmc.runtime.session import Runtime
 from llmc.server.embedder import Embedder
 from llmc.server.engine import Engine
@@ -96,6 +96,7 @@ class ModelHost:
         runtime = Runtime(options.model, target=options.target, progress=self._progress,
                           max_batch=options.max_batch, **options.runtime)
         self.runtime = runtime
+        runtime.require_context(options.runtime.get("max_context"))
         if runtime.manifest.kind == "encoder":
             self.embedder = Embedder(runtime, queue_limit=options.queue_limit)
             self.embedder.start()
@@ -192,11 +193,6 @@ class ModelHost:
         if name is not None and name != self.options.name:
             raise ApiError(404, f"The model {shown(name)!r} does not exist; this server has "
                            f"{self.options.name!r}.", "model", "model_not_found")
-
-    def check_file(self) -> None:
-        """ModelError before anything starts, if there is no such model."""
-        if not Path(self.options.model).exists():
-            raise ModelError(f"{self.options.model}: no such file or directory")
 
 
 def mixed_step_tokens(runtime: Any) -> int | None:

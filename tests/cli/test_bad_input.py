@@ -48,6 +48,7 @@ def test_a_missing_model_is_named(llmc_command, tmp_path, monkeypatch, command):
     ((*PROMPT, "--dtype", "i32"), ("i32",)),
     ((*PROMPT, "--threads", "0"), ("threads must be a positive int, got 0",)),
     ((*PROMPT, "--max-context", "0"), ("max_context",)),
+    ((*PROMPT, "--max-context", "513"), ("max_context is 513", "limit is 512")),
     ((*PROMPT, "--target", "abacus"), ("abacus",)),
 ])
 def test_generate(llmc_command, options, words):
@@ -56,6 +57,33 @@ def test_generate(llmc_command, options, words):
 
 def test_generate_needs_a_prompt_for_other_models(llmc_command, embedded_artifact):
     refused(llmc_command("generate", embedded_artifact), "--prompt TEXT")
+
+
+@pytest.mark.parametrize("command", ["generate", "serve"])
+def test_what_is_no_model_is_refused_as_such(llmc_command, tmp_path, monkeypatch, command):
+    monkeypatch.setattr("llmc.server.logs.set_up_logs", lambda _: None)
+    text = tmp_path / "notes.txt"
+    text.write_text("hello")
+    for path in (text, tmp_path):
+        refused(llmc_command(command, path), f"{path}: not a model")
+
+
+def test_serve_refuses_a_graph_before_it_listens(llmc_command, tmp_path, monkeypatch):
+    from onnx import TensorProto, helper, save
+
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"]) for name in "xy")
+    graph, artifact = tmp_path / "double.onnx", tmp_path / "double.llmc"
+    save(helper.make_model(helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "g",
+                                             [x], [y]), ir_version=10), graph)
+    monkeypatch.setattr("llmc.server.logs.set_up_logs", lambda _: None)
+    monkeypatch.setattr("llmc.cli.serve.listen", lambda *_: pytest.fail("it listens"))
+    assert llmc_command("compile", graph, "-o", artifact).status == 0
+    for path in (graph, artifact):
+        refused(llmc_command("serve", path), f"{path}: ", "no KV cache")
+
+
+def test_compare_with_onnxruntime_takes_onnx_files_only(llmc_command):
+    refused(llmc_command("compare", EMBEDDED, "--onnxruntime"), str(EMBEDDED), "for .onnx files")
 
 
 def test_an_encoder_does_not_generate(llmc_command):
@@ -101,6 +129,14 @@ def test_compile_to_where_nothing_can_be_written(llmc_command, output):
     refused(llmc_command("compile", EMBEDDED, "-o", output), "cannot write", output)
 
 
+@pytest.mark.parametrize("options", [(), ("--emit", "header")])
+def test_compile_makes_no_parent_directory(llmc_command, tmp_path, options):
+    output = tmp_path / "nowhere" / "out"
+    refused(llmc_command("compile", EMBEDDED, "-o", output, *options), "cannot write", str(output),
+            "is no directory")
+    assert not output.parent.exists()
+
+
 def test_compile_does_not_replace_what_is_no_artifact(llmc_command, tmp_path):
     (tmp_path / "precious").write_text("data")
     refused(llmc_command("compile", EMBEDDED, "-o", tmp_path), "is no artifact")
@@ -140,6 +176,11 @@ def test_run(llmc_command, tmp_path, option, words):
 ])
 def test_inspect(llmc_command, options, words):
     refused(llmc_command("inspect", EMBEDDED, *options), *words)
+
+
+@pytest.mark.parametrize("options", [("--stage", "quantization"), ("--verify",), ("--json",)])
+def test_inspect_of_nothing_says_so(llmc_command, options):
+    refused(llmc_command("inspect", "missing.llmc", *options), "missing.llmc: no such file")
 
 
 def test_inspect_says_what_an_artifact_does_not_hold(llmc_command, embedded_artifact):

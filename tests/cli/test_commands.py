@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 import llmc
 from llmc.cli import COMMANDS
+from llmc.cli.compile import _rate
 from tests.conftest import EMBEDDED, GOLDENS
 
 STAGES = ("imported", "optimized", "program", "llvm", "asm")
@@ -46,6 +48,32 @@ def test_generate_streams_the_text_of_the_golden(llmc_command, embedded_goldens)
     assert result.out == embedded_goldens[0]["text"] + "\n"
     assert "[5 + 64 tokens; load" in result.err
     assert "tokens/s]" in result.err
+
+
+def test_generate_ends_its_line_before_the_summary():
+    environment = os.environ | {"PYTHONPATH": str(Path(llmc.__file__).parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "-m", "llmc", "generate", "--max-tokens", "5", "--threads", "1"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, timeout=60,
+        check=True)
+    assert any(line.startswith("[5 + 5 tokens; load") for line in done.stdout.splitlines())
+
+
+def test_version(llmc_command):
+    result = llmc_command("--version")
+    assert (result.status, result.out) == (0, f"llmc {llmc.__version__}\n")
+
+
+def test_compile_gives_a_rate_of_small_weights_too(llmc_command, tmp_path):
+    result = llmc_command("compile", EMBEDDED, "-o", tmp_path / "story.llmc")
+    rate = re.search(r"packed at ([\d.e+]+) [MG]B/s", result.out)
+    assert rate and float(rate[1]) > 0, result
+
+
+@pytest.mark.parametrize(("gigabytes", "shown"), [
+    (2.5, "2.50 GB/s"), (0.1, "0.10 GB/s"), (0.0994, "99 MB/s"), (0.0004, "0.4 MB/s")])
+def test_rates_are_never_rounded_to_nothing(gigabytes, shown):
+    assert _rate(gigabytes) == shown
 
 
 @pytest.mark.parametrize(("options", "reason"), [

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from llmc.errors import LlmcError
 from llmc.server.http_middleware import OPEN_PATHS
-from llmc.server.model_host import ModelHost
+from llmc.server.model_host import ModelHost, ServeOptions
 from tests.server.serving import TEMPLATE, Serving, raw_request, serving
 
 LONG = {"prompt": "Once upon a time", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
@@ -397,6 +398,13 @@ def test_a_cache_that_holds_less_than_the_context_is_warned_of(embedded_artifact
     with serving(embedded_artifact, runtime=runtime):
         texts = [fields["message"] for event, fields in logged if event == "little_memory"]
         assert [text[:len(start)] for text, start in zip(texts, said, strict=True)] == said
+
+
+def test_a_context_beyond_the_models_limit_is_refused(embedded_artifact):
+    host = ModelHost(ServeOptions(str(embedded_artifact), "demo", runtime={"max_context": 513}))
+    with pytest.raises(LlmcError, match="max_context is 513, this model's limit is 512"):
+        host._open()
+    host.close()
 
 
 def test_unknown_fields_of_a_message_are_ignored_and_those_of_the_body_refused(demo):
