@@ -93,9 +93,9 @@ def bind(tensors: Sequence[Tensor], arrays: Sequence[np.ndarray],
         for axis, (dim, size) in enumerate(zip(tensor.shape, array.shape, strict=True)):
             wanted = evaluate(dim, values)
             if wanted != size:
-                given = {s: values[s] for s in sorted(values) if s in str(dim)}
-                raise ShapeError(f"input {tensor}: axis {axis} has {size}, expected {dim} = "
-                                 f"{wanted} ({given})")
+                given = ", ".join(f"{s} = {values[s]}" for s in sorted(values) if s in str(dim))
+                why = "" if isinstance(dim, int) else f", which is {dim} with {given}"
+                raise ShapeError(f"input {tensor}: axis {axis} has {size}, expected {wanted}{why}")
     return values
 
 

@@ -32,12 +32,12 @@ def test_affine_dims_are_solved():
 @pytest.mark.parametrize("given, message", [
     (arrays(batch=9), "batch must be in 1..8"),
     (arrays(blocks=3), "multiple of 2"),
-    ({**arrays(2), "y": arrays(3)["y"]}, "axis 0"),
+    ({**arrays(2), "y": arrays(3)["y"]}, "axis 0 has 3, expected 2, which is batch with batch = 2"),
     ({"x": arrays()["x"]}, "missing input y"),
     ({**arrays(), "z": np.zeros(1)}, "unknown input z"),
     ({**arrays(), "x": np.zeros((2, 3, 1), np.int64)}, "2 axes"),
     ({**arrays(), "x": np.zeros((2, 3), np.float32)}, "cannot take values"),
-    ({**arrays(), "y": np.zeros((2, 16, 6), np.float32)}, "axis 2"),
+    ({**arrays(), "y": np.zeros((2, 16, 6), np.float32)}, "axis 2 has 6, expected 7$"),
 ])
 def test_what_does_not_fit_is_refused(given, message):
     with pytest.raises(ShapeError, match=message):
