@@ -23,4 +23,6 @@ def main(model: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python examples/similarity.py MODEL_DIRECTORY")
     main(sys.argv[1])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -47,6 +50,14 @@ def test_onnx_model(capsys):
     assert "input  x: f32[batch, 24]" in out
     assert "{'y': (1, 10)}" in out
     assert "{'y': (5, 10)}" in out
+
+
+def test_similarity_without_a_model_says_how_to_call_it():
+    done = subprocess.run([sys.executable, EXAMPLES / "similarity.py"], capture_output=True,
+                          text=True, timeout=60, check=False,
+                          env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent)})
+    assert (done.returncode, done.stderr) == (
+        1, "usage: python examples/similarity.py MODEL_DIRECTORY\n")
 
 
 def test_similarity(capsys):
