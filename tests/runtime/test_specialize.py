@@ -27,7 +27,7 @@ from llmc.runtime.specialize import PATIENCE, Policy, Specializer, make_source
 from llmc.runtime.traffic import Range
 from tests.conftest import EMBEDDED
 
-PATIENCE = 300.0  # seconds until a test that waits has failed: trials take long on a busy machine
+LONGEST_WAIT = 300.0  # seconds: trials take long on a busy machine
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8]
 TWO = {"tokens": 2, "sequences": 1, "rows": 2}
 EIGHT = "tokens=8,sequences=1,rows=8"
@@ -58,7 +58,7 @@ def still(runtime: llmc.Runtime) -> Specializer:
 
 def promote(runtime: llmc.Runtime, specializer: Specializer, ids: list[int]) -> None:
     """Run a shape until nothing is left to be done for it."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + LONGEST_WAIT
     verdicts = len(specializer.profile.verdicts)
     while len(specializer.profile.verdicts) == verdicts:
         for _ in range(30):
@@ -130,7 +130,7 @@ def test_a_trial_whose_shape_stops_coming_holds_nobody_up(
         specializer = still(runtime)
         for _ in range(30):
             runtime.run(PROMPT)
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + LONGEST_WAIT
         while not runtime.executor.dispatch.table.trials:
             specializer.tick()
             time.sleep(0.01)
@@ -160,7 +160,7 @@ def test_a_long_trial_holds_up_no_other_shape(embedded_artifact: Path, cache: Pa
         for _ in range(30):
             runtime.run(PROMPT)
         specializer.tick()
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + LONGEST_WAIT
         while (3, 1, 3) not in specializer.profile.verdicts:
             for _ in range(20):
                 runtime.run(PROMPT[:3])
@@ -176,7 +176,7 @@ def test_a_trial_goes_on_while_nobody_wants_a_step(embedded_artifact: Path, cach
     with llmc.Runtime(embedded_artifact, threads=1, specialize="lazy", cache_dir=cache) as runtime:
         specializer = still(runtime)
         expected = [runtime.run(PROMPT) for _ in range(30)][-1]
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + LONGEST_WAIT
         while not specializer.profile.verdicts:
             specializer.tick()
             time.sleep(0.01)
@@ -198,7 +198,7 @@ def test_traffic_of_many_shapes_gets_code_for_a_range(embedded_artifact: Path, c
         observe = dispatch.observe
         monkeypatch.setattr(dispatch, "observe", lambda values, variant, _: observe(
             values, variant, 0.5 if ".." in variant.info.name else 1.0))
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + LONGEST_WAIT
         while not specializer.profile.ranges:
             for prompt in prompts:
                 runtime.run(prompt)
@@ -283,7 +283,7 @@ def test_the_coldest_goes_when_the_budget_is_full(embedded_artifact: Path, cache
         promote(runtime, specializer, PROMPT)
         for _ in range(400):
             promoted = runtime.run(PROMPT + PROMPT)
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + LONGEST_WAIT
         while "tokens=16," not in str(runtime.dispatch_table):
             for _ in range(100):
                 runtime.run(PROMPT + PROMPT)
