@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from llmc.errors import LlmcError, ShapeError
+from llmc.errors import DeviceError, LlmcError, ShapeError
 from llmc.ir.dims import Dim, Symbol
 from llmc.ir.listed import ITEMS, collected, spread
 from llmc.runtime.artifact import is_artifact
@@ -27,6 +28,9 @@ CUDA = "CUDAExecutionProvider"
 Source = str | os.PathLike[str] | bytes
 Model = Runtime | StagedModel | PlannedModel
 TARGETS = {CPU: "host", CUDA: "nvptx"}
+NUMPY_KINDS = {f"tensor({name})" for name in (
+    "bool", "float16", "float", "double", "int8", "int16", "int32", "int64",
+    "uint8", "uint16", "uint32", "uint64")}
 # Names that ONNX gives to dtypes whose NumPy names differ.
 TYPE_NAMES = {
     "bool_": "bool", "float64": "double", "float32": "float", "float8_e8m0fnu": "float8e8m0",
@@ -64,7 +68,8 @@ class InferenceSession:
     A model whose shapes depend on the values of tensors is compiled for them when they are met.
     sess_options: an object whose `intra_op_num_threads` counts; what else it says is for another
     runtime. providers: names, or pairs of name and options; the first that llmc has decides between
-    the CPU (default) and a GPU ("CUDAExecutionProvider"; DeviceError if there is none).
+    the CPU (default) and a GPU ("CUDAExecutionProvider"). Where that cannot be used, the CPU is if
+    it is named too, with a warning; else it is a DeviceError.
     ModelError: the model is bad or has operators that llmc lacks.
     """
 
@@ -76,11 +81,10 @@ class InferenceSession:
         provider_options: Sequence[Mapping[str, Any]] | None = None,
         **options: Any,
     ) -> None:
-        self._provider = _chosen(providers)
+        self._provider, target = _chosen(providers, options.get("device", 0))
         threads = getattr(sess_options, "intra_op_num_threads", 0)
         if isinstance(threads, int) and threads > 0:
             options.setdefault("threads", threads)
-        target = resolve_target(TARGETS[self._provider], options.get("device", 0))
         self._model = _open(path_or_bytes, target, options)
         self._lock = threading.Lock()
         self._inputs, self._outputs = _interface(path_or_bytes, self._model)
@@ -95,7 +99,8 @@ class InferenceSession:
         """The outputs of these names (None or empty: all), in that order.
 
         input_feed: an array for every input by its name. ShapeError names the input that is
-        missing, unknown, or whose type or shape does not fit. `run_options` has nothing to say.
+        missing, unknown, or whose type or shape does not fit: arrays are not cast, while lists
+        become arrays of the input's type. `run_options` has nothing to say.
         """
         known = {each.name for each in self._outputs}
         if unknown := set(output_names or ()) - known:
@@ -135,13 +140,21 @@ class InferenceSession:
         self._model.close()
 
 
-def _chosen(providers: Sequence[str | tuple[str, Mapping[str, Any]]] | None) -> str:
+def _chosen(providers: Sequence[str | tuple[str, Mapping[str, Any]]] | None, device: int
+            ) -> tuple[str, str]:
+    """The provider and its target. Without a usable GPU the CPU is taken if it is named too."""
     names = [each if isinstance(each, str) else each[0] for each in providers or [CPU]]
     known = [name for name in names if name in TARGETS]
     if not known:
         raise LlmcError(f"no provider of {', '.join(names)} is known; llmc has "
                         f"{', '.join(TARGETS)}")
-    return known[0]
+    try:
+        return known[0], resolve_target(TARGETS[known[0]], device)
+    except DeviceError as error:
+        if CPU not in known:
+            raise DeviceError(f"{error} (of an InferenceSession: providers=[{CPU!r}])") from None
+        warnings.warn(f"the model runs on the CPU: {error}", stacklevel=3)
+        return CPU, TARGETS[CPU]
 
 
 def _open(source: Source, target: str, options: Mapping[str, Any]) -> Model:
@@ -184,8 +197,22 @@ def _arrays(name: str, value: Any, kind: str) -> dict[str, np.ndarray]:
     if kind.startswith(("seq", "optional")):
         return _listed(name, value)
     if kind == "tensor(string)":
+        if np.asarray(value).dtype.kind not in "OUT":
+            raise ShapeError(f"input {name} is a {kind} and cannot take values of type "
+                             f"{np.asarray(value).dtype}")
         return {name: np.asarray(value, dtype=object)}
-    return {name: _array(name, value)}
+    array = _array(name, value)
+    if isinstance(value, np.ndarray | np.generic) and _differs(array.dtype, kind):
+        raise ShapeError(f"input {name} is a {kind} and cannot take values of type {array.dtype}: "
+                         "convert them with astype")
+    return {name: array}
+
+
+def _differs(dtype: np.dtype[Any], kind: str) -> bool:
+    """Whether a dtype is another than that of a kind of tensor. What NumPy lacks may be given in
+    dtypes of its own."""
+    given, wanted = f"tensor({TYPE_NAMES.get(dtype.name, dtype.name)})", kind
+    return given != wanted and wanted in NUMPY_KINDS
 
 
 def _listed(name: str, value: Any) -> dict[str, np.ndarray]:
