@@ -13,6 +13,7 @@ from llmc.frontend.onnx.call import Call
 from llmc.frontend.onnx.registry import Result, Value, converter
 from llmc.frontend.onnx.shape import normalized
 from llmc.frontend.onnx.shape_array import ShapeArray
+from llmc.frontend.onnx.turns import known_extent
 from llmc.ir import dims
 from llmc.ir.dims import Dim
 from llmc.ir.dtypes import i64
@@ -77,6 +78,11 @@ def new_shape(
     if isinstance(right, int) and right == 0:
         raise call.error(f"cannot infer a dim of {wanted}: another one is 0")
     quotient = dims.floordiv(left, right)
+    if not dims.known_equal(quotient * right, left):
+        call.symbols.require_multiple(left, right)
+    if not call.symbols.require_equal(quotient * right, left) and isinstance(call, Call):
+        for symbol in sorted(dims.symbols(left), key=lambda each: each.name):
+            known_extent(call, symbol, f"size of {symbol.name}")
     call.require_equal(quotient * right, left, f"reshape of {list(old)} to {new}")
     new[inferred[0]] = quotient
     return tuple(new)
@@ -411,12 +417,30 @@ def pad(call: Call) -> Result:
         raise call.error(f"{len(pads)} pads for {count} axes")
     widths = {axis: (pads[k], pads[k + count]) for k, axis in enumerate(axes)}
     mode = call.attribute("mode", "constant")
+    check_cuts(call, x, widths, together=mode != "constant")
     if mode == "constant":
         return pad_constant(call, x, widths)
     for axis, (low, high) in widths.items():
         if not (low == 0 and high == 0):
             x = call.take(x, source_index(call, x.shape[axis], low, high, mode), axis)
     return x
+
+
+def check_cuts(
+    call: Call, x: Node, widths: dict[int, tuple[Dim, Dim]], together: bool
+) -> None:
+    """ModelError if negative widths cut more off an axis than there is; a symbol has to be at least
+    as long. together: what one end adds the other may cut."""
+    for axis, (low, high) in widths.items():
+        if not isinstance(low, int) or not isinstance(high, int):
+            continue
+        extent = x.shape[axis]
+        cut = max(-low - high, 0) if together else max(-low, 0) + max(-high, 0)
+        if isinstance(extent, int) and extent < cut:
+            raise call.error(f"pads {low} and {high} cut more than there is off axis {axis} of "
+                             f"{extent}")
+        if cut:
+            call.symbols.require_at_least(extent, cut)
 
 
 def pad_constant(call: Call, x: Node, widths: dict[int, tuple[Dim, Dim]]) -> Node:

@@ -9,6 +9,7 @@ is built from the unified dims.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 
@@ -90,6 +91,17 @@ class SymbolTable:
         }
         if longer and dims.known_at_least(dims.substitute(dim, longer), least):
             raise SymbolSolved(*min(longer.items()))
+
+    def require_multiple(self, dim: Dim, n: Dim) -> None:
+        """Raises SymbolSolved where dim, some times an axis, is only a multiple of n if that axis
+        is one of a certain number."""
+        form = dims.affine(dim)
+        if form is None or form[0] != 0 or len(form[1]) != 1 or not isinstance(n, int):
+            return
+        [(axis, count)] = form[1].items()
+        multiple = math.lcm(axis.multiple, n // math.gcd(count, n))
+        if multiple != axis.multiple:
+            raise SymbolSolved(axis.name, dims.symbol(axis.name, axis.low, axis.high, multiple))
 
     def same_shape(self, a: Iterable[Dim], b: Iterable[Dim]) -> bool:
         """require_equal over two shapes of one rank."""

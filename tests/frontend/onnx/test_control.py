@@ -219,3 +219,55 @@ def test_bad_positions_are_refused():
         session(model)
     with pytest.raises(ModelError, match="sequence"):
         session(parse("g (float[n] x) => (float[n] y) { s = SequenceConstruct(x) y = Neg(s) }"))
+
+
+# ---- what sizes have to fulfil ------------------------------------------------------------------
+
+
+def test_an_inferred_axis_needs_a_multiple():
+    model = parse("g (float[a, 6] x) => (float[c, 4] y) { y = Reshape(x, shape) }",
+                  shape=np.array([-1, 4]))
+    compiled = session(model)
+    for rows in (2, 4, 34):
+        x = normal(rows, 6)
+        np.testing.assert_array_equal(compiled.run(None, {"x": x})[0], x.reshape(-1, 4))
+    with pytest.raises(ShapeError, match="a must be a multiple of 2"):
+        compiled.run(None, {"x": normal(3, 6)})
+
+
+def test_an_inferred_axis_of_two_symbols_is_computed_for_their_sizes():
+    model = parse("g (float[a, b, 6] x) => (float[c, 4] y) { y = Reshape(x, shape) }",
+                  shape=np.array([-1, 4]))
+    compiled = session(model)
+    for sizes in ((2, 1), (1, 4), (3, 2)):
+        x = normal(*sizes, 6)
+        np.testing.assert_array_equal(compiled.run(None, {"x": x})[0], x.reshape(-1, 4))
+    with pytest.raises(ShapeError, match="b must be a multiple of 2"):
+        compiled.run(None, {"x": normal(3, 1, 6)})
+
+
+@pytest.mark.parametrize("mode", ["constant", "edge", "reflect", "wrap"])
+def test_padding_cuts_no_more_than_there_is(mode):
+    def padded(extent):
+        return parse(f"g (float[{extent}] x) => (float[m] y) "
+                     f'{{ [cutting] y = Pad <mode = "{mode}"> (x, pads) }}',
+                     pads=np.array([-2, -2]))
+
+    with pytest.raises(ModelError, match=r"'cutting'.*pads -2 and -2 cut more than there is"):
+        session(padded(3))
+    compiled = session(padded("n"))
+    assert compiled.run(None, {"x": np.arange(5, dtype=np.float32)})[0].tolist() == [2.0]
+    with pytest.raises(ShapeError, match="n must be in 4"):
+        compiled.run(None, {"x": normal(3)})
+
+
+@pytest.mark.parametrize("shape", ["", "[1]"])
+def test_a_condition_may_have_one_axis(shape):
+    model = parse(f"""g (float[3] x, bool{shape} c) => (float[3] y) {{
+        d = Not (c)
+        y = If (d) <then_branch = t () => (float[3] a) {{ a = Neg (x) }},
+                    else_branch = e () => (float[3] b) {{ b = Exp (x) }}> }}""")
+    x, compiled = normal(3), session(model)
+    for value in (True, False):
+        (y,) = compiled.run(None, {"x": x, "c": np.full([1] if shape else [], value)})
+        np.testing.assert_allclose(y, np.exp(x) if value else -x, rtol=1e-5)
