@@ -161,8 +161,9 @@ def test_onnx_graphs_are_quantised_too():
 
 def test_traced_graphs_are_quantised_too():
     rng = np.random.default_rng(0)
-    w, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((70, 40), (3, 70)))
-    graph = llmc.trace(lambda x: x @ llmc.frontend.trace.parameter("w", "f32", (70, 40)),
+    w, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((70, 128), (3, 70)))
+    # Of 128 columns every target's panels are full.
+    graph = llmc.trace(lambda x: x @ llmc.frontend.trace.parameter("w", "f32", (70, 128)),
                        llmc.Spec("x", "f32", (3, 70)))
     with llmc.Runtime(graph, parameters={"w": w}, quantize="int8") as runtime:
         found = runtime.run({"x": x})["output"]

@@ -2,8 +2,10 @@
 
 import ctypes
 import json
+import resource
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 
 import llvmlite.binding as llvm
 import llvmlite.ir as ir
@@ -245,12 +247,28 @@ def test_bad_feeds(story, model, count, position, code):
     ({"threads": -1}, "BAD_OPTION"), ({"threads": 2000}, "BAD_OPTION"),
     ({"max_context": 513}, "BAD_OPTION"), ({"max_context": -5}, "BAD_OPTION"),
     ({"max_sequences": 1 << 40}, "BAD_OPTION"), ({"max_tokens": 1 << 40}, "BAD_OPTION"),
-    ({"max_tokens": 1 << 30}, "NO_MEMORY"),
 ])
 def test_bad_creates(story, arguments, code):
     got, handle = story.create(**arguments)
     assert list(CODES)[got] == code
     assert handle.value is None
+
+
+def test_memory_that_there_is_not(story):
+    unlimited = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (memory_held() + (1 << 30), unlimited[1]))
+    try:
+        got, handle = story.create(max_tokens=1 << 30)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, unlimited)
+    assert list(CODES)[got] == "NO_MEMORY"
+    assert handle.value is None
+
+
+def memory_held() -> int:
+    """Bytes of this process's address space."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return pages * resource.getpagesize()
 
 
 def test_weights_of_another_model(story):
