@@ -184,7 +184,13 @@ class Emitter:
         return self.call(f"llvm.fmuladd.{_suffix(a.type)}", a.type, a, b, c)
 
     def reduce_add(self, value):
-        """Horizontal sum of a float vector (a fixed tree, so that results repeat)."""
+        """Horizontal sum of a vector; of floats by a fixed tree, so that results repeat. Integers
+        by the intrinsic: LLVM 22 takes a tree over products of bytes for its dot product
+        instruction, and then loses the lanes that the tree's last steps would add."""
+        if lanes_of(value) > 1 and isinstance(value.type.element, ir.IntType):
+            element = value.type.element
+            return self.call(f"llvm.vector.reduce.add.v{lanes_of(value)}i{element.width}", element,
+                             value)
         while (lanes := lanes_of(value)) > 1:
             if lanes % 2:
                 raise ValueError("a horizontal sum needs a power of two lanes")

@@ -92,7 +92,7 @@ def _reduce_row(x: Expression, node: Node, place: list[Index], combine: Combine)
         with x.fold(wide_stop, stop_of_vectors, [total], width) as (i, (carried,), finish):
             finish([combine(carried, element(i, width))])
         total = finish.results[0]
-    scalar = _across(x, total, combine)
+    scalar = _across(x, node, total, combine)
     if stop_of_vectors is stop or stop_of_vectors == stop:
         return scalar
     with x.fold(stop_of_vectors, stop, [scalar]) as (i, (carried,), finish):
@@ -109,7 +109,7 @@ def _reduce_row_together(x: Expression, group: Group, node: Node, place: list[In
     start = [_identity(x, node, width)]
     with x.fold(first, stop, start, width * group.count) as (i, (carried,), finish):
         finish([combine(carried, _element(x, node, [*place[:-1], i], width))])
-    return group.across(_across(x, finish.results[0], combine), combine)
+    return group.across(_across(x, node, finish.results[0], combine), combine)
 
 
 def whole_lanes(lanes: int, size: Index) -> int:
@@ -131,8 +131,10 @@ def _join(values: list[ir.Value], combine: Combine) -> ir.Value:
     return values[0]
 
 
-def _across(x: Expression, value: ir.Value, combine: Combine) -> ir.Value:
+def _across(x: Expression, node: Node, value: ir.Value, combine: Combine) -> ir.Value:
     """Joins the lanes of a vector, halving it each time."""
+    if node.op == "reduce_sum":
+        return x.e.reduce_add(value)
     while (lanes := lanes_of(value)) > 2:
         value = combine(*x.e.halves(value))
     if lanes == 1:

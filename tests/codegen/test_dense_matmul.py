@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
+from llmc.codegen import generate
+from llmc.codegen.target import Target
 from llmc.ir.dims import symbol
 from llmc.ir.dtypes import dtype
 from llmc.ir.ops import constant, make
-from tests.codegen.harness import check, leaf
+from tests.codegen.harness import check, leaf, stage_program
 
 SHAPES = [((1, 1), (1, 1)), ((3, 17), (17, 33)), ((33, 5), (5, 1)), ((5, 33), (33, 600)),
           ((2, 3, 7, 17), (2, 3, 17, 9)), ((2, 1, 7, 17), (3, 17, 9)), ((7, 17), (4, 17, 9)),
@@ -47,3 +51,17 @@ def test_what_follows_is_fused():
     a, b, bias = leaf("a", "f32", 5, 17), leaf("b", "f32", 17, 9), leaf("bias", "f32", 9)
     product = make("matmul", a, b)
     check("dense_matmul", {"out": make("relu", make("add", product, bias)), "plain": product})
+
+
+def test_sums_of_products_of_bytes_keep_all_lanes():
+    """After the dot product instruction of bytes there are four sums or more to add up."""
+    a, b = leaf("a", "u8", 1, 16), leaf("b", "i8", 1, 16)
+    product = make("matmul", a, make("transpose", b, permutation=(1, 0)), dtype=dtype("i32"))
+    wide = [make("cast", each, dtype=dtype("i32")) for each in (a, b)]
+    total = make("reduce_sum", make("mul", *wide), axes=(1,), keep=False)
+    target = Target.parse("x86_64:emeraldrapids")
+    for kind, node in ("dense_matmul", product), ("reduce", total):
+        text = generate(stage_program(kind, {"out": node}, target=target), target).asm()
+        last = text.rsplit("vpdpbusd", 1)
+        assert len(last) == 2
+        assert len(re.findall("vpaddd|vphaddd", last[1].split("vmovd")[0])) >= 2

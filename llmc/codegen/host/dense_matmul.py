@@ -18,7 +18,7 @@ from llmc.codegen.expr import Expression, is_elementwise, operand_sources
 from llmc.codegen.host.kernel import Frame, Worker
 from llmc.codegen.host.rows import unflatten
 from llmc.codegen.integers import Index
-from llmc.codegen.llvm import Emitter, lanes_of, splat_constant, vector
+from llmc.codegen.llvm import Emitter, splat_constant, vector
 from llmc.codegen.reductions import usable_lanes
 from llmc.ir.dims import Dim, product
 from llmc.ir.dtypes import DType, dtype
@@ -131,7 +131,7 @@ class DenseMatmulKernel:
         count = block.rows * block.columns
         with x.fold(0, whole, [zero] * count, lanes) as (k, sums, finish):
             finish(self._multiply_add(x, block, k, lanes, sums))
-        totals = [self._across(x, value) for value in finish.results]
+        totals = [x.e.reduce_add(value) for value in finish.results]
         if whole is depth or whole == depth:
             return totals
         with x.fold(whole, depth, totals) as (k, sums, finish):
@@ -173,16 +173,6 @@ class DenseMatmulKernel:
         place = [0 if size == 1 else i for size, i in zip(leading, own, strict=True)]
         value = x.value(node, [*place, *tail], lanes)
         return elements.convert(x.e, value, node.dtype, self.accumulator)
-
-    def _across(self, x: Expression, value: ir.Value) -> ir.Value:
-        if self.accumulator.is_float:
-            return x.e.reduce_add(value)
-        while lanes_of(value) > 2:
-            value = x.e.b.add(*x.e.halves(value))
-        if lanes_of(value) == 1:
-            return value
-        return x.e.b.add(*(x.e.b.extract_element(value, ir.Constant(ir.IntType(32), lane))
-                           for lane in (0, 1)))
 
     # ---- results ----------------------------------------------------------------------------
 
