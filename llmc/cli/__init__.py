@@ -20,8 +20,9 @@ COMMANDS = ("generate", "compile", "run", "bench", "inspect", "capture", "compar
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Exit status: 0, or 1 with one line on stderr, or 2 for a wrong command line."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        arguments = make_parser().parse_args(argv)
+        arguments = make_parser(argv[0] if argv else "").parse_args(argv)
         status = arguments.run(arguments) or 0
         sys.stdout.flush()
         return status
@@ -38,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     return 1
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(command: str = "") -> argparse.ArgumentParser:
+    """The parser of that command's line; of every line, unless command is one of COMMANDS."""
     parser = argparse.ArgumentParser(
         prog="llmc", description="Compile transformer models with LLVM alone, and run them.",
         epilog="MODEL is an .onnx file, a Hugging Face directory, or an artifact made by "
@@ -46,7 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
                "an example for each command.")
     parser.add_argument("--version", action="version", version=f"llmc {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in COMMANDS:
+    for name in (command,) if command in COMMANDS else COMMANDS:
         importlib.import_module(f"llmc.cli.{name.replace('-', '_')}").add(subparsers)
     return parser
 

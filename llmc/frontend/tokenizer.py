@@ -16,6 +16,7 @@ from llmc.errors import ModelError, ShapeError
 from llmc.frontend.json_file import read_json_object
 
 _REPLACEMENT = "\ufffd"
+_IDS = 1 << 32  # what the library takes for one
 _LONGEST_CHARACTER = 8  # tokens that may stand for one character; UTF-8 needs 4, one a byte
 
 
@@ -55,11 +56,10 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """One more than the largest token id, added tokens included."""
-        return 1 + max(self._ids, default=-1)
+        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
-    @cached_property
-    def _ids(self) -> frozenset[int]:
-        return frozenset(self._tokenizer.get_vocab(with_added_tokens=True).values())
+    def _knows(self, token_id: int) -> bool:
+        return 0 <= token_id < _IDS and self._tokenizer.id_to_token(token_id) is not None
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
@@ -86,7 +86,7 @@ class Tokenizer:
         """The text of token ids; ids outside the vocabulary are a ShapeError."""
         ids = [int(each) for each in ids]
         for each in ids:
-            if each not in self._ids:
+            if not self._knows(each):
                 raise ShapeError(f"token id {each} is outside the tokenizer's vocabulary")
         if skip_special_tokens:
             # The library's own skipping misses special tokens that are marked as normalized.
