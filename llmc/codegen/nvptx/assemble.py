@@ -51,7 +51,8 @@ def assemble(ptx: str, architecture: str) -> Assembled:
     linker = _linker()
     if linker is None:
         return Assembled(ptx, None)
-    handle = linker.create(3, [f"-arch={architecture}", "-verbose", "-O3"])
+    # nvJitLink's own cache gives the code of a kernel that it knows without the report.
+    handle = linker.create(4, [f"-arch={architecture}", "-verbose", "-O3", "-no-cache"])
     try:
         data = ptx.encode()
         try:
