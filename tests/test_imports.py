@@ -100,6 +100,11 @@ def test_import_llmc_is_cheap():
     assert not loaded(modules_after("import llmc"), heavy)
 
 
+def test_a_command_imports_no_other():
+    modules = modules_after("import llmc.cli\nllmc.cli.main(['cache', 'ls'])")
+    assert not loaded(modules, {"asyncio", "llmc.cli.serve", "llmc.cli.generate"})
+
+
 def test_an_artifact_runs_without_the_code_generator(embedded_artifact: Path):
     modules = modules_after(
         "import llmc.cli\n"

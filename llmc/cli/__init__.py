@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc import __version__, knobs
@@ -139,6 +140,22 @@ def quantization_of(arguments: argparse.Namespace) -> Quantization | None:
 
     weights = None if arguments.quantize is None else Quantization(arguments.quantize, **given)
     return quantization(weights, arguments.kv_cache)
+
+
+def begin_start(model: str, arguments: argparse.Namespace) -> None:
+    """Before NumPy and the runtime are imported for a model that will be given text: where it is
+    compiled already, its tokenizer is loaded meanwhile, on a thread."""
+    from llmc.frontend.tokenizer import Tokenizer
+    from llmc.runtime.locate import find_artifact
+
+    cache = Path(arguments.cache_dir) if arguments.cache_dir else None
+    found = find_artifact(Path(model), arguments.target, arguments.dtype,
+                          quantization_of(arguments), cache)
+    if found is not None and (found / "files" / "tokenizer.json").is_file():
+        # NumPy's BLAS would start threads that spin beside this one, for nothing: compiling alone
+        # multiplies matrices in NumPy.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        Tokenizer.begin(found / "files")
 
 
 def open_runtime(model: str, arguments: argparse.Namespace, **options: Any):

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from llmc.cli import add_command, add_runtime_options, open_runtime
+from llmc.cli import add_command, add_runtime_options, begin_start, open_runtime
 from llmc.cli.model_path import require_model
 from llmc.errors import LlmcError
 
@@ -45,6 +45,7 @@ def run(arguments) -> int:
     require_model(arguments.model)
     if not prompt:
         raise LlmcError("the prompt is empty: give a text to continue, --prompt TEXT")
+    begin_start(arguments.model, arguments)
     with open_runtime(arguments.model, arguments) as runtime:
         runtime.require_context(arguments.max_context)
         prompt_ids = runtime.encode(prompt)

@@ -28,10 +28,10 @@ import numpy as np
 
 from llmc.errors import LlmcError, ModelError
 from llmc.ir.quantization import Quantization
+from llmc.runtime.locate import MANIFEST
 
 FORMAT = 1
 ALIGNMENT = 4096
-MANIFEST = "manifest.json"
 WEIGHTS = "weights.bin"
 GRAPH = "graph.txt"
 

@@ -19,14 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmc.errors import CacheError, ModelError
-from llmc.runtime.artifact import (
-    MANIFEST,
-    Artifact,
-    Manifest,
-    VariantInfo,
-    is_artifact,
-    read_manifest,
-)
+from llmc.runtime.artifact import Artifact, Manifest, VariantInfo, is_artifact, read_manifest
+from llmc.runtime.locate import MANIFEST, artifact_directory
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -70,7 +64,7 @@ class Cache:
 
     def artifact(self, key: str, build: Callable[[Path], object]) -> Artifact:
         """The artifact for a key, built by build(path) when it is missing or damaged."""
-        path = self.directory / f"{key}.llmc"
+        path = artifact_directory(self.directory.parent, key)
         if (found := _open(path)) is not None:
             return found
         try:

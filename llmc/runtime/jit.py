@@ -26,17 +26,17 @@ from llmc.ir.plan import Plan
 from llmc.ir.quantization import Quantization
 from llmc.runtime.artifact import Artifact
 from llmc.runtime.cache import Cache
+from llmc.runtime.locate import artifact_key, options_text, this_cpu
 from llmc.runtime.progress import Progress, silent
-from llmc.runtime.sources import Memory, source_key, text_key
+from llmc.runtime.sources import text_key
 
 
 def cached_artifact(path: Path, target: str, dtype: str | None, cache_dir: Path | None,
                     limits: dict[str, tuple[int, int]], progress: Progress = silent,
                     quantization: Quantization | None = None) -> Artifact:
     """The model's artifact from the cache, compiled first if it is not there."""
-    options = f"{target} {dtype} {sorted(limits.items())} {_cpu()}{_text(quantization)}"
     place = cache_dir or knobs.cache_directory()
-    key = source_key(path, options, Memory(place / "sources.json"), _external_names)
+    key = artifact_key(path, target, dtype, quantization, limits, place, _external_names)
 
     def build(output: Path) -> None:
         from llmc.codegen.target import Target
@@ -72,8 +72,8 @@ def cached_graph(graph: Graph, parameters: Mapping[str, np.ndarray], target: str
     if quantization is not None and quantization.calibrate == "always":
         raise LlmcError("a traced graph makes no text to calibrate with: leave calibrate out")
     model = traced_model(graph, parameters)
-    key = text_key(f"{model.fingerprint} {target} {sorted(limits.items())} {_cpu()}"
-                   f"{_text(quantization)}")
+    key = text_key(f"{model.fingerprint} {target} {sorted(limits.items())} {this_cpu()}"
+                   f"{options_text(quantization)}")
 
     def build(output: Path) -> None:
         from llmc.codegen.target import Target
@@ -83,10 +83,6 @@ def cached_graph(graph: Graph, parameters: Mapping[str, np.ndarray], target: str
                          quantization=quantization, later=True).write(output, progress)
 
     return Cache(cache_dir or knobs.cache_directory()).artifact(key, build)
-
-
-def _text(quantization: Quantization | None) -> str:
-    return f" {quantization.text()}" if quantization is not None else ""
 
 
 def onnx_artifact(source: Path | bytes, values: Mapping[str, np.ndarray], target: str,
@@ -128,12 +124,6 @@ def typed_part(model: bytes, arrays: Mapping[str, np.ndarray],
     from llmc.frontend.onnx.plan import declared_part
 
     return declared_part(model, arrays, varying)
-
-
-def _cpu() -> str:
-    import llvmlite.binding as llvm
-
-    return llvm.get_host_cpu_name() + llvm.get_host_cpu_features().flatten()
 
 
 # ---- the worker process ---------------------------------------------------------------------

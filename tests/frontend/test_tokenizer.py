@@ -77,7 +77,20 @@ def test_special_tokens():
     assert tokenizer.decode([1, 403], skip_special_tokens=False).startswith("<s>")
 
 
-@pytest.mark.parametrize("token", [-1, 512, 2**40])
+def test_loading_that_was_begun_is_taken_once():
+    Tokenizer.begin(STORIES)
+    first = Tokenizer.load(STORIES, trusted=True)
+    assert first.encode("Once") == Tokenizer.load(STORIES).encode("Once")
+    assert Tokenizer.load(STORIES, trusted=True) is not first
+
+
+def test_loading_that_was_begun_and_failed_says_why(tmp_path):
+    Tokenizer.begin(tmp_path)
+    with pytest.raises(ModelError, match="no such file"):
+        Tokenizer.load(tmp_path, trusted=True)
+
+
+@pytest.mark.parametrize("token", [-1, 512, 2**32, 2**40])
 def test_ids_outside_the_vocabulary(token):
     with pytest.raises(ShapeError, match=str(token)):
         Tokenizer.load(STORIES).decode([1, token])
