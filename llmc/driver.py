@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count
@@ -179,9 +179,10 @@ def compile_model(path: str | Path, target: Target, dtype: str | None = None,
     return compile_imported(model, target, progress, limits, timings, quantization, later=later)
 
 
-def compile_onnx(source: Path | bytes, target: Target, values: Mapping[str, np.ndarray]
-                 ) -> tuple[Compiled | None, str | None]:
-    """Compile an .onnx file, or such a file's content, for these values of tensors.
+def compile_onnx(source: Path | bytes, target: Target, values: Mapping[str, np.ndarray],
+                 fed: Collection[str] = ()) -> tuple[Compiled | None, str | None]:
+    """Compile an .onnx file, or such a file's content, for these values of tensors. fed: names of
+    overridable initializers that are inputs.
 
     (the model, None); or, where it needs one more value: what computes it as its output "value",
     and its key in `values`. The first is None if the key is the name of the input that has it.
@@ -189,8 +190,8 @@ def compile_onnx(source: Path | bytes, target: Target, values: Mapping[str, np.n
     from llmc.frontend.onnx import import_onnx, import_onnx_bytes
 
     try:
-        model = (import_onnx_bytes(source, values=values) if isinstance(source, bytes)
-                 else import_onnx(source, values))
+        model = (import_onnx_bytes(source, values=values, fed=fed) if isinstance(source, bytes)
+                 else import_onnx(source, values, fed))
         return compile_imported(model, target), None
     except ValueNeeded as needed:
         given = needed.node.op == "input"

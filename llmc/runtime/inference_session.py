@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +18,10 @@ from llmc.ir.dims import Dim, Symbol
 from llmc.ir.listed import ITEMS, collected, spread
 from llmc.runtime.artifact import is_artifact
 from llmc.runtime.binding import Tensor
-from llmc.runtime.jit import onnx_interface, onnx_metadata
+from llmc.runtime.jit import onnx_interface, onnx_metadata, onnx_overridable
 from llmc.runtime.plan import PlannedModel, open_model
 from llmc.runtime.session import Runtime
-from llmc.runtime.staged import StagedModel
+from llmc.runtime.staged import MOST_VALUES, StagedModel
 from llmc.runtime.targets import resolve_target
 
 CPU = "CPUExecutionProvider"
@@ -86,9 +87,11 @@ class InferenceSession:
         if isinstance(threads, int) and threads > 0:
             options.setdefault("threads", threads)
         self._model = _open(path_or_bytes, target, options)
-        self._lock = threading.Lock()
+        self._fed = OrderedDict[frozenset[str], Model]()
+        self._closed, self._lock = False, threading.Lock()
         self._inputs, self._outputs = _interface(path_or_bytes, self._model)
-        self._source = path_or_bytes
+        self._overridable = _overridable(path_or_bytes, self._model)
+        self._source, self._target, self._options = path_or_bytes, target, options
 
     def run(
         self,
@@ -100,24 +103,42 @@ class InferenceSession:
 
         input_feed: an array for every input by its name. ShapeError names the input that is
         missing, unknown, or whose type or shape does not fit: arrays are not cast, while lists
-        become arrays of the input's type. `run_options` has nothing to say.
+        become arrays of the input's type. An overridable initializer may be fed: the first time,
+        the model is compiled with it as an input. `run_options` has nothing to say.
         """
         known = {each.name for each in self._outputs}
         if unknown := set(output_names or ()) - known:
             raise ShapeError(f"no output {', '.join(sorted(unknown))}; the model has "
                              f"{', '.join(sorted(known))}")
-        kinds = {each.name: each.type for each in self._inputs}
+        kinds = {each.name: each.type for each in (*self._inputs, *self._overridable)}
         arrays: dict[str, np.ndarray] = {}
         for name, value in input_feed.items():
             arrays |= _arrays(name, value, kinds.get(name, ""))
+        fed = frozenset(input_feed).intersection(each.name for each in self._overridable)
         with self._lock:
-            results = self._model.run(arrays)
+            results = self._model_with(fed).run(arrays)
         names = output_names or [each.name for each in self._outputs]
         return [collected(name, results) for name in names]
+
+    def _model_with(self, fed: frozenset[str]) -> Model:
+        """The model in which these overridable initializers are inputs."""
+        if not fed or self._closed:
+            return self._model
+        if fed not in self._fed:
+            self._fed[fed] = _open(self._source, self._target, self._options, fed)
+            if len(self._fed) > MOST_VALUES:
+                self._fed.popitem(last=False)[1].close()
+        self._fed.move_to_end(fed)
+        return self._fed[fed]
 
     def get_inputs(self) -> list[NodeArg]:
         """The inputs that a call has to give."""
         return list(self._inputs)
+
+    def get_overridable_initializers(self) -> list[NodeArg]:
+        """The inputs that a call may give: the model has values for them. An artifact has none:
+        those values are part of it."""
+        return list(self._overridable)
 
     def get_outputs(self) -> list[NodeArg]:
         """The outputs, in the order in which `run` gives them."""
@@ -137,7 +158,9 @@ class InferenceSession:
 
     def close(self) -> None:
         """Stop the threads; running afterwards is an LlmcError."""
-        self._model.close()
+        self._closed = True
+        for model in (self._model, *self._fed.values()):
+            model.close()
 
 
 def _chosen(providers: Sequence[str | tuple[str, Mapping[str, Any]]] | None, device: int
@@ -157,12 +180,13 @@ def _chosen(providers: Sequence[str | tuple[str, Mapping[str, Any]]] | None, dev
         return CPU, TARGETS[CPU]
 
 
-def _open(source: Source, target: str, options: Mapping[str, Any]) -> Model:
+def _open(source: Source, target: str, options: Mapping[str, Any],
+          fed: frozenset[str] = frozenset()) -> Model:
     if isinstance(source, bytes):
-        return open_model(source, target, options)
+        return open_model(source, target, options, fed)
     path = Path(source)
     if path.suffix == ".onnx" and not is_artifact(path):
-        return open_model(path, target, options)
+        return open_model(path, target, options, fed)
     return Runtime(path, target.partition(":")[0], **options)
 
 
@@ -175,6 +199,13 @@ def _interface(source: Source, model: Model
     inputs, outputs = onnx_interface(source if isinstance(source, bytes) else Path(source))
     return ([NodeArg(name, shape, kind) for name, kind, shape in inputs],
             [NodeArg(name, shape, kind) for name, kind, shape in outputs])
+
+
+def _overridable(source: Source, model: Model) -> list[NodeArg]:
+    if isinstance(model, Runtime):  # an artifact
+        return []
+    declared = onnx_overridable(source if isinstance(source, bytes) else Path(source))
+    return [NodeArg(name, shape, kind) for name, kind, shape in declared]
 
 
 def _metadata(source: Source, model: Model) -> ModelMetadata:

@@ -86,12 +86,12 @@ def cached_graph(graph: Graph, parameters: Mapping[str, np.ndarray], target: str
 
 
 def onnx_artifact(source: Path | bytes, values: Mapping[str, np.ndarray], target: str,
-                  directory: Path) -> tuple[Path | None, str | None]:
+                  directory: Path, fed: Collection[str] = ()) -> tuple[Path | None, str | None]:
     """Compile an ONNX model into an artifact in the directory; see `driver.compile_onnx`."""
     from llmc.codegen.target import Target
     from llmc.driver import compile_onnx
 
-    compiled, key = compile_onnx(source, Target.parse(target), values)
+    compiled, key = compile_onnx(source, Target.parse(target), values, fed)
     return compiled.write(directory / "model.llmc") if compiled else None, key
 
 
@@ -102,6 +102,13 @@ def onnx_interface(source: Path | bytes) -> tuple[list[tuple], list[tuple]]:
     return declared_interface(source)
 
 
+def onnx_overridable(source: Path | bytes) -> list[tuple]:
+    """(name, type, shape) of the inputs of an ONNX model that have an initializer too."""
+    from llmc.frontend.onnx import declared_overridable
+
+    return declared_overridable(source)
+
+
 def onnx_metadata(source: Path | bytes) -> dict[str, Any]:
     """What an ONNX model says of itself."""
     from llmc.frontend.onnx import declared_metadata
@@ -109,13 +116,13 @@ def onnx_metadata(source: Path | bytes) -> dict[str, Any]:
     return declared_metadata(source)
 
 
-def host_plan(source: Path | bytes) -> Plan | None:
+def host_plan(source: Path | bytes, fed: Collection[str] = ()) -> Plan | None:
     """The plan of an ONNX model that has something for the host to do, else None."""
     from llmc.frontend.onnx.plan import host_plan as plan_of
 
     if isinstance(source, bytes):
-        return plan_of(source)
-    return plan_of(source.read_bytes(), str(source))
+        return plan_of(source, fed=fed)
+    return plan_of(source.read_bytes(), str(source), fed)
 
 
 def typed_part(model: bytes, arrays: Mapping[str, np.ndarray],

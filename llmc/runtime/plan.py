@@ -4,7 +4,7 @@ opens whatever an ONNX model needs: one program, several in stages, or a plan.""
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,18 @@ from llmc.runtime.staged import MOST_VALUES, StagedModel
 Array = np.ndarray[Any, Any]
 
 
-def open_model(source: Path | bytes, target: str, options: Mapping[str, Any]
-               ) -> StagedModel | PlannedModel:
-    """An .onnx file, or such a file's content, ready to run. ModelError: it is bad or has operators
-    that llmc lacks."""
+def open_model(source: Path | bytes, target: str, options: Mapping[str, Any],
+               fed: Collection[str] = ()) -> StagedModel | PlannedModel:
+    """An .onnx file, or such a file's content, ready to run. fed: names of overridable initializers
+    that are inputs. ModelError: it is bad or has operators that llmc lacks."""
     try:
-        model = StagedModel(source, target, options)
+        model = StagedModel(source, target, options, fed)
     except ModelError:
-        plan = host_plan(source) if isinstance(source, bytes) or source.is_file() else None
+        plan = host_plan(source, fed) if isinstance(source, bytes) or source.is_file() else None
         if plan is None:
             raise
         return PlannedModel(plan, target, options)
-    plan = host_plan(source) if model.runtime is None else None
+    plan = host_plan(source, fed) if model.runtime is None else None
     if plan is None:
         return model
     model.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,11 @@ def _tensors(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 class StagedModel:
     """An ONNX model (a file or its content) that is compiled for the values of tensors that decide
     shapes; one whose shapes depend on no values is one stage, kept in the cache if it is a file.
-    Not thread-safe."""
+    fed: names of overridable initializers that are inputs. Not thread-safe."""
 
-    def __init__(self, source: Path | bytes, target: str, options: Mapping[str, Any]) -> None:
-        self.source, self.target, self.options = source, target, dict(options)
+    def __init__(self, source: Path | bytes, target: str, options: Mapping[str, Any],
+                 fed: Collection[str] = ()) -> None:
+        self.source, self.target, self.options, self.fed = source, target, dict(options), fed
         self.root = self._whole() or self._compile({})
 
     @property
@@ -93,7 +94,7 @@ class StagedModel:
 
     def _whole(self) -> Stage | None:
         """A file that is one program, as a Runtime keeps it; None for others."""
-        if isinstance(self.source, bytes):
+        if isinstance(self.source, bytes) or self.fed:
             return None
         try:
             return Stage(Runtime(self.source, self.target.partition(":")[0], **self.options), None)
@@ -103,7 +104,8 @@ class StagedModel:
     def _compile(self, values: Mapping[str, np.ndarray]) -> Stage:
         options = {"specialize": "none", **self.options}  # its programs are for values already
         with tempfile.TemporaryDirectory() as directory:  # an open artifact needs its files no more
-            path, key = onnx_artifact(self.source, values, self.target, Path(directory))
+            path, key = onnx_artifact(
+                self.source, values, self.target, Path(directory), self.fed)
             if path is None:
                 return Stage(None, key)
             where = "host" if self.target == "host" else "nvptx"

@@ -39,6 +39,21 @@ def test_run_where_shapes_depend_on_data(tmp_path, llmc_command):
     np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), [[1, 3]])
 
 
+def test_run_feeds_an_initializer(tmp_path, llmc_command):
+    path = save(tmp_path / "model.onnx", [helper.make_node("Mul", ["x", "scale"], ["y"])],
+                [tensor(name, TensorProto.FLOAT, [3]) for name in ("x", "scale")],
+                [tensor("y", TensorProto.FLOAT, [3])])
+    model = onnx.load(path)
+    model.graph.initializer.append(helper.make_tensor("scale", TensorProto.FLOAT, [3], [2.0] * 3))
+    onnx.save(model, path)
+    x = np.array([1, 2, 3], np.float32)
+    arrays = given(tmp_path, x=x, scale=np.arange(3, dtype=np.float32))
+    for options, expected in ((arrays[:2], [2, 4, 6]), (arrays, [0, 2, 6])):
+        result = llmc_command("run", path, *options, "--output", tmp_path)
+        assert result.status == 0, result.err
+        assert np.load(tmp_path / "y.npy").tolist() == expected
+
+
 def test_run_with_text(tmp_path, llmc_command):
     names = [tensor(name, TensorProto.STRING, ["n"]) for name in "abc"]
     path = save(tmp_path / "model.onnx", [helper.make_node("StringConcat", ["a", "b"], ["c"])],

@@ -214,6 +214,76 @@ def test_a_shape_that_is_an_input():
         session.run(None, {"x": x, "shape": shape.astype(np.float32)})
 
 
+def overridable(ir_version: int = 8, text: bool = False) -> onnx.ModelProto:
+    """y = reshape(x * scale, shape), where scale [1] and shape [2] are inputs with initializers."""
+    inputs = {"x": (TensorProto.FLOAT, ["rows", 4]), "scale": (TensorProto.FLOAT, [1]),
+              "shape": (TensorProto.INT64, [2])}
+    nodes = [helper.make_node("Mul", ["x", "scale"], ["scaled"]),
+             helper.make_node("Reshape", ["scaled", "shape"], ["y"])]
+    outputs = {"y": (TensorProto.FLOAT, [None, None])}
+    initializers = [helper.make_tensor("scale", TensorProto.FLOAT, [1], [2.0]),
+                    helper.make_tensor("shape", TensorProto.INT64, [2], [-1, 2])]
+    if text:
+        inputs["suffix"] = outputs["twice"] = (TensorProto.STRING, [1])
+        nodes.append(helper.make_node("StringConcat", ["suffix", "suffix"], ["twice"]))
+        initializers.append(helper.make_tensor("suffix", TensorProto.STRING, [1], [b"a"]))
+    graph = helper.make_graph(
+        nodes, "overridable",
+        [helper.make_tensor_value_info(name, *kind) for name, kind in inputs.items()],
+        [helper.make_tensor_value_info(name, *kind) for name, kind in outputs.items()],
+        initializers)
+    return helper.make_model(graph, ir_version=ir_version,
+                             opset_imports=[helper.make_opsetid("", 20)])
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_an_initializer_that_is_an_input_may_be_fed(tmp_path: Path, from_file: bool):
+    path = tmp_path / "overridable.onnx"
+    onnx.save(overridable(), path)
+    session = llmc.InferenceSession(path if from_file else path.read_bytes(),
+                                    cache_dir=tmp_path / "cache")
+    assert [each.name for each in session.get_inputs()] == ["x"]
+    assert session.get_overridable_initializers() == [
+        llmc.runtime.inference_session.NodeArg("scale", [1], "tensor(float)"),
+        llmc.runtime.inference_session.NodeArg("shape", [2], "tensor(int64)")]
+    x = np.arange(12, dtype=np.float32).reshape(3, 4)
+    scale, shape = np.array([-0.5], np.float32), np.array([4, 3])
+    for _ in range(2):  # the second time from what was compiled
+        np.testing.assert_array_equal(session.run(None, {"x": x})[0], 2 * x.reshape(6, 2))
+        np.testing.assert_array_equal(session.run(None, {"x": x, "scale": scale})[0],
+                                      -0.5 * x.reshape(6, 2))
+        np.testing.assert_array_equal(session.run(None, {"x": x, "shape": shape})[0],
+                                      2 * x.reshape(4, 3))
+        np.testing.assert_array_equal(
+            session.run(None, {"x": x, "scale": scale, "shape": shape})[0], -0.5 * x.reshape(4, 3))
+    with pytest.raises(llmc.ShapeError, match=r"scale is a tensor\(float\) .* float64"):
+        session.run(None, {"x": x, "scale": np.array([1.0])})
+    with pytest.raises(llmc.ShapeError, match="input scale"):
+        session.run(None, {"x": x, "scale": np.ones(2, np.float32)})
+    session.close()
+    for feeds in ({"x": x, "scale": scale}, {"x": x}):
+        with pytest.raises(llmc.LlmcError, match="closed"):
+            session.run(None, feeds)
+
+
+def test_an_overridable_initializer_of_text():
+    session = llmc.InferenceSession(overridable(text=True).SerializeToString())
+    x = np.arange(4, dtype=np.float32).reshape(1, 4)
+    assert session.run(["twice"], {"x": x})[0].tolist() == ["aa"]
+    y, twice = session.run(["y", "twice"], {"x": x, "suffix": np.array(["bc"])})
+    assert twice.tolist() == ["bcbc"]
+    np.testing.assert_array_equal(y, 2 * x.reshape(2, 2))
+
+
+def test_before_ir_version_4_an_initializer_is_a_constant():
+    session = llmc.InferenceSession(overridable(ir_version=3).SerializeToString())
+    assert session.get_overridable_initializers() == []
+    x = np.ones((1, 4), np.float32)
+    np.testing.assert_array_equal(session.run(None, {"x": x})[0], np.full((2, 2), 2.0))
+    with pytest.raises(llmc.ShapeError, match="unknown input scale"):
+        session.run(None, {"x": x, "scale": np.ones(1, np.float32)})
+
+
 @pytest.mark.gpu
 def test_on_a_gpu(tmp_path: Path):
     """A file, bytes, and a shape that a computed value decides."""

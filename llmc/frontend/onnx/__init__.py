@@ -2,7 +2,11 @@
 
 from llmc.frontend.onnx.genai import genai_model_file
 from llmc.frontend.onnx.importer import import_onnx, import_onnx_bytes
-from llmc.frontend.onnx.interface import declared_interface, declared_metadata
+from llmc.frontend.onnx.interface import (
+    declared_interface,
+    declared_metadata,
+    declared_overridable,
+)
 from llmc.frontend.onnx.registry import CONVERTERS
 from llmc.frontend.onnx.signature import TokenInterface
 
@@ -11,6 +15,7 @@ __all__ = [
     "TokenInterface",
     "declared_interface",
     "declared_metadata",
+    "declared_overridable",
     "genai_model_file",
     "import_onnx",
     "import_onnx_bytes",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -61,6 +61,7 @@ from llmc.frontend.onnx.check import (
     opset_versions,
     unsupported_operators,
 )
+from llmc.frontend.onnx.interface import drop_initializers
 from llmc.frontend.onnx.protobuf import (
     element_dtype,
     external_files,
@@ -90,15 +91,18 @@ MAX_DEPTH = 64
 Values = Mapping[str, "np.ndarray[Any, Any]"]
 
 
-def import_onnx(path: str | Path, values: Values | None = None) -> ImportedModel:
+def import_onnx(path: str | Path, values: Values | None = None, fed: Collection[str] = ()
+                ) -> ImportedModel:
     """Import an .onnx file; its weights stay where they are and become parameters by name.
 
     Inputs and outputs keep their names and axes; symbolic axes are unified where operators
     demand it. ModelError names the file and the node or tensor, in one line; ValueNeeded asks for
-    the value of a tensor that decides shapes: `values` has those by key.
+    the value of a tensor that decides shapes: `values` has those by key. `fed`: overridable
+    initializers that are inputs.
     """
     path = Path(path)
     model = read_model(path)
+    drop_initializers(model, fed)
 
     def fingerprint() -> str:
         return _fingerprint(path, external_files(model, path))
@@ -107,12 +111,14 @@ def import_onnx(path: str | Path, values: Values | None = None) -> ImportedModel
 
 
 def import_onnx_bytes(
-    content: bytes, path: str | Path = "model.onnx", values: Values | None = None
+    content: bytes, path: str | Path = "model.onnx", values: Values | None = None,
+    fed: Collection[str] = (),
 ) -> ImportedModel:
     """As `import_onnx` for a file's content; `path` names it in errors, and is where its external
     data would be."""
     path = Path(path)
     model = parse_model(content, path)
+    drop_initializers(model, fed)
     return _import(model, path, lambda: hashlib.sha256(content).hexdigest(), values or {})
 
 

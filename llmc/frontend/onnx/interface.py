@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from onnx import ModelProto, TensorProto, TypeProto
+from onnx import ModelProto, TensorProto, TypeProto, ValueInfoProto
 
 from llmc.frontend.onnx.protobuf import parse_model, read_model
 
 NO_VERSION = 2**63 - 1  # as onnxruntime has it
+OVERRIDING_VERSION = 4  # of the IR: before it, initializers had to be inputs too
 Declared = tuple[str, str, list[int | str | None]]
 
 
@@ -20,6 +22,27 @@ def declared_interface(source: Path | bytes) -> tuple[list[Declared], list[Decla
     initialized = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in initialized]
     return [_declared(value) for value in inputs], [_declared(v) for v in model.graph.output]
+
+
+def declared_overridable(source: Path | bytes) -> list[Declared]:
+    """As `declared_interface`, of the inputs that have an initializer for when they are not fed."""
+    return [_declared(value) for value in overridable_inputs(_parsed(source))]
+
+
+def overridable_inputs(model: ModelProto) -> list[ValueInfoProto]:
+    """The inputs that an initializer stands for unless they are fed."""
+    if model.ir_version < OVERRIDING_VERSION:
+        return []
+    initialized = {tensor.name for tensor in model.graph.initializer}
+    return [value for value in model.graph.input if value.name in initialized]
+
+
+def drop_initializers(model: ModelProto, fed: Collection[str]) -> None:
+    """Make inputs of those overridable initializers, in place."""
+    kept = [tensor for tensor in model.graph.initializer if tensor.name not in fed]
+    if len(kept) < len(model.graph.initializer):
+        del model.graph.initializer[:]
+        model.graph.initializer.extend(kept)
 
 
 def declared_metadata(source: Path | bytes) -> dict[str, Any]:

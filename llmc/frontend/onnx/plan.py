@@ -13,6 +13,7 @@ from onnx.helper import get_attribute_value
 from llmc.errors import ModelError
 from llmc.frontend.onnx.check import TEXT_OPERATORS, node_name, unsupported_operators
 from llmc.frontend.onnx.host_loops import captured_names, is_host_loop, loop_step
+from llmc.frontend.onnx.interface import drop_initializers
 from llmc.frontend.onnx.protobuf import is_external, parse_model, stored_tensor
 from llmc.ir.plan import HostStep, LoopStep, Plan, ProgramStep
 
@@ -24,12 +25,15 @@ LOOPS = ("Loop", "Scan")
 NO_TEXT = frozenset({"Equal", "RegexFullMatch", "TfIdfVectorizer"})
 
 
-def host_plan(content: bytes, path: str = "model.onnx") -> Plan | None:
-    """The plan of an .onnx file's content, or None if it has nothing for the host to do.
+def host_plan(content: bytes, path: str = "model.onnx", fed: Collection[str] = ()
+              ) -> Plan | None:
+    """The plan of an .onnx file's content, or None if it has nothing for the host to do. `fed`:
+    overridable initializers that are inputs.
 
     ModelError lists the operators that nothing computes, or says what is damaged.
     """
     model = parse_model(content, Path(path))
+    drop_initializers(model, fed)
     try:
         return _planned(model, path)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
