@@ -214,11 +214,16 @@ def part(call: Call, index: int, direction: int) -> Node | None:
 
 
 def one_direction(one: Cell, x: Node, direction: int, gates: int, reverse: bool) -> list[Node]:
-    """(outputs of all steps, last states) of one direction."""
+    """(outputs of all steps, last states) of one direction; without steps the states stay."""
     call = one.call
-    batch = x.shape[1]
     weight, loop = call.input(1), call.input(2)
-    hidden = loop.shape[-1]
+    batch, hidden = x.shape[1], loop.shape[-1]
+    states = [initial(call, 5, direction, (batch, hidden), x)]
+    if gates == 4:
+        states.append(initial(call, 6, direction, (batch, hidden), x))
+    steps = known_extent(call, x.shape[0], "steps")
+    if steps == 0:
+        return [call.full(0, (0, batch, hidden), x.dtype), *states]
     weight = call.reshape(call.slice_axis(weight, 0, direction, direction + 1), weight.shape[1:])
     loop = call.reshape(call.slice_axis(loop, 0, direction, direction + 1), loop.shape[1:])
     lengths = call.cast(call.input(4), i64) if call.has(4) else None
@@ -233,13 +238,10 @@ def one_direction(one: Cell, x: Node, direction: int, gates: int, reverse: bool)
         recurrent_bias = call.concat([summed, call.full(0, (hidden,), x.dtype)], 0)
         operands.append(call.unsqueeze(last, [0]))
     products = call.binary("add", products, call.binary("add", own, recurrent_bias))
-    states = [initial(call, 5, direction, (batch, hidden), x)]
     if gates == 4:
-        states.append(initial(call, 6, direction, (batch, hidden), x))
         peepholes = part(call, 7, direction)
         operands += [] if peepholes is None else [call.unsqueeze(peepholes, [0])]
     known = [products, *operands, *([] if lengths is None else [call.unsqueeze(lengths, [1])])]
-    steps = known_extent(call, x.shape[0], "steps")
     last_states, (outputs,) = repeated(
         call, steps, states, known, lambda *each: _turn(one, len(operands), *each))
     return [turned_round(call, outputs, lengths) if reverse else outputs, *last_states]

@@ -61,6 +61,35 @@ def test_steps_written_out(op, gates, direction):
     check(recurrent_model(op, gates, 3, direction=direction), [{"x": normal(3, 2, 3)}])
 
 
+@pytest.mark.parametrize(("op", "gates"), [("RNN", 1), ("GRU", 3), ("LSTM", 4)])
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+@pytest.mark.parametrize("steps", [0, "steps"])
+def test_no_steps_leave_the_states_as_they_are(op, gates, direction, steps):
+    """onnx's reference cannot stack nothing."""
+    model = recurrent_model(op, gates, steps, direction=direction)
+    count = 2 if direction == "bidirectional" else 1
+    states = {name: normal(count, 2, 5) for name in ("hc" if gates == 4 else "h")}
+    model.graph.node[0].input.extend(["", *(f"{name}0" for name in states)])
+    model.graph.input.extend(
+        helper.make_tensor_value_info(f"{name}0", TensorProto.FLOAT, [count, 2, 5])
+        for name in states)
+    if gates == 4:
+        model.graph.node[0].output.append("c")
+        model.graph.output.append(helper.make_tensor_value_info("c", TensorProto.FLOAT, None))
+    y, *last = session(model).run(None, {"x": normal(0, 2, 3), **{
+        f"{name}0": state for name, state in states.items()}})
+    assert (y.shape, y.dtype) == ((0, count, 2, 5), np.float32)
+    for found, state in zip(last, states.values(), strict=True):
+        np.testing.assert_array_equal(found, state)
+
+
+@pytest.mark.parametrize(("op", "gates"), [("RNN", 1), ("GRU", 3), ("LSTM", 4)])
+def test_no_steps_from_nothing_leave_zeros(op, gates):
+    y, last = session(recurrent_model(op, gates, 0)).run(None, {"x": normal(0, 2, 3)})
+    assert y.shape == (0, 1, 2, 5)
+    np.testing.assert_array_equal(last, np.zeros((1, 2, 5), np.float32))
+
+
 @pytest.mark.parametrize(("op", "gates"), [("GRU", 3), ("LSTM", 4)])
 def test_many_steps_are_a_loop(op, gates):
     """Also for a number of steps that is a symbol: code is made for each."""
