@@ -57,17 +57,23 @@ LATENCY_REQUESTS = 200  # of a half round, at least; and for so many seconds
 LATENCY_SECONDS = 4.0
 FIRST_OTHER = 100  # tokens of the first shape that is compiled for beside them
 THRESHOLD = 10  # calls that promote where no gain is measured
-LARGEST = {"host": {"prompt": 128, "batch": 48}, "nvptx": {"prompt": 512, "batch": 256}}
-TAIL = {"host": (3.0, 0.8), "nvptx": (4.5, 0.8)}  # log-normal lengths of the other prompts
+# Prompts of a CPU are short; those of a GPU have the lengths of chats (medians of two services'
+# traces are 1,020 and 1,500 tokens: Patel et al., "Splitwise", 2023). The next power of two is, of
+# any length, 1/ln 2 = 1.44 times as much on the average; of the GPU's hot ones 1.46, 1.49.
+LARGEST = {"host": {"prompt": 128, "batch": 48}, "nvptx": {"prompt": 2048, "batch": 512}}
+TAIL: Mapping[str, Mapping[str, tuple[float, float]]] = {  # log-normal lengths of the others
+    "host": {"prompt": (3.0, 0.8), "batch": (3.0, 0.8)},
+    "nvptx": {"prompt": (6.0, 0.8), "batch": (5.3, 0.8)}}
+CONTEXT_LIMIT = 2048
 HOT: Mapping[str, tuple[Request, ...]] = {
     "host": (("prompt", 8), ("prompt", 5), ("decode", 8)),
-    "nvptx": (("prompt", 100), ("prompt", 300), ("decode", 16))}
+    "nvptx": (("prompt", 300), ("prompt", 850), ("decode", 16))}
 HOT_BATCHES: Mapping[str, tuple[Request, ...]] = {
     "host": (("batch", 8), ("batch", 5), ("decode", 8)),
-    "nvptx": (("batch", 50), ("batch", 150), ("decode", 24))}
+    "nvptx": (("batch", 150), ("batch", 400), ("decode", 24))}
 LATER: Mapping[str, tuple[Request, ...]] = {
     "host": (("prompt", 7), ("prompt", 16), ("decode", 5)),
-    "nvptx": (("prompt", 50), ("prompt", 200), ("decode", 24))}
+    "nvptx": (("prompt", 200), ("prompt", 600), ("decode", 24))}
 GRID: Mapping[str, tuple[dict[str, int], ...]] = {
     "host": ({}, {"few_rows": 0}, {"few_rows": 16}, *(
         {"matmul_rows": rows, "few_rows": few} for rows in (3, 4, 5, 7) for few in (0, 4))),
@@ -78,7 +84,8 @@ SECTIONS = ("trace", "batched", "shift", "search", "latency", "restart", "overhe
 def make_trace(target: str, hot: tuple[Request, ...], count: int, seed: int) -> list[Request]:
     """Requests: most of them hot, the rest prompts, or batches of them, of long-tailed lengths."""
     random, kind = np.random.default_rng(seed), hot[0][0]
-    lengths = np.clip(random.lognormal(*TAIL[target], count), 1, LARGEST[target][kind]).astype(int)
+    lengths = random.lognormal(*TAIL[target][kind], count)
+    lengths = np.clip(lengths, 1, LARGEST[target][kind]).astype(int)
     return [hot[random.integers(len(hot))] if random.random() < HOT_SHARE
             else (kind, int(length)) for length in lengths]
 
@@ -111,13 +118,14 @@ class Strategy:
                  is_padded: bool = False, **options: Any):
         self.name, self.is_padded = name, is_padded
         self.runtime = llmc.Runtime(artifact, target=arguments.target, threads=arguments.threads,
-                                    max_context=1024, max_batch=32, **options)
+                                    max_context=CONTEXT_LIMIT, max_batch=32, **options)
         # A GPU chooses tokens itself, as it does for the server: logits of 16 rows take longer to
         # the host than the step.
         self.output = GREEDY if arguments.target == "nvptx" else "logits"
         self.clock = time.thread_time if arguments.cpu_time else time.perf_counter
         random = np.random.default_rng(0)
-        self.ids = random.integers(0, self.runtime.config["vocab_size"], 1024).astype(np.int32)
+        words = self.runtime.config["vocab_size"]
+        self.ids = random.integers(0, words, CONTEXT_LIMIT).astype(np.int32)
 
     def run(self, request: Request) -> float:
         """Seconds of one request's step."""
@@ -417,8 +425,8 @@ with llmc.Runtime(sys.argv[1], **options) as runtime:
 def restart_section(artifact: Path, arguments: argparse.Namespace, directory: Path
                     ) -> dict[str, Any]:
     """A first process promotes the shape of a prompt; later ones start with and without that."""
-    options = {"target": arguments.target, "threads": arguments.threads, "max_context": 1024,
-               "cache_dir": str(directory / "restart")}
+    options = {"target": arguments.target, "threads": arguments.threads,
+               "max_context": CONTEXT_LIMIT, "cache_dir": str(directory / "restart")}
     with llmc.Runtime(artifact, specialize="lazy", promote_after=2, **options) as first:
         for _ in range(600):
             first.run([1, 2, 3, 4, 5, 6, 7, 8])
