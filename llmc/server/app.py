@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from llmc.server.history import History
-from llmc.server.http_body import json_answer
+from llmc.server.http_body import EarlyAnswer, TooLarge, json_answer
 from llmc.server.http_errors import ApiError
 from llmc.server.http_generate import Generate
 from llmc.server.http_middleware import QUIET, Answer, Gate
@@ -83,7 +83,8 @@ def _route(path: str, endpoint):
             return Response(status_code=499)
         except Exception as error:
             told = answer.explain(error)
-            response = json_answer(told.body(), told.status)
+            response = (EarlyAnswer(told) if isinstance(told, TooLarge)
+                        else json_answer(told.body(), told.status))
             response.headers.update(told.headers)
             return response
     return respond

@@ -7,7 +7,6 @@ import json
 import socket
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -225,9 +224,8 @@ def test_bodies_and_headers_are_bounded(embedded_artifact):
         answer = running.post("/v1/completions", prompt="a" * 3000)
         assert answer[0] == 413 and error_of(answer)["code"] == "request_too_large"
         connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=30)
-        with suppress(ConnectionError):  # it need not wait for the rest
-            connection.request("POST", "/v1/completions", iter([b"a" * 900] * 4),
-                               {"content-type": "application/json"}, encode_chunked=True)
+        connection.request("POST", "/v1/completions", iter([b"a" * 900] * 4),
+                           {"content-type": "application/json"}, encode_chunked=True)
         assert connection.getresponse().status == 413  # its length was not told
         assert _long_headers(running) in (b"", b"HTTP/1.1 400")
         with socket.create_connection(("127.0.0.1", running.port), timeout=30) as slow:
@@ -235,6 +233,30 @@ def test_bodies_and_headers_are_bounded(embedded_artifact):
                          b"\r\nContent-Length: 1000\r\n\r\n{")
             assert slow.recv(100).startswith(b"HTTP/1.1 408")
         assert running.ask("GET", "/readyz")[0] == 200
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_client_that_sends_all_before_it_reads_sees_that_it_was_too_much(demo, chunked):
+    body = b"a" * (24 << 20)  # more than sockets buffer
+    for _ in range(3):
+        connection = http.client.HTTPConnection("127.0.0.1", demo.port, timeout=30)
+        connection.request("POST", "/v1/completions", iter([body]) if chunked else body,
+                           {"content-type": "application/json"}, encode_chunked=chunked)
+        answer = connection.getresponse()
+        assert answer.status == 413 and b"request_too_large" in answer.read()
+        connection.close()
+
+
+def test_a_body_without_end_is_not_read_for_ever(demo, monkeypatch):
+    """The answer comes at once; the connection is cut when enough has been discarded."""
+    monkeypatch.setattr("llmc.server.http_body.DISCARD_BYTES", 1 << 20)
+    with socket.create_connection(("127.0.0.1", demo.port), timeout=30) as connection:
+        connection.sendall(b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: "
+                           b"application/json\r\nContent-Length: 99999999999\r\n\r\n{")
+        assert connection.recv(12) == b"HTTP/1.1 413"
+        with pytest.raises(ConnectionError):
+            for _ in range(1000):
+                connection.sendall(b"a" * (1 << 20))
 
 
 def _long_headers(running: Serving) -> bytes:
