@@ -345,4 +345,5 @@ class FewRowsMatmul:
         if isinstance(self.prologue, RowsInCodes):
             return LeftCodes(pointers, self.prologue.layout)
         return LeftRows(pointers, group_bytes=reader.layout.interleave * element,
-                        step_bytes=element)
+                        step_bytes=element,
+                        from_memory=type(self.product.weight) is PackedWeight)
