@@ -21,6 +21,24 @@ def require_model(path: str | Path) -> None:
                         "or an artifact made by `llmc compile`")
 
 
+def require_context(path: str | Path, tokens: int | None) -> None:
+    """LlmcError if sequences of so many tokens are beyond the limit of the model at the path, which
+    can be served (None: they are not)."""
+    from llmc.runtime.artifact import is_artifact, read_manifest
+
+    if tokens is None:
+        return
+    path = Path(path)
+    if is_artifact(path):
+        limit = read_manifest(path).config.get("max_context") or 0
+    else:
+        from llmc.frontend.huggingface import checkpoint_context
+
+        limit = checkpoint_context(path)
+    if limit and tokens > limit:
+        raise LlmcError(f"{path}: max_context is {tokens}, this model's limit is {limit} tokens")
+
+
 def require_served(path: str | Path) -> None:
     """LlmcError if there is no model at the path, or one that a server has nothing to do with."""
     from llmc.runtime.artifact import is_artifact, read_manifest

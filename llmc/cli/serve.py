@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.cli import add_command, add_runtime_options, quantization_of
-from llmc.cli.model_path import require_served
+from llmc.cli.model_path import require_context, require_served
 from llmc.errors import LlmcError
 
 EXTRA = ("starlette", "uvicorn", "msgspec", "prometheus_client")
@@ -157,11 +157,15 @@ def serve(arguments: argparse.Namespace) -> int:
 
 
 def serve_options(arguments: argparse.Namespace):
-    """What the command line says, for the server; LlmcError if a file is missing, or the model is
-    none that can be served."""
+    """What the command line says, for the server; LlmcError if a file is missing, the model is none
+    that can be served or has no such context, or there is no GPU."""
+    from llmc.runtime.targets import resolve_target
     from llmc.server.model_host import ServeOptions
 
     require_served(arguments.model)
+    require_context(arguments.model, arguments.max_context)
+    if arguments.target == "nvptx":
+        resolve_target(arguments.target)
     if arguments.chat_template is not None and not arguments.chat_template.exists():
         raise LlmcError(f"{arguments.chat_template}: no such file or directory")
     runtime = {name: getattr(arguments, name) for name in RUNTIME}

@@ -68,6 +68,13 @@ def load_huggingface(directory: Path, dtype: str | None = None) -> ImportedModel
     )
 
 
+def checkpoint_context(directory: Path) -> int:
+    """The tokens that a sequence of a checkpoint directory's model may have, as its config.json
+    says; 0: any number. ModelError if no model can be made of that file."""
+    config = _read_config(directory)
+    return ARCHITECTURES[_architecture(config)].read_config(config).max_context
+
+
 def _read_config(directory: Path) -> ConfigFile:
     path = directory / "config.json"
     if not path.is_file():

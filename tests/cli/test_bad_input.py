@@ -82,6 +82,26 @@ def test_serve_refuses_a_graph_before_it_listens(llmc_command, tmp_path, monkeyp
         refused(llmc_command("serve", path), f"{path}: ", "no KV cache")
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_serve_refuses_a_context_before_it_listens(llmc_command, embedded_artifact, monkeypatch,
+                                                   compiled):
+    monkeypatch.setattr("llmc.server.logs.set_up_logs", lambda _: None)
+    monkeypatch.setattr("llmc.cli.serve.listen", lambda *_: pytest.fail("it listens"))
+    path = embedded_artifact if compiled else EMBEDDED
+    refused(llmc_command("serve", path, "--max-context", 513),
+            f"{path}: max_context is 513, this model's limit is 512 tokens")
+
+
+def test_serve_refuses_a_gpu_that_is_not_there_before_it_listens(llmc_command, monkeypatch):
+    def missing(_):
+        raise llmc.DeviceError("there is no GPU 0")
+
+    monkeypatch.setattr("llmc.server.logs.set_up_logs", lambda _: None)
+    monkeypatch.setattr("llmc.cli.serve.listen", lambda *_: pytest.fail("it listens"))
+    monkeypatch.setattr("llmc.runtime.cuda_device.Device", missing)
+    refused(llmc_command("serve", EMBEDDED, "--target", "nvptx"), "there is no GPU 0")
+
+
 def test_compare_with_onnxruntime_takes_onnx_files_only(llmc_command):
     refused(llmc_command("compare", EMBEDDED, "--onnxruntime"), str(EMBEDDED), "for .onnx files")
 
