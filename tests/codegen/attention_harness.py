@@ -63,7 +63,7 @@ class Frame:
 class Harness:
     """Compiles body (inputs, result node) for the shape `dims`; call() runs it on arrays."""
 
-    def __init__(self, inputs, result, dims=None, layouts=None, lanes=LANES):
+    def __init__(self, inputs, result, dims=None, layouts=None, lanes=LANES, bf16_dot=False):
         self.dims = dims or {}
         layouts = layouts or {}
         self.result = result
@@ -73,7 +73,7 @@ class Harness:
         body = Graph("body", tuple(inputs), (("result", result),))
         stage = Stage("attention", "attention", body, tuple(x["name"] for x in inputs),
                       ("result",))
-        capabilities = Capabilities("test", lanes, 6, 16, 8, False, frozenset())
+        capabilities = Capabilities("test", lanes, 6, 16, 8, bf16_dot, frozenset())
         symbols = tuple((name, 1, 100) for name in self.dims)
         self.program = Program("test", capabilities, symbols, buffers, {}, (stage,), 0)
         self.kernel = AttentionKernel(stage, self.program, None)

@@ -9,13 +9,28 @@ from typing import TypeAlias
 import llvmlite.ir as ir
 
 from llmc.codegen.elements import convert, load, store
-from llmc.codegen.llvm import F32, I32, VOID, Emitter, f32, i32, i64, splat_constant, vector
+from llmc.codegen.host.microkernel import dot_product
+from llmc.codegen.llvm import (
+    BF16,
+    F32,
+    I32,
+    VOID,
+    Emitter,
+    f32,
+    i32,
+    i64,
+    like,
+    splat_constant,
+    vector,
+)
 from llmc.ir.dtypes import DType
 from llmc.ir.dtypes import f32 as single
 from llmc.ir.dtypes import i64 as long
 
 CACHE_LINE = 64
 BLOCK_ROWS = 6  # height of the blocks that matrix products are made of
+UNIT = 32  # columns that a number of columns found at run time is a multiple of
+WIDEST = 64  # columns of a block, at most
 
 Rows: TypeAlias = int | ir.Value  # a number of rows, known at compile time or not
 
@@ -115,8 +130,42 @@ class Matrix:
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """Rows of `stride` words from a pointer, each a pair of bf16 that one instruction multiplies
+    and adds: of a left operand two neighbours in a row, of a right one two in a column."""
+
+    pointer: ir.Value
+    stride: int
+
+    def load(self, e: Emitter, row, column, lanes: int = 1) -> ir.Value:
+        return e.load(self._at(e, row, column), vector(I32, lanes))
+
+    def store(self, e: Emitter, value, row, column) -> None:
+        e.store(value, self._at(e, row, column))
+
+    def prefetch(self, e: Emitter, row, column, count: int) -> None:
+        """Nothing: pairs lie in a worker's scratch."""
+
+    def _at(self, e: Emitter, row, column) -> ir.Value:
+        return e.offset(self.pointer, add(e, multiply(e, row, self.stride), column), I32)
+
+
+def pairs_of(e: Emitter, first: ir.Value, second: ir.Value) -> ir.Value:
+    """Words that hold two values each; both are f32 that bf16 holds exactly."""
+    low, high = (e.b.bitcast(value, like(value, I32)) for value in (first, second))
+    return e.b.or_(e.b.lshr(low, splat_constant(low.type, 16)),
+                   e.b.and_(high, splat_constant(low.type, 0xFFFF0000)))
+
+
+def rounded_to_bf16(e: Emitter, value: ir.Value) -> ir.Value:
+    """The nearest bf16, by the instruction of CPUs that multiply pairs."""
+    return e.b.fptrunc(value, vector(BF16, value.type.count))
+
+
+@dataclass(frozen=True)
 class Multiplier:
-    """C = A B for few rows, with accumulators in registers; lanes columns fill a register.
+    """C = A B for few rows, with accumulators in registers; lanes columns fill a register. A and B
+    are matrices of f32, or of pairs.
 
     Height and width of a block hide the FMA's latency (8 independent accumulators or more) and
     leave registers for the block's row of B and one broadcast element of A, with one to spare.
@@ -140,59 +189,98 @@ class Multiplier:
         fit = (self.registers - 2) // (height + 1)
         return min(1 << (fit.bit_length() - 1), available)
 
-    def run(self, e: Emitter, c: Matrix, a: Matrix, b: Matrix, rows: Rows, columns: int,
-            depth: tuple, factors: ir.Value | None = None) -> None:
-        """C[rows, columns] = A[:, depth] B[depth, :], plus factors[row] * C where given.
+    def run(self, e: Emitter, c: Matrix, a: Matrix | Pairs, b: Matrix | Pairs, rows: Rows,
+            columns: Rows, depth: tuple, factors: ir.Value | None = None,
+            scale: float = 1.0) -> None:
+        """C[rows, columns] = A[:, depth] B[depth, :] scale, plus factors[row] * C where given.
 
-        columns is a multiple of lanes; depth = (first, last + 1); factors points to one f32 a row.
+        columns is a multiple of lanes, or of UNIT where it is known at run time only; depth =
+        (first, last + 1), in words of pairs; factors points to one f32 a row.
         """
+        product = _Product(self, c, a, b, columns, depth, factors, scale)
         start: Rows = 0
         for height in self.heights(rows):
             if isinstance(rows, int):
                 assert isinstance(start, int)
                 stop = start + (rows - start) // height * height
                 for row in range(start, stop, height):
-                    self._rows(e, c, a, b, row, height, columns, depth, factors)
+                    product.emit(e, row, height)
                 start = stop
                 continue
             left = e.b.sub(rows, i64(start) if isinstance(start, int) else start)
             end = e.b.sub(rows, e.b.urem(left, i64(height)))
             with e.loop(start, end, height, "row") as row:
-                self._rows(e, c, a, b, row, height, columns, depth, factors)
+                product.emit(e, row, height)
             start = end
 
-    def _rows(self, e, c, a, b, row, height, columns, depth, factors) -> None:
-        available = columns // self.lanes
-        vectors = self.vectors(height, available)
-        whole = available // vectors * vectors
-        with e.loop(0, whole * self.lanes, vectors * self.lanes, "column") as column:
-            self._block(e, c, a, b, row, height, column, vectors, depth, factors)
-        if whole < available:
-            self._block(e, c, a, b, row, height, whole * self.lanes, available - whole, depth,
-                        factors)
 
-    def _block(self, e, c, a, b, row, height, column, vectors, depth, factors) -> None:
-        places = [(add(e, row, i), add(e, column, j * self.lanes))
+@dataclass(frozen=True)
+class _Product:
+    """What `Multiplier.run` takes; emits it for `height` rows at a time."""
+
+    multiplier: Multiplier
+    c: Matrix
+    a: Matrix | Pairs
+    b: Matrix | Pairs
+    columns: Rows
+    depth: tuple
+    factors: ir.Value | None
+    scale: float
+
+    def emit(self, e: Emitter, row, height: int) -> None:
+        """All columns of the rows: wide blocks, then what is left."""
+        lanes = self.multiplier.lanes
+        if isinstance(self.columns, int):
+            available = self.columns // lanes
+            vectors = self.multiplier.vectors(height, available)
+            whole = available // vectors * vectors
+            with e.loop(0, whole * lanes, vectors * lanes, "column") as column:
+                self._block(e, row, height, column, vectors)
+            if whole < available:
+                self._block(e, row, height, whole * lanes, available - whole)
+            return
+        vectors = self.multiplier.vectors(height, WIDEST // lanes)
+        wide = e.b.sub(self.columns, e.b.urem(self.columns, i64(vectors * lanes)))
+        with e.loop(0, wide, vectors * lanes, "column") as column:
+            self._block(e, row, height, column, vectors)
+        if vectors * lanes > UNIT:
+            with e.loop(wide, self.columns, UNIT, "column") as column:
+                self._block(e, row, height, column, UNIT // lanes)
+
+    def _block(self, e: Emitter, row, height: int, column, vectors: int) -> None:
+        lanes = self.multiplier.lanes
+        places = [(add(e, row, i), add(e, column, j * lanes))
                   for i in range(height) for j in range(vectors)]
-        if factors is None:
-            initial = [splat_constant(vector(F32, self.lanes), 0.0)] * len(places)
-        else:
-            scales = [e.splat(e.load(e.offset(factors, add(e, row, i), F32), F32), self.lanes)
-                      for i in range(height)]
-            initial = [e.b.fmul(c.load(e, *place, self.lanes), scales[index // vectors])
-                       for index, place in enumerate(places)]
+        initial = self._initial(e, row, height, places)
+
         def turn(k, sums) -> list[ir.Value]:
             if row == 0:  # known rows only: the first block fetches for all
-                b.prefetch(e, k, column, vectors * self.lanes)
-            right = [b.load(e, k, add(e, column, j * self.lanes), self.lanes)
-                     for j in range(vectors)]
-            left = [e.splat(a.load(e, add(e, row, i), k), self.lanes) for i in range(height)]
-            return [e.fma(left[index // vectors], right[index % vectors], total)
+                self.b.prefetch(e, k, column, vectors * lanes)
+            right = [self.b.load(e, k, add(e, column, j * lanes), lanes) for j in range(vectors)]
+            left = [e.splat(self.a.load(e, add(e, row, i), k), lanes) for i in range(height)]
+            return [self._multiply_add(e, left[index // vectors], right[index % vectors], total)
                     for index, total in enumerate(sums)]
 
-        results = _fold_unrolled(e, depth, initial, turn)
+        results = _fold_unrolled(e, self.depth, initial, turn)
         for place, total in zip(places, results, strict=True):
-            c.store(e, total, *place)
+            if self.scale != 1.0:
+                total = e.b.fmul(total, splat_constant(total.type, self.scale))
+            self.c.store(e, total, *place)
+
+    def _multiply_add(self, e: Emitter, left, right, total) -> ir.Value:
+        if isinstance(self.b, Pairs):
+            return dot_product(e, total, left, right)
+        return e.fma(left, right, total)
+
+    def _initial(self, e: Emitter, row, height: int, places: Sequence[tuple]) -> list[ir.Value]:
+        lanes = self.multiplier.lanes
+        if self.factors is None:
+            return [splat_constant(vector(F32, lanes), 0.0)] * len(places)
+        scales = [e.splat(e.load(e.offset(self.factors, add(e, row, i), F32), F32), lanes)
+                  for i in range(height)]
+        per_row = len(places) // height
+        return [e.b.fmul(self.c.load(e, line, column, lanes), scales[index // per_row])
+                for index, (line, column) in enumerate(places)]
 
 
 def _fold_unrolled(e: Emitter, depth: tuple, initial: list[ir.Value],
@@ -244,15 +332,16 @@ def reduce_max(e: Emitter, values: Sequence[ir.Value]) -> ir.Value:
     """The largest lane of all vectors (NaN lanes are passed over), as a scalar."""
     values = list(values)
     while len(values) > 1:
-        values = [_larger(e, values[i], values[i + 1]) if i + 1 < len(values) else values[i]
+        values = [larger(e, values[i], values[i + 1]) if i + 1 < len(values) else values[i]
                   for i in range(0, len(values), 2)]
     value = values[0]
     while isinstance(value.type, ir.VectorType) and value.type.count > 2:
-        value = _larger(e, *e.halves(value))
-    return _larger(e, e.b.extract_element(value, i32(0)), e.b.extract_element(value, i32(1)))
+        value = larger(e, *e.halves(value))
+    return larger(e, e.b.extract_element(value, i32(0)), e.b.extract_element(value, i32(1)))
 
 
-def _larger(e: Emitter, a, b) -> ir.Value:
+def larger(e: Emitter, a, b) -> ir.Value:
+    """The larger of two, lane by lane; b where a is NaN."""
     return e.b.select(e.b.fcmp_ordered(">", a, b), a, b)
 
 
