@@ -227,9 +227,17 @@ def test_not_elementwise_behind_the_product_is_refused():
 
 def inner_loop(text):
     """The straight piece of code with the most multiply-adds: the body of the loop over k."""
-    pieces = re.split(r"^\.?L?[\w.]+:.*$|^\s+(?:j\w+|b\.\w+|tbn?z|cbn?z)\s.*$", text,
-                      flags=re.MULTILINE)
-    return max(pieces, key=lambda piece: len(re.findall(r"fmadd|fmla|dpbf16", piece)))
+    return max(straight_pieces(text), key=multiply_adds)
+
+
+def straight_pieces(text):
+    """Assembly cut at labels and jumps."""
+    return re.split(r"^\.?L?[\w.]+:.*$|^\s+(?:j\w+|b\.\w+|tbn?z|cbn?z)\s.*$", text,
+                    flags=re.MULTILINE)
+
+
+def multiply_adds(piece):
+    return len(re.findall(r"fmadd|fmla|dpbf16", piece))
 
 
 CASES = {
@@ -256,6 +264,24 @@ def test_inner_loop_is_multiply_adds_without_spills(case):
     loop = inner_loop(assembly(stage, program, target))
     assert len(re.findall(pattern, loop)) >= least
     assert not re.search(r"\(%r[sb]p|\[sp", loop), loop
+
+
+@pytest.mark.parametrize("target, dtype_name", [
+    ("x86_64:znver3", "f32"), ("x86_64:znver5", "f32"), ("x86_64:znver5", "bf16"),
+    ("x86_64:emeraldrapids", "bf16"), ("aarch64:neoverse-n1", "f32")])
+@pytest.mark.parametrize("k", [2048, 16384])
+def test_no_loop_of_any_tile_spills(target, dtype_name, k):
+    """16384 k are more than a cache holds of a panel: see `DeepMatmul`."""
+    where = Target.parse(target)
+    packed = where.capabilities().packed_activation(dtype(dtype_name), dtype(dtype_name))
+    a, w = leaf("a", packed, rows_symbol(), k), leaf("w", dtype_name, k, 256)
+    stage, program = make_stage([a, w], {"y": make("matmul", a, w, dtype=dtype("f32"))},
+                                blocked=True, target=where)
+    loops = [piece for piece in straight_pieces(assembly(stage, program, where))
+             if multiply_adds(piece) >= 24]
+    assert len(loops) >= 4
+    for loop in loops:
+        assert not re.search(r"\(%r[sb]p|\[sp", loop), loop
 
 
 def test_no_library_calls_on_the_oldest_cpu():

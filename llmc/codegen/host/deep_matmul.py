@@ -68,11 +68,11 @@ class DeepMatmul(BlockedMatmul):
         """sums (+)= a row block @ a piece of the panel."""
         product, rows = self.product, self.layout.rows
         start = e.offset(frame.pointer(self.blocks), e.b.mul(block, i64(self.block_bytes)))
+        start = e.offset(start, e.b.mul(piece, i64(self.block_bytes // self.pieces)))
         _, count = self._rows_of(e, frame, block)
         depth = product.k // self.pieces
         fresh = e.b.icmp_signed("==", piece, i64(0))
         for size in choose_body(e, count, body_sizes(rows, product.rows)):
             left = self._left(e, start, size)
             assert not isinstance(left, LeftCodes)
-            left = left.advanced(e, piece, depth // product.reader.layout.interleave)
             product.weight.add_product(e, left, part, sums, depth, fresh)
