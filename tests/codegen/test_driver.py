@@ -171,6 +171,11 @@ def test_capabilities_follow_the_cpu():
     assert Target.parse("x86_64:znver5:-avx512bf16").capabilities().bf16_dot is False
 
 
+def test_bf16_is_widened_where_its_dot_products_are_slow():
+    target = Target.parse("x86_64:emeraldrapids")
+    assert target.has_bf16 and not target.bf16_dot
+
+
 @pytest.mark.parametrize("text", ["", "x86_64:nonsense", "mips:r4000", "x86_64:znver3:avx2"])
 def test_bad_targets_are_refused(text):
     with pytest.raises(CompileError):

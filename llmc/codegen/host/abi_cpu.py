@@ -51,7 +51,7 @@ def required(target: Target) -> frozenset[str]:
     listed = {name[1:] for name in target.features if name.startswith("+")}
     level = {16: _V4, 8: _V3}.get(target.vector_lanes, ())
     names = {*level, *(listed & BITS.keys())}
-    if target.bf16_dot:
+    if target.has_bf16:
         names.add("avx512bf16")
     if "avx" in names:
         names.add("osxsave")
