@@ -8,59 +8,44 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmc.codegen.expr import Expression, operand_sources
+from llmc.codegen.expr import Expression
 from llmc.codegen.host.rows import unflatten
-from llmc.codegen.host.single import AlongAxisKernel as HostKernel
 from llmc.codegen.host.single import order_key, order_limit
 from llmc.codegen.integers import Index
-from llmc.codegen.llvm import I64, i64, ir
-from llmc.codegen.nvptx.kernel import WARP, DeviceEmitter, DeviceFrame
+from llmc.codegen.llvm import i64, ir
+from llmc.codegen.nvptx.kernel import WARP, DeviceEmitter
+from llmc.codegen.nvptx.lines import Best, LineKernel, line_kernel
 from llmc.codegen.nvptx.single import AlongAxisKernel
 from llmc.codegen.target import Target
-from llmc.ir.dims import Dim, maximum, product
 from llmc.ir.program import Program, Stage
 
-SHORT_LINE = 1024  # elements: up to here a warp suffices
 NOTHING = (1 << 63) - 1  # the index that stands for no element
 
-Best = tuple[ir.Value, ir.Value]  # key and index
 
-
-def top_k(stage: Stage, program: Program, target: Target) -> TopKKernel | AlongAxisKernel:
+def top_k(stage: Stage, program: Program, target: Target) -> LineKernel | AlongAxisKernel:
     """The kernel of a top_k stage."""
-    host = HostKernel(stage, program, target)
-    if host.axis != host.source.rank - 1:
-        return AlongAxisKernel(stage, program, target)
-    return TopKKernel(host)
+    return line_kernel(TopKKernel, stage, program, target)
 
 
-class TopKKernel:
-    """host: what is known of the stage."""
+class TopKKernel(LineKernel):
+    """Emits k scans of a line."""
 
-    shared_bytes = 0
+    short_line, short_threads, repeats = 1024, WARP, True
 
-    def __init__(self, host: HostKernel):
-        self.host = host
-        size = host.source.shape[-1]
-        self.threads = WARP if isinstance(size, int) and size <= SHORT_LINE else 1024
+    def line(self, e: DeviceEmitter, x: Expression, outer: Sequence[Index]) -> None:
+        """The first k of the line."""
+        first = [order_limit(self.host.source, True), i64(-1)]
+        with x.fold(0, x.dim(self.host.node["k"]), first) as (rank, (key, where), finish):
+            best = self.across(e, self._own(e, x, outer, (key, where)))
+            number = x.emit_index(rank)
+            with e.b.if_then(e.b.icmp_signed("==", e.thread, i64(0))):
+                self._store(x.fresh(), e.block, number, best[1])
+            finish(list(best))
 
-    def blocks(self) -> Dim:
-        return maximum(1, product(self.host.outer))
-
-    def emit(self, e: DeviceEmitter, frame: DeviceFrame) -> None:
-        """The line of this block."""
-        host = self.host
-        with e.b.if_then(e.b.icmp_signed("<", e.block, frame.dim(product(host.outer)))):
-            sources = operand_sources(host.stage.body, host.stage.operands, host.program.buffers)
-            x = Expression(e, frame, sources, 1)
-            outer = unflatten(x, host.outer, x.index(e.block))
-            first = [order_limit(host.source, True), i64(-1)]
-            with x.fold(0, x.dim(host.node["k"]), first) as (rank, (key, where), finish):
-                best = self._across(e, self._own(e, x, outer, (key, where)))
-                number = x.emit_index(rank)
-                with e.b.if_then(e.b.icmp_signed("==", e.thread, i64(0))):
-                    self._store(x.fresh(), e.block, number, best[1])
-                finish(list(best))
+    def better(self, e: DeviceEmitter, a: Best, b: Best) -> Best:
+        """The one that comes first."""
+        first = self._before(e, b, a)
+        return e.b.select(first, b[0], a[0]), e.b.select(first, b[1], a[1])
 
     def _own(self, e: DeviceEmitter, x: Expression, outer: Sequence[Index], last: Best) -> Best:
         """The best of this thread's elements that come after the last one taken."""
@@ -79,30 +64,6 @@ class TopKKernel:
         """Whether a comes before b: the greater one, of equals the first in the line."""
         beside = e.b.and_(e.b.icmp_signed("==", a[0], b[0]), e.b.icmp_signed("<", a[1], b[1]))
         return e.b.or_(e.b.icmp_signed(">", a[0], b[0]), beside)
-
-    def _across(self, e: DeviceEmitter, best: Best) -> Best:
-        """The block's best, in every thread."""
-        best, warps = self._across_warp(e, best), self.threads // WARP
-        if warps == 1:
-            return best
-        keys, places = e.shared(best[0].type, warps), e.shared(I64, warps)
-        warp, lane = e.b.lshr(e.thread, i64(5)), e.b.and_(e.thread, i64(WARP - 1))
-        e.store(best[0], e.offset(keys, warp, best[0].type))
-        e.store(best[1], e.offset(places, warp, I64))
-        e.barrier()
-        best = (e.load(e.offset(keys, lane, best[0].type), best[0].type),
-                e.load(e.offset(places, lane, I64), I64))
-        e.barrier()
-        return self._across_warp(e, best)
-
-    def _across_warp(self, e: DeviceEmitter, best: Best) -> Best:
-        step = WARP // 2
-        while step:
-            other = (e.shuffle(best[0], step), e.shuffle(best[1], step))
-            first = self._before(e, other, best)
-            best = (e.b.select(first, other[0], best[0]), e.b.select(first, other[1], best[1]))
-            step //= 2
-        return best
 
     def _store(self, x: Expression, line: ir.Value, rank: ir.Value, where: ir.Value) -> None:
         """The element taken: its value and its index."""
