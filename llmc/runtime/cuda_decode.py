@@ -28,7 +28,7 @@ from llmc.runtime.cuda_device import (
     prepared,
     record_event,
 )
-from llmc.runtime.decode import RING, Start
+from llmc.runtime.decode import AHEAD, RING, Start
 
 if TYPE_CHECKING:
     from llmc.runtime.cuda_executor import CudaExecutor, DeviceVariant, Plan
@@ -93,6 +93,8 @@ class CudaDecoder:
     serialises that with the executor's own steps. most_pages: of a sequence.
     """
 
+    ahead = AHEAD
+
     def __init__(self, executor: CudaExecutor, count: int, most_pages: int):
         self.executor, self.count = executor, count
         self.trace: list[tuple[Any, Any]] | None = None  # events around each step, if wanted
@@ -117,6 +119,8 @@ class CudaDecoder:
         self._plans: dict[tuple, Plan] = {}
         self._prepared: tuple | None = None  # what the arguments on the device are for
         self._moves, self._width = executor.moves, 0
+        self._choice: Any = None  # of the next step, and the graph that is it
+        self._graph: Any = None
         self._choices: list[Any] = [None] * RING  # of the steps that were not read
         self._counted: Any = None  # the choice of steps that were read and nobody was told of
         self._calls, self._seconds = 0, 0.0  # of these

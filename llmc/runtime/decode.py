@@ -1,6 +1,7 @@
 """Decoding that runs ahead of whoever reads its tokens: pages, lengths and ends of sequences.
 
-A decoder (the GPU's: cuda_decode.py) chooses tokens by itself and feeds them to its next step.
+A decoder (host_decode.py, cuda_decode.py) chooses tokens by itself and feeds them to its next step;
+a GPU's begins steps before the tokens of those ahead of them were read.
 A step that was begun before its input turned out to be the end of a text is of no use: its token is
 dropped, and the cache cut back.
 """
@@ -19,7 +20,7 @@ from llmc.runtime.sampling import Sampling
 from llmc.runtime.step import Chunk, LanguageModel
 
 RING = 8  # steps whose tokens a decoder keeps
-AHEAD = 3  # steps that are begun and not read: the one that is waited for, and two behind it
+AHEAD = 3  # of a GPU: steps begun and not read, the one that is waited for and two behind it
 PAGES_AHEAD = 1  # that a sequence reserves, so that its page table changes every other page
 
 
@@ -37,7 +38,10 @@ class Start:
 
 
 class Decoder(Protocol):
-    """Steps that feed each other (see CudaDecoder)."""
+    """Steps that feed each other (see CudaDecoder). ahead: as many are begun and not read, at
+    most."""
+
+    ahead: int
 
     def start(self, starts: Sequences[Start]) -> None: ...
 
@@ -50,8 +54,8 @@ class Decoder(Protocol):
 
 def decode_loop(model: LanguageModel, sequences: Sequences[Sequence], starts: Sequences[Start],
                 steps: int) -> DecodeLoop | None:
-    """A loop over sequences that are in the cache, but for their last tokens; None where the host
-    has to choose tokens."""
+    """A loop over sequences that are in the cache, but for their last tokens; None where a GPU
+    cannot choose tokens."""
     decoder = model.executor.borrow_decoder(len(sequences), -(-model.max_context // PAGE))
     return None if decoder is None else DecodeLoop(model, decoder, sequences, starts, steps)
 
@@ -74,7 +78,7 @@ class DecodeLoop:
     def next(self) -> np.ndarray | None:
         """The next token of each sequence, i32 [sequences]; None after the last step. ShapeError
         when the cache is full."""
-        while self._begun < self._steps and self._begun - self._read < AHEAD:
+        while self._begun < self._steps and self._begun - self._read < self.decoder.ahead:
             try:
                 self.begin()
             except ShapeError:  # what was begun can still be read

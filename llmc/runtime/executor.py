@@ -61,6 +61,15 @@ class Variant(Described):
         return found
 
 
+class Arguments:
+    """What a step is called with (the ABI of docs/architecture.md), and all that it points to."""
+
+    def __init__(self, fields: Sequence[int], keeps: tuple[Any, ...]):
+        self._block = (POINTERS * len(fields))(*fields)
+        self._keeps = keeps
+        self.address = ctypes.addressof(self._block)
+
+
 class Executor:
     """Memory and code for one artifact. `run` is not thread-safe; Runtime serialises it."""
 
@@ -166,9 +175,12 @@ class Executor:
         """No step will choose this variant any more: here it is freed with its last reference."""
 
     def borrow_decoder(self, count: int, most_pages: int) -> Any:
-        """What decodes `count` sequences of up to so many pages without the host between its steps;
-        None where there is no such thing, as here. It goes back to `return_decoder`."""
-        return None
+        """What decodes `count` sequences of up to so many pages in steps that feed each other; None
+        where the artifact does not allow it. It goes back to `return_decoder`."""
+        from llmc.runtime.host_decode import HostDecoder
+
+        self.require_open()
+        return HostDecoder(self, count)
 
     def return_decoder(self, decoder: Any) -> None:
         """A decoder that nobody uses any more."""
@@ -184,8 +196,7 @@ class Executor:
 
         Raises ShapeError when shapes or dtypes do not fit the model.
         """
-        if self._closed:
-            raise LlmcError("this runtime is closed")
+        self.require_open()
         given = check_inputs(self.inputs, arrays)
         values = self._values(given)
         if self._has_indexes:
@@ -216,22 +227,34 @@ class Executor:
             self._bound[shapes] = values
         return values
 
-    def _call(self, variant: Variant, values: Mapping[str, int], given: Sequence[np.ndarray],
-              results: Mapping[str, np.ndarray]) -> None:
+    def require_open(self) -> None:
+        """LlmcError after `close`."""
+        if self._closed:
+            raise LlmcError("this runtime is closed")
+
+    def arguments(self, variant: Variant, values: Mapping[str, int], given: Sequence[np.ndarray],
+                  results: Sequence[np.ndarray]) -> Arguments:
+        """Of a step of these values: inputs and outputs in the order of the model's."""
         arena, scratch = variant.sizes(values)
         self._arena = _at_least(self._arena, arena)
         self._scratch = _at_least(self._scratch, scratch * self.threads)
         symbols = np.array([values.get(info.name, info.low)
                             for info in self.artifact.manifest.symbols], np.int64)
         inputs = _pointer_table([array.ctypes.data for array in given])
-        outputs = _pointer_table([array.ctypes.data for array in results.values()])
-        arguments = (POINTERS * 9)(
+        outputs = _pointer_table([array.ctypes.data for array in results])
+        fields = (
             symbols.ctypes.data, ctypes.addressof(inputs), ctypes.addressof(outputs),
             ctypes.addressof(self._weights), ctypes.addressof(self._state_table),
-            self._arena.ctypes.data, self._scratch.ctypes.data, self.team.handle,
+            self._arena.ctypes.data, self._scratch.ctypes.data, self.team.handle or 0,
             self._cancel.ctypes.data)
+        return Arguments(fields, (symbols, inputs, outputs, given, results, self._state_table,
+                                  self._arena, self._scratch))
+
+    def _call(self, variant: Variant, values: Mapping[str, int], given: Sequence[np.ndarray],
+              results: Mapping[str, np.ndarray]) -> None:
+        arguments = self.arguments(variant, values, given, list(results.values()))
         started = time.perf_counter()
-        code = variant.step(ctypes.addressof(arguments))
+        code = variant.step(arguments.address)
         variant.seconds += time.perf_counter() - started
         variant.calls += 1
         if code:

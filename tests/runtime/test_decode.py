@@ -24,6 +24,8 @@ from llmc.runtime.step import Chunk, pack_batch
 class PatientDecoder:
     """Runs a step on the host when its token is read, or later."""
 
+    ahead = AHEAD
+
     def __init__(self, executor: Any):
         self.executor = executor
         self.begun: deque[list[np.ndarray]] = deque()
