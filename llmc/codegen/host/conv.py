@@ -9,9 +9,10 @@ import llvmlite.ir as ir
 
 from llmc.codegen import elements
 from llmc.codegen.elementwise import ELEMENTWISE
-from llmc.codegen.expr import Expression, operand_sources
+from llmc.codegen.expr import Expression
 from llmc.codegen.host.kernel import Frame, Worker
-from llmc.codegen.host.sequences import PackedSequences, Part, recurrent_op
+from llmc.codegen.host.recurrent import ConvStage
+from llmc.codegen.host.sequences import Part
 from llmc.codegen.integers import Index
 from llmc.codegen.llvm import F32, Emitter, i64, splat_constant, vector
 from llmc.codegen.reductions import whole_lanes
@@ -20,24 +21,17 @@ from llmc.ir.dtypes import f32
 from llmc.ir.program import Program, Stage
 
 
-class ConvKernel:
-    """A stage whose op is slot_conv; elementwise functions and movement may come before it."""
+class ConvKernel(ConvStage):
+    """A tile is a sequence and a vector of channels."""
 
     scratch_bytes: int | Dim = 0
 
     def __init__(self, stage: Stage, program: Program, target: object):
-        self.stage, self.program = stage, program
-        self.node, self.results = recurrent_op(stage, program)
-        self.state, self.x, self.weight = self.node.inputs[:3]
-        self.bias = self.node.inputs[7] if len(self.node.inputs) > 7 else None
-        self.sequences = PackedSequences(*self.node.inputs[3:6])
-        self.taps: int = self.weight.shape[1]  # type: ignore[assignment]
-        self.channels: Dim = self.x.shape[1]
-        self.lanes = program.capabilities.vector_lanes
+        super().__init__(stage, program, program.capabilities.vector_lanes)
 
     def tiles(self, e: Emitter, frame: Frame) -> ir.Value:
         """Sequences times groups of channels."""
-        width = self._width(self._expression(e, frame))
+        width = self._width(self.expression(e, frame))
         groups = e.b.udiv(frame.dim(self.channels), i64(width))
         return e.b.mul(frame.dim(self.sequences.count), groups)
 
@@ -49,7 +43,7 @@ class ConvKernel:
 
     def tile(self, e: Emitter, frame: Frame, worker: Worker, tile: ir.Value) -> None:
         """All tokens of a sequence, for one vector of channels."""
-        x = self._expression(e, frame)
+        x = self.expression(e, frame)
         count, number = x.dim(self.sequences.count), x.index(tile)
         part = self.sequences.part(x, number % count)
         channel = x.emit_index(number // count * self._width(x))
@@ -58,7 +52,7 @@ class ConvKernel:
 
     def _walk(self, e: Emitter, frame: Frame, part: Part, channel: ir.Value) -> None:
         window = self._old_tokens(e, frame, part, channel)
-        x = self._expression(e, frame)
+        x = self.expression(e, frame)
         lanes, column = self._width(x), x.index(channel)
         weights = [elements.collect(e, [x.value(self.weight, [column + lane, tap])
                                         for lane in range(lanes)]) for tap in range(self.taps)]
@@ -73,7 +67,7 @@ class ConvKernel:
                 x.store(self.results[0], [token, column], self._activated(e, total))
             finish(new[1:])
         if 1 in self.results:
-            x = self._expression(e, frame)
+            x = self.expression(e, frame)
             self._store_state(x, part, x.index(channel), finish.results)
 
     def _activated(self, e: Emitter, value: ir.Value) -> ir.Value:
@@ -83,7 +77,7 @@ class ConvKernel:
     def _old_tokens(self, e: Emitter, frame: Frame, part: Part, channel: ir.Value
                     ) -> list[ir.Value]:
         """The channels' last values from before: of the state, or zeros."""
-        x = self._expression(e, frame)
+        x = self.expression(e, frame)
         lanes, row, column = self._width(x), x.index(part.row), x.index(channel)
         zero = splat_constant(vector(F32, lanes), 0.0)
         loaded = [x.value(self.state, [row, tap, column], lanes) for tap in range(self.taps - 1)]
@@ -94,7 +88,3 @@ class ConvKernel:
                      ) -> None:
         for tap, value in enumerate(window):
             x.store(self.results[1], [x.index(part.row), tap, column], value)
-
-    def _expression(self, e: Emitter, frame: Frame) -> Expression:
-        sources = operand_sources(self.stage.body, self.stage.operands, self.program.buffers)
-        return Expression(e, frame, sources, self.lanes)

@@ -17,15 +17,16 @@ from collections.abc import Callable
 import llvmlite.ir as ir
 
 from llmc.codegen import math
-from llmc.codegen.expr import Expression, operand_sources
+from llmc.codegen.expr import Expression
 from llmc.codegen.host.conv import ConvKernel
 from llmc.codegen.host.kernel import Frame, Kernel, Worker
-from llmc.codegen.host.sequences import Part, recurrent_op, sequences_of, shared_heads
+from llmc.codegen.host.recurrent import LinearAttentionStage
+from llmc.codegen.host.sequences import Part, recurrent_op, shared_heads
 from llmc.codegen.integers import Index
 from llmc.codegen.llvm import F32, Emitter, i64, splat_constant, vector
 from llmc.codegen.reductions import usable_lanes
 from llmc.ir.dims import Dim
-from llmc.ir.ops_recurrent import gates, is_delta
+from llmc.ir.ops_recurrent import is_delta
 from llmc.ir.program import Program, Stage
 
 TOKENS = 16  # taken at a time
@@ -40,27 +41,16 @@ def scan(stage: Stage, program: Program, target: object) -> Kernel:
     return LinearAttentionKernel(stage, program, target)
 
 
-class LinearAttentionKernel:
-    """A stage whose op is linear_attention or slot_linear_attention; elementwise functions of
-    operands and movement may come before it."""
+class LinearAttentionKernel(LinearAttentionStage):
+    """vectors: of a row of a slice, `width` columns together; rows: of a block in registers."""
 
     def __init__(self, stage: Stage, program: Program, target: object):
-        self.stage, self.program = stage, program
-        self.node, self.results = recurrent_op(stage, program)
-        self.state, self.query, self.key, self.value = self.node.inputs[:4]
-        self.decay, self.beta = gates(self.node)
-        self.sequences = sequences_of(self.node)
-        _, self.heads, self.size, self.columns = (
-            size if isinstance(size, int) else 0 for size in self.state.shape)
-        self.query_heads: int = self.query.shape[-2]  # type: ignore[assignment]
-        self.key_heads: int = self.key.shape[-2]  # type: ignore[assignment]
-        self.group = max(1, self.query_heads // self.heads)  # query heads of a state's head
-        self.lanes = lanes = program.capabilities.vector_lanes
+        lanes = program.capabilities.vector_lanes
+        super().__init__(stage, program, lanes)
         self.vectors = 2 if self.columns % (2 * lanes) == 0 else 1
         self.width = self.vectors * lanes
         self.slices = -(-self.columns // self.width)
         self.rows = 4 if lanes == 8 else 8  # AVX2 has 16 registers, others 32
-        self.per_key = self.decay is not None and self.decay.rank == self.value.rank
         sizes = [self.size * self.width, TOKENS * self.size, TOKENS * self.group * self.size,
                  TOKENS * self.width, TOKENS * (self.size if self.per_key else 1), TOKENS,
                  TOKENS * self.group * self.width]
@@ -77,20 +67,10 @@ class LinearAttentionKernel:
         """Nothing is shared by a worker's tiles."""
 
     def tile(self, e: Emitter, frame: Frame, worker: Worker, tile: ir.Value) -> None:
-        """One slice of a head, for all tokens of a sequence. Sequences vary fastest: each worker
-        gets its share of the long ones."""
-        x = self.expression(e, frame)
-        count, number = x.dim(self.sequences.count), x.index(tile)
-        part = self.sequences.part(x, number % count)
-        head, piece = (x.emit_index(index) for index in (
-            number // count // self.slices, number // count % self.slices))
+        """One slice of a head, for all tokens of a sequence."""
+        part, head, piece = self.place(self.expression(e, frame), tile, self.slices)
         with e.b.if_then(e.b.icmp_signed("<", part.start, part.stop)):
             _Tile(self, e, frame, worker, part, head, piece).emit()
-
-    def expression(self, e: Emitter, frame: Frame) -> Expression:
-        """The operands at any index."""
-        sources = operand_sources(self.stage.body, self.stage.operands, self.program.buffers)
-        return Expression(e, frame, sources, self.lanes)
 
 
 class _Tile:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import llvmlite.ir as ir
 
 from llmc.codegen.elementwise import ELEMENTWISE
-from llmc.codegen.expr import Expression, operand_sources
-from llmc.codegen.host.sequences import PackedSequences, Part, integer, recurrent_op
+from llmc.codegen.expr import Expression
+from llmc.codegen.host.recurrent import ConvStage
+from llmc.codegen.host.sequences import Part, integer
 from llmc.codegen.llvm import f32 as number
 from llmc.codegen.llvm import i64
 from llmc.codegen.nvptx.kernel import DeviceEmitter, DeviceFrame
@@ -22,28 +23,16 @@ from llmc.ir.program import Program, Stage
 THREADS = 256
 
 
-class ConvKernel:
-    """A stage whose op is slot_conv; elementwise functions and movement may come before it."""
+class ConvKernel(ConvStage):
+    """Two launches, of which a stage may need one."""
 
     threads = THREADS
     shared_bytes = 0
 
     def __init__(self, stage: Stage, program: Program, target: object):
-        self.stage, self.program = stage, program
-        self.node, self.results = recurrent_op(stage, program)
-        self.state, self.x, self.weight = self.node.inputs[:3]
-        self.sequence = self.node.inputs[6]
-        self.bias = self.node.inputs[7] if len(self.node.inputs) > 7 else None
-        self.sequences = PackedSequences(*self.node.inputs[3:6])
-        self.taps: int = self.weight.shape[1]  # type: ignore[assignment]
-        self.channels: Dim = self.x.shape[1]
+        super().__init__(stage, program, lanes=1)
         parts = {0: _Results(self), 1: _NewState(self)}
         self.launches = [parts[index] for index in sorted(self.results)]
-
-    def expression(self, e: DeviceEmitter, frame: DeviceFrame) -> Expression:
-        """The operands at any index."""
-        sources = operand_sources(self.stage.body, self.stage.operands, self.program.buffers)
-        return Expression(e, frame, sources, 1)
 
     def token(self, x: Expression, part: Part, source: ir.Value, channel: ir.Value) -> ir.Value:
         """A channel of a token, or what the state has of it if it came before this step."""

@@ -15,14 +15,14 @@ from collections.abc import Callable
 import llvmlite.ir as ir
 
 from llmc.codegen import math
-from llmc.codegen.expr import Expression, operand_sources
-from llmc.codegen.host.sequences import Part, recurrent_op, sequences_of, shared_heads
+from llmc.codegen.host.recurrent import LinearAttentionStage
+from llmc.codegen.host.sequences import Part, recurrent_op, shared_heads
 from llmc.codegen.llvm import F32, f32, i64, vector
 from llmc.codegen.nvptx.conv import ConvKernel
 from llmc.codegen.nvptx.kernel import WARP, DeviceEmitter, DeviceFrame
 from llmc.ir.dims import Dim, maximum
 from llmc.ir.graph import Node
-from llmc.ir.ops_recurrent import gates, is_delta
+from llmc.ir.ops_recurrent import is_delta
 from llmc.ir.program import Program, Stage, unsupported
 
 THREADS = 128
@@ -41,28 +41,15 @@ def scan(stage: Stage, program: Program, target: object) -> LinearAttentionKerne
     return LinearAttentionKernel(stage, program, target)
 
 
-class LinearAttentionKernel:
-    """A stage whose op is linear_attention or slot_linear_attention; elementwise functions of
-    operands and movement may come before it.
-
-    splits: threads of a column; rows: of a thread, some past the end where the keys' size is odd;
-    width: columns of a block; tokens: taken at a time.
-    """
+class LinearAttentionKernel(LinearAttentionStage):
+    """splits: threads of a column; rows: of a thread, some past the end where the keys' size is
+    odd; width: columns of a block; tokens: taken at a time."""
 
     threads = THREADS
     shared_bytes = 0
 
     def __init__(self, stage: Stage, program: Program, target: object):
-        self.stage, self.program = stage, program
-        self.node, self.results = recurrent_op(stage, program)
-        self.state, self.query, self.key, self.value = self.node.inputs[:4]
-        self.decay, self.beta = gates(self.node)
-        self.sequences = sequences_of(self.node)
-        _, self.heads, self.size, self.columns = (
-            size if isinstance(size, int) else 0 for size in self.state.shape)
-        self.query_heads: int = self.query.shape[-2]  # type: ignore[assignment]
-        self.key_heads: int = self.key.shape[-2]  # type: ignore[assignment]
-        self.group = max(1, self.query_heads // self.heads)
+        super().__init__(stage, program, lanes=1)
         self.splits = QUAD
         while self.splits < WARP and -(-self.size // self.splits) > MOST_ROWS:
             self.splits *= 2
@@ -71,7 +58,6 @@ class LinearAttentionKernel:
             raise unsupported(stage, f"keys of {self.size} elements are too large")
         self.width = THREADS // self.splits
         self.slices = -(-self.columns // self.width)
-        self.per_key = self.decay is not None and self.decay.rank == self.value.rank
         # Parts of a row that different threads read begin in different banks.
         self.row_stride = self.splits * (self.rows + QUAD)
         floats = self.row_stride * (1 + self.group + self.per_key) + self.width + 2
@@ -83,20 +69,11 @@ class LinearAttentionKernel:
 
     def emit(self, e: DeviceEmitter, frame: DeviceFrame) -> None:
         """One slice of a head, for all tokens of a sequence."""
-        x = self.expression(e, frame)
-        count, number = x.dim(self.sequences.count), x.index(e.block)
-        part = self.sequences.part(x, number % count)
-        head, piece = (x.emit_index(index) for index in (
-            number // count // self.slices, number // count % self.slices))
+        part, head, piece = self.place(self.expression(e, frame), e.block, self.slices)
         exists = e.b.icmp_signed("<", e.block, e.b.mul(
             frame.dim(self.sequences.count), i64(self.heads * self.slices)))
         with e.b.if_then(e.b.and_(exists, e.b.icmp_signed("<", part.start, part.stop))):
             _Slice(self, e, frame, part, head, piece).emit()
-
-    def expression(self, e: DeviceEmitter, frame: DeviceFrame) -> Expression:
-        """The operands at any index."""
-        sources = operand_sources(self.stage.body, self.stage.operands, self.program.buffers)
-        return Expression(e, frame, sources, 1)
 
 
 class _Slice:
