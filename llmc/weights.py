@@ -23,6 +23,7 @@ from llmc.ir.program import Buffer, Program, Weight
 from llmc.passes.names import result_name
 from llmc.quantizer import QuantizedMatrix, Quantizer
 from llmc.runtime.artifact import ALIGNMENT, QuantizedInfo, WeightInfo
+from llmc.runtime.memory import HUGE_PAGE
 from llmc.runtime.progress import Progress
 
 Names = tuple[tuple[str, str], ...]  # parameter in an expression -> in the model's files
@@ -36,7 +37,11 @@ def place(size: int, count: int) -> int:
 
 class WeightFile:
     """Appends packed weights to a file, aligned and hashed. A thread of its own writes, so that
-    writing one tensor and packing the next overlap."""
+    writing one tensor and packing the next overlap.
+
+    It writes whole huge pages: where the system's page cache can hold such, weights are mapped by
+    them, and streamed without waiting for the tables of small ones.
+    """
 
     def __init__(self, file):
         self.file = file
@@ -44,6 +49,7 @@ class WeightFile:
         self.hash = hashlib.sha256()
         self._writer = ThreadPoolExecutor(1)
         self._pending: Future | None = None
+        self._rest = bytearray()  # of a huge page that is not full yet
 
     def append(self, packed: np.ndarray) -> int:
         """Write raw bytes; returns their offset. At most one tensor waits."""
@@ -55,9 +61,16 @@ class WeightFile:
         return offset
 
     def _write(self, padding: bytes, packed: np.ndarray) -> None:
-        for part in (padding, packed.data):
-            self.file.write(part)
+        for part in (memoryview(padding), memoryview(packed.reshape(-1).view(np.uint8))):
             self.hash.update(part)
+            room = -len(self._rest) % HUGE_PAGE
+            self._rest += part[:room]
+            if len(self._rest) == HUGE_PAGE:
+                self.file.write(self._rest)
+                self._rest = bytearray()
+            whole = max(0, len(part) - room) // HUGE_PAGE * HUGE_PAGE
+            self.file.write(part[room:room + whole])
+            self._rest += part[room + whole:]
 
     def flush(self) -> None:
         """Wait for what was appended; raises its OSError."""
@@ -68,6 +81,7 @@ class WeightFile:
     def close(self) -> str:
         """Finish; the contents' SHA-256."""
         self.flush()
+        self.file.write(self._rest)
         self._writer.shutdown()
         return self.hash.hexdigest()
 
@@ -134,8 +148,9 @@ class WeightMaker:
             for node in weight.expression.nodes():
                 if node.op == "quantize":
                     self._quantizer = self._quantizer or Quantizer(self._threads)
-                    source = f32 if len(node.inputs) > 1 else node.inputs[0].dtype
-                    self._quantizer.prepare(source, node["dtype"], node["group"])
+                    calibrated = len(node.inputs) > 1
+                    source = f32 if calibrated else node.inputs[0].dtype
+                    self._quantizer.prepare(source, node["dtype"], node["group"], calibrated)
 
     def packed(self, expression: Graph, names: Names, layout: Layout) -> np.ndarray:
         """One copy of a weight as raw bytes in its layout."""
