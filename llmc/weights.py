@@ -23,9 +23,9 @@ from llmc.ir.program import Buffer, Program, Weight
 from llmc.passes.names import result_name
 from llmc.quantizer import QuantizedMatrix, Quantizer
 from llmc.runtime.artifact import ALIGNMENT, QuantizedInfo, WeightInfo
-from llmc.runtime.memory import HUGE_PAGE
 from llmc.runtime.progress import Progress
 
+HUGE_PAGE = 2 << 20  # bytes, of x86-64 and of AArch64 with small pages of 4 KiB
 Names = tuple[tuple[str, str], ...]  # parameter in an expression -> in the model's files
 
 
@@ -148,9 +148,8 @@ class WeightMaker:
             for node in weight.expression.nodes():
                 if node.op == "quantize":
                     self._quantizer = self._quantizer or Quantizer(self._threads)
-                    calibrated = len(node.inputs) > 1
-                    source = f32 if calibrated else node.inputs[0].dtype
-                    self._quantizer.prepare(source, node["dtype"], node["group"], calibrated)
+                    source = f32 if len(node.inputs) > 1 else node.inputs[0].dtype
+                    self._quantizer.prepare(source, node["dtype"], node["group"])
 
     def packed(self, expression: Graph, names: Names, layout: Layout) -> np.ndarray:
         """One copy of a weight as raw bytes in its layout."""
