@@ -199,12 +199,11 @@ def _clamp(e: Emitter, dtype: DType, x: ir.Value, low: ir.Value, high: ir.Value)
 
 def gelu(e: Emitter, x: ir.Value, approximate: str) -> ir.Value:
     """x times the normal distribution function of x, exact or by tanh."""
-    if approximate == "tanh":
-        cube = e.b.fmul(e.b.fmul(x, x), x)
-        inner = e.fma(cube, _number(x, 0.044715), x)
-        bend = math.tanh(e, e.b.fmul(inner, _number(x, 0.7978845608028654)))
-    else:
-        bend = math.erf(e, e.b.fmul(x, _number(x, 0.7071067811865476)))
+    if approximate != "tanh":
+        return math.gelu(e, x)
+    cube = e.b.fmul(e.b.fmul(x, x), x)
+    inner = e.fma(cube, _number(x, 0.044715), x)
+    bend = math.tanh(e, e.b.fmul(inner, _number(x, 0.7978845608028654)))
     half = e.b.fmul(x, _number(x, 0.5))
     return e.fma(half, bend, half)
 

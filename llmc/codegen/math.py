@@ -1,4 +1,5 @@
-"""Elementary functions on f32 and f64 scalars and vectors, as branch-free polynomial code.
+"""Elementary functions on f32 and f64 scalars and vectors, as polynomial code; only sines of huge
+angles branch.
 
 Every function takes an Emitter and values of one type (`float`, `double`, or a vector of them) and
 returns a value of that type. No library call is made, so the code vectorises on the host and
@@ -16,7 +17,19 @@ from dataclasses import dataclass
 
 import llvmlite.ir as ir
 
-from llmc.codegen.llvm import F32, F64, I32, I64, Emitter, like, splat_constant
+from llmc.codegen.angles import HALF_PI, reduce_angle
+from llmc.codegen.llvm import (
+    F32,
+    F64,
+    I1,
+    I32,
+    I64,
+    Emitter,
+    define,
+    lanes_of,
+    like,
+    splat_constant,
+)
 
 
 @dataclass(frozen=True)
@@ -65,12 +78,20 @@ _DOUBLE = _Format(
 # 2^r = 1 + r * (...), |r| <= 1/2: enough for results that are rounded or summed in f32.
 _EXP2 = (0.69314718246, 0.24022647738, 0.05550332367, 9.6184368777e-3, 1.3398875017e-3,
          1.5353361960e-4)
+# The same to 1.1e-4 of 2^r: enough for results that are rounded to bf16.
+_EXP2_COARSE = (0.69328290, 0.24221097, 0.05500892)
 
 # erf(x) = 1 - exp(-t - t * tail(t)) from 475/512 on, x + x * near(x^2) below.
 _ERF_NEAR = (1.28379166e-1, -3.76125336e-1, 1.12819925e-1, -2.67681349e-2, 4.99119423e-3,
              -5.96761703e-4)
 _ERF_TAIL = (-1.28717512e-1, -6.34846687e-1, -1.06777877e-1, 2.42546219e-2, -3.88396438e-3,
              3.83197126e-4, -1.72853470e-5)
+
+# log2 of erfc(t / sqrt(2)), up to t = 6.
+_NORMAL = (-1.151112675666809, -0.45914146304130554, -0.05269092321395874, 7.321406155824661e-3,
+           -3.0959417927078903e-4, -1.2873786909040064e-4, 3.207960253348574e-5,
+           -3.2502061912964564e-6, 1.294347669045237e-7)
+_NORMAL_END = 6.0
 
 # f64: erf(x) = x * T(x^2) / U(x^2) below 1, 1 - exp(-x^2) * P(x) / Q(x) above (Cephes).
 _ERF_T = (5.55923013010394962768e4, 7.00332514112805075473e3, 2.23200534594684319226e3,
@@ -85,7 +106,9 @@ _ERF_Q = (5.57535340817727675546e2, 1.65666309194161350182e3, 2.2463376081871098
           8.67072140885989742329e1, 1.32281951154744992508e1, 1.0)
 
 # pi / 2 in three parts of 53 bits each.
-_HALF_PI = (1.5707963267948966, 6.123233995736766e-17, -1.4973849048591833e-33)
+_HALF_PI = (*HALF_PI, -1.4973849048591833e-33)
+FAR = 2.0**45  # from here on a product cannot tell the quarter turns: rounded, it is off by some
+FAR_SINE = "llmc_far_sine"
 
 
 def _element(x: ir.Value) -> ir.Type:
@@ -230,15 +253,16 @@ def exp(e: Emitter, x: ir.Value) -> ir.Value:
     return e.b.fmul(y, _power_of_two(e, e.b.sub(n, half), x.type, f))
 
 
-def exp2_nonpositive(e: Emitter, x: ir.Value) -> ir.Value:
-    """2^x for f32 x <= 0, max 2 ulp; 0 below -126 (and for -inf), NaN for NaN.
+def exp2_nonpositive(e: Emitter, x: ir.Value, coarse: bool = False) -> ir.Value:
+    """2^x for f32 x <= 0, max 2 ulp; 0 below -126 (and for -inf), NaN for NaN. coarse: to 1.1e-4
+    of the result (an eighteenth of bf16's last place).
 
     The cheap form for softmax, whose arguments have their maximum subtracted.
     """
     clamped = _clamp(e, x, -127.0, None)
     n, integer = _round_small(e, clamped)
     r = e.b.fsub(clamped, n)
-    y = _polynomial(e, r, (1.0, *_EXP2))
+    y = _polynomial(e, r, (1.0, *(_EXP2_COARSE if coarse else _EXP2)))
     # n = -127 gives the bits of +0.
     return e.b.fmul(y, _power_of_two(e, integer, x.type, _SINGLE))
 
@@ -373,6 +397,23 @@ def erf(e: Emitter, x: ir.Value) -> ir.Value:
     return e.b.select(is_near, near, far)
 
 
+def gelu(e: Emitter, x: ir.Value) -> ir.Value:
+    """x times the normal distribution function of x; of f32 to 4e-7 and, above -3, 2e-6 of the
+    result; zero below -6.
+
+    The function of -|x| is 2^P(|x|): one polynomial and one power of 2 for all x.
+    """
+    if _element(x) == F64:
+        half = e.b.fmul(x, _constant(x, 0.5))
+        return e.fma(half, erf(e, e.b.fmul(x, _constant(x, math.sqrt(0.5)))), half)
+    t = absolute(e, x)
+    power = e.fma(_polynomial(e, t, _NORMAL), t, _constant(x, -1.0))
+    beyond = e.b.fcmp_ordered(">", t, _constant(x, _NORMAL_END))
+    below = exp2_nonpositive(e, e.b.select(beyond, _constant(x, -math.inf), power))
+    negative = e.b.fcmp_ordered("<", x, _constant(x, 0.0))
+    return e.b.fmul(x, e.b.select(negative, below, e.b.fsub(_constant(x, 1.0), below)))
+
+
 def _erf_double(e: Emitter, x: ir.Value) -> ir.Value:
     magnitude = absolute(e, x)
     t = _clamp(e, magnitude, None, 6.0)
@@ -388,43 +429,47 @@ def _erf_double(e: Emitter, x: ir.Value) -> ir.Value:
 
 
 def sin(e: Emitter, x: ir.Value) -> ir.Value:
-    """Sine, max 2 ulp (f32 up to |x| = 1e6 and far beyond; f64 up to 1e6); NaN from 2^51 on."""
+    """Sine, max 2 ulp (f32 and f64)."""
     sine, cosine, quadrant = _sine_and_cosine(e, x)
     y = _by_quadrant(e, quadrant, sine, cosine)
-    return e.b.select(e.b.fcmp_ordered("==", x, _constant(x, 0.0)), x, y)  # keeps -0.0
+    y = e.b.select(e.b.fcmp_ordered("==", x, _constant(x, 0.0)), x, y)  # keeps -0.0
+    return _or_far(e, x, y, 0)
 
 
 def cos(e: Emitter, x: ir.Value) -> ir.Value:
-    """Cosine, max 2 ulp (f32 up to |x| = 1e6 and far beyond; f64 up to 1e6); NaN from 2^51 on."""
+    """Cosine, max 2 ulp (f32 and f64)."""
     sine, cosine, quadrant = _sine_and_cosine(e, x)
     next_quadrant = e.b.add(quadrant, splat_constant(quadrant.type, 1))
-    return _by_quadrant(e, next_quadrant, sine, cosine)
+    return _or_far(e, x, _by_quadrant(e, next_quadrant, sine, cosine), 1)
 
 
 def _sine_and_cosine(e: Emitter, x: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """(sin r, cos r, n) with x = n pi / 2 + r, |r| <= pi / 4.
+    """(sin r, cos r, n) with x = n pi / 2 + r, |r| <= pi / 4; anything where |x| is FAR or more.
 
     The reduction is done in f64 also for f32: fma makes n times the leading part exact, as long as
-    n is; from 2^51 on x becomes NaN.
+    n is.
     """
-    f = _format(x)
     single = _element(x) == F32
-    far = e.b.fcmp_ordered(">=", absolute(e, x), _constant(x, 2.0**51))
-    x = e.b.select(far, _constant(x, math.nan), x)
     wide = e.b.fpext(x, like(x, F64)) if single else x
     n, quadrant = _round_small(e, e.b.fmul(wide, _constant(wide, 2 / math.pi)))
     r = wide
     for part in _HALF_PI[: 2 if single else 3]:
         r = e.fma(n, _constant(wide, -part), r)
     r = e.b.fptrunc(r, x.type) if single else r
+    sine, cosine = _near_zero(e, r)
+    return sine, cosine, e.b.trunc(quadrant, like(x, I32)) if single else quadrant
+
+
+def _near_zero(e: Emitter, r: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """(sin r, cos r) for |r| <= pi / 4."""
+    f = _format(r)
     z = e.b.fmul(r, r)
     sine = e.fma(e.b.fmul(r, z), _polynomial(e, z, f.sin), r)
-    half = e.b.fmul(z, _constant(x, 0.5))
-    one = _constant(x, 1.0)
+    half = e.b.fmul(z, _constant(r, 0.5))
+    one = _constant(r, 1.0)
     head = e.b.fsub(one, half)
     lost = e.b.fsub(e.b.fsub(one, head), half)
-    cosine = e.b.fadd(head, e.fma(e.b.fmul(z, z), _polynomial(e, z, f.cos), lost))
-    return sine, cosine, e.b.trunc(quadrant, like(x, I32)) if single else quadrant
+    return sine, e.b.fadd(head, e.fma(e.b.fmul(z, z), _polynomial(e, z, f.cos), lost))
 
 
 def _by_quadrant(e: Emitter, quadrant: ir.Value, sine: ir.Value, cosine: ir.Value) -> ir.Value:
@@ -434,6 +479,50 @@ def _by_quadrant(e: Emitter, quadrant: ir.Value, sine: ir.Value, cosine: ir.Valu
 
     y = e.b.select(bit(1), cosine, sine)
     return e.b.select(bit(2), e.b.fneg(y), y)
+
+
+def _or_far(e: Emitter, x: ir.Value, y: ir.Value, quarter: int) -> ir.Value:
+    """y, but sin(x + quarter pi / 2) where |x| is FAR or more: in a branch that is hardly ever
+    taken, one lane after the other."""
+    far = e.b.fcmp_ordered(">=", absolute(e, x), _constant(x, FAR))
+    before, lanes = e.b.block, lanes_of(x)
+    some = far if lanes == 1 else e.call(f"llvm.vector.reduce.or.v{lanes}i1", I1, far)
+    with e.b.if_then(some, likely=False):
+        if lanes == 1:
+            z = _far_sine(e, x, quarter)
+        else:
+            with e.fold(0, lanes, [y], name="lane") as (lane, (values,), finish):
+                one = _far_sine(e, e.b.extract_element(x, lane), quarter)
+                finish([e.b.insert_element(values, one, lane)])
+            z = e.b.select(far, finish.results[0], y)
+        after = e.b.block
+    result = e.b.phi(y.type)
+    result.add_incoming(y, before)
+    result.add_incoming(z, after)
+    return result
+
+
+def _far_sine(e: Emitter, x: ir.Value, quarter: int) -> ir.Value:
+    """A call of the module's function for one large angle, in f64."""
+    if x.type == F32:
+        return e.b.fptrunc(_far_sine(e, e.b.fpext(x, F64), quarter), F32)
+    if FAR_SINE not in e.module.globals:
+        _define_far_sine(e.module)
+    return e.b.call(e.module.globals[FAR_SINE], [x, I64(quarter)])
+
+
+def _define_far_sine(module: ir.Module) -> None:
+    """f64 (x, quarter): sin(x + quarter pi / 2) for |x| of FAR or more (NaN if infinite), anything
+    for others."""
+    function, e = define(module, FAR_SINE, F64, [F64, I64])
+    x, quarter = function.args
+    magnitude = absolute(e, x)
+    is_far = e.b.fcmp_ordered(">=", magnitude, F64(FAR))
+    # Lanes beside a large angle come here too, and must not read before the table.
+    r, n = reduce_angle(e, e.b.select(is_far, x, F64(FAR)))
+    y = _by_quadrant(e, e.b.add(n, quarter), *_near_zero(e, r))
+    is_finite = e.b.fcmp_ordered("<", magnitude, F64(math.inf))
+    e.b.ret(e.b.select(is_finite, y, F64(math.nan)))
 
 
 # ---- remainders ---------------------------------------------------------------------------------

@@ -168,6 +168,24 @@ def test_exp2_nonpositive(functions):
     np.testing.assert_array_equal(functions(codegen_math.exp2_nonpositive, edge), want)
 
 
+def test_exp2_nonpositive_for_bf16(functions):
+    x = -np.random.default_rng(1).uniform(0, 126, 100_000).astype(np.float32)
+    want = np.exp2(x.astype(np.float64))
+    got = functions(lambda e, x: codegen_math.exp2_nonpositive(e, x, coarse=True), x)
+    assert (np.abs(got - want) < 1.1e-4 * want).all()
+
+
+def test_gelu(functions):
+    x = np.random.default_rng(2).uniform(-7, 7, 200_000).astype(np.float32)
+    want = x * 0.5 * (1 + erf(x.astype(np.float64) / math.sqrt(2)))
+    error = np.abs(functions(codegen_math.gelu, x) - want)
+    assert error.max() < 4e-7
+    assert (error[x > -3] <= 2e-6 * np.abs(want[x > -3])).all()
+    edge = np.array([0.0, -0.0, 1e30, np.inf, -1e30, np.nan], np.float32)
+    want = np.array([0, -0.0, 1e30, np.inf, -0.0, np.nan], np.float32)
+    np.testing.assert_array_equal(functions(codegen_math.gelu, edge), want)
+
+
 SPECIAL_PAIRS = [0.0, -0.0, 0.5, -0.5, 1.0, -1.0, 2.0, -2.0, 3.0, -3.0, 2.5, 1e10, -1e10,
                  math.inf, -math.inf, math.nan]
 

@@ -28,7 +28,6 @@ from llmc.ir.dtypes import f32 as single
 from llmc.ir.dtypes import i64 as long
 
 CACHE_LINE = 64
-BLOCK_ROWS = 6  # height of the blocks that matrix products are made of
 UNIT = 32  # columns that a number of columns found at run time is a multiple of
 WIDEST = 64  # columns of a block, at most
 
@@ -180,9 +179,11 @@ class Multiplier:
 
     def heights(self, rows: Rows) -> tuple[int, ...]:
         """Block heights to try, largest first; few, known rows get the height that divides best."""
-        if isinstance(rows, int) and rows % BLOCK_ROWS:
+        if isinstance(rows, int) and rows % 6:
             return (4, 3, 2, 1) if rows % 4 in (0, 3) else (3, 2, 1)
-        return (BLOCK_ROWS, 3, 2, 1)
+        if isinstance(rows, int) or self.registers == 16:
+            return (6, 3, 2, 1)
+        return (12, 4, 2, 1)
 
     def vectors(self, height: int, available: int) -> int:
         """Width of a block of that height, in vectors."""

@@ -15,7 +15,6 @@ import llvmlite.ir as ir
 
 from llmc.codegen.elements import memory_type
 from llmc.codegen.host.attention_blocks import (
-    BLOCK_ROWS,
     Matrix,
     Pairs,
     add,
@@ -39,7 +38,8 @@ from llmc.ir.ops import PAGE
 from llmc.ir.program import Buffer, Program, Stage, unsupported
 from llmc.ir.views import View
 
-KEYS = 2 * PAGE  # of a block
+KEYS = 4 * PAGE  # of a block
+ROWS = 96  # of a tile's scores: a block of keys is brought into place for all of them
 
 
 def dim_value(frame: Frame, dim: Dim):
@@ -100,8 +100,8 @@ class Geometry:
 
     @property
     def query_block(self) -> int:
-        unit = BLOCK_ROWS // math.gcd(self.group, BLOCK_ROWS)
-        return max(unit, 48 // self.group // unit * unit)
+        unit = 12 // math.gcd(self.group, 12)  # whole blocks of the products
+        return max(unit, ROWS // self.group // unit * unit)
 
     @property
     def rows(self) -> int:

@@ -166,11 +166,11 @@ class _Tile:
         return tuple(e.b.sub(e.load(e.offset(limit, row, I32), I32), e.b.trunc(start, I32))
                      for limit in (self.first, self.last))
 
-    def _exponential(self, difference) -> ir.Value:
+    def _exponential(self, difference, coarse: bool = False) -> ir.Value:
         if self.kernel.unit == 1.0:
             scale = splat_constant(difference.type, _LOG2_E)
             difference = self.e.b.fmul(difference, scale)
-        return codegen_math.exp2_nonpositive(self.e, difference)
+        return codegen_math.exp2_nonpositive(self.e, difference, coarse)
 
     def _move_on(self, row, old: ir.Value, new: ir.Value, total: ir.Value) -> None:
         """Rescales a row's total and adds to it; its sums are rescaled by the next product."""
@@ -363,7 +363,8 @@ class ManyQueries(_Tile):
             for index in range(UNIT // lanes):
                 place = e.b.add(column, i64(index * lanes))
                 score = self.scores.load(e, row, place, lanes)
-                weight = self._exponential(e.b.fsub(score, e.splat(new, lanes)))
+                weight = self._exponential(e.b.fsub(score, e.splat(new, lanes)),
+                                           coarse=self.kernel.pairs)
                 totals[index] = e.b.fadd(totals[index], weight)
                 for each in scales[1:]:
                     weight = e.b.fmul(weight, each.load(e, 0, place, lanes))
