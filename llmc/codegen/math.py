@@ -491,10 +491,11 @@ def _or_far(e: Emitter, x: ir.Value, y: ir.Value, quarter: int) -> ir.Value:
         if lanes == 1:
             z = _far_sine(e, x, quarter)
         else:
-            with e.fold(0, lanes, [y], name="lane") as (lane, (values,), finish):
+            z = y
+            for lane in map(I32, range(lanes)):
                 one = _far_sine(e, e.b.extract_element(x, lane), quarter)
-                finish([e.b.insert_element(values, one, lane)])
-            z = e.b.select(far, finish.results[0], y)
+                z = e.b.insert_element(z, one, lane)
+            z = e.b.select(far, z, y)
         after = e.b.block
     result = e.b.phi(y.type)
     result.add_incoming(y, before)
@@ -514,7 +515,7 @@ def _far_sine(e: Emitter, x: ir.Value, quarter: int) -> ir.Value:
 def _define_far_sine(module: ir.Module) -> None:
     """f64 (x, quarter): sin(x + quarter pi / 2) for |x| of FAR or more (NaN if infinite), anything
     for others."""
-    function, e = define(module, FAR_SINE, F64, [F64, I64])
+    function, e = define(module, FAR_SINE, F64, [F64, I64], attributes=("noinline",))
     x, quarter = function.args
     magnitude = absolute(e, x)
     is_far = e.b.fcmp_ordered(">=", magnitude, F64(FAR))
