@@ -151,6 +151,25 @@ def test_trigonometry(functions, name, dtype, span):
     assert ulps(functions(getattr(codegen_math, name), x), want) <= 2
 
 
+@pytest.mark.parametrize("name", ["sin", "cos"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["f32", "f64"])
+def test_sines_of_any_angle(functions, name, dtype):
+    """Bit patterns of all sizes, lanes beside each other; where the way to reduce changes; the
+    largest; the double that is nearest to a multiple of pi / 2."""
+    x = everywhere(dtype, 0, 1, count=500_000)
+    random = np.random.default_rng(2)
+    edge = random.uniform(0.99, 1.01, 100_000) * codegen_math.FAR
+    powers = 2.0 ** np.arange(np.finfo(dtype).maxexp)
+    worst = [6381956970095103.0 * 2.0**797] if dtype == np.float64 else []
+    x = np.concatenate([x, *(np.array(each).astype(dtype) for each in (
+        edge, codegen_math.FAR * 2.0 ** random.uniform(-8, 16, 100_000), powers, -powers, worst,
+        [np.finfo(dtype).max, -np.finfo(dtype).max]))])
+    wide = np.float64 if dtype == np.float32 else np.longdouble
+    with np.errstate(all="ignore"):
+        want = getattr(np, name)(x.astype(wide))
+    assert ulps(functions(getattr(codegen_math, name), x), want) <= 2
+
+
 @pytest.mark.parametrize("name", ["exp", "expm1", "log", "tanh", "erf", "sin", "floor", "sign"])
 def test_zeros_keep_their_sign(functions, name):
     x = np.array([0.0, -0.0], np.float32)

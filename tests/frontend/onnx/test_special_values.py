@@ -39,8 +39,6 @@ def arguments(dtype):
 def test_special_values(op, dtype):
     function, bound = FUNCTIONS[op]
     x = arguments(dtype)
-    if op in ("Sin", "Cos", "Tan"):
-        x = x[~(np.abs(x) >= 2.0**51)]
     [got] = onnx_backend.run_node(helper.make_node(op, ["x"], ["y"]), [x], opset_version=22)
     with np.errstate(all="ignore"):
         wide = np.asarray(function(x.astype(np.float64)))
@@ -52,10 +50,3 @@ def test_special_values(op, dtype):
         wrong |= (got == 0) & (np.signbit(got) != np.signbit(expected))
     assert not wrong.any(), [(a, b, c) for a, b, c in zip(
         x[wrong], got[wrong], expected[wrong], strict=True)]
-
-
-@pytest.mark.parametrize("op", ["Sin", "Cos", "Tan"])
-def test_angles_without_digits_are_not_numbers(op):
-    x = np.array([1e16, -1e30, np.inf, -np.inf, np.nan], np.float32)
-    [got] = onnx_backend.run_node(helper.make_node(op, ["x"], ["y"]), [x], opset_version=22)
-    assert np.isnan(got).all()
