@@ -182,7 +182,9 @@ class Target:
 
     @cached_property
     def byte_dot(self) -> str:
-        """`Capabilities.byte_dot`."""
+        """`Capabilities.byte_dot`. Kernels need fused multiply-adds too."""
+        if self.processor == "x86_64" and "vfmadd" not in _assembly(self, _PROBE):
+            return ""
         probe = _assembly(self, _PROBE_BYTES)
         if self.processor == "aarch64":
             return "sdot" if "sdot" in probe else ""

@@ -131,8 +131,8 @@ class CodedRows:
 
     The matmul reads weights of `bits` bits unpacked to bytes that are `offset` more than the codes.
     Below 8 bits, the four bytes of a word belong to the codes that one shift and mask unpack. A
-    sum is that of the group's codes times -offset, what the product starts from; with `plain_sums`
-    times 1, for weights with zeros. A group is padded with zeros to whole 16 codes.
+    sum is what the product starts from: that of the group's codes times -offset, plus `start`; with
+    `plain_sums` times 1, for weights with zeros. A group is padded with zeros to whole 16 codes.
     """
 
     rows: int
@@ -140,6 +140,7 @@ class CodedRows:
     bits: int = 8
     offset: int = 0
     plain_sums: int = 0
+    start: int = 0
 
     @property
     def group_words(self) -> int:

@@ -19,6 +19,8 @@ from llmc.ir.program import Capabilities
 SWAP = (1, 0)
 LARGEST_BLOCK = 128  # of activations: more k to a scale would cost too much precision
 LEAST_BLOCK = 16
+FLOAT_START_VALUE = 1.5 * 2.0**23
+FLOAT_START = 0x4B400000  # its bits as f32: integers that are added to them are added to it
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,15 @@ def takes_codes(matmul: Node, capabilities: Capabilities) -> bool:
 
 
 def coded_rows(matmul: Node, capabilities: Capabilities, rows: int) -> CodedRows:
-    """How the left operand of a matmul that takes codes lies, in blocks of `rows` rows."""
+    """How the left operand of a matmul that takes codes lies, in blocks of `rows` rows.
+
+    Where scales are so short that 1.5 * 2**23 times a scale is exact, integers start from
+    FLOAT_START, and are floats without a conversion.
+    """
     found = quantized(matmul.inputs[1])
     assert found is not None
     codes = found.codes.dtype
+    exact = found.zeros is None and found.scales.dtype.bits == 16
     return CodedRows(rows, matmul["activation_block"], codes.bits,
-                     capabilities.code_offset(codes), int(found.zeros is not None))
+                     capabilities.code_offset(codes), int(found.zeros is not None),
+                     FLOAT_START if exact else 0)

@@ -20,7 +20,7 @@ from llmc.ir.dtypes import dtype, f32
 from llmc.ir.graph import Graph, TensorType
 from llmc.ir.interpret import interpret
 from llmc.ir.ops import make
-from llmc.ir.quantized import Quantized
+from llmc.ir.quantized import FLOAT_START, FLOAT_START_VALUE, Quantized, coded_rows
 from llmc.passes.activation_codes import code_activations
 from llmc.passes.lower import lower
 from llmc.passes.pipeline import optimize
@@ -150,8 +150,9 @@ def test_narrow_types(check, activation, scales):
 @pytest.mark.parametrize("codes", ["i8", "u8", "u4"])
 def test_extremes(check, codes):
     """The largest codes on both sides, all of one sign: no sum of pairs may saturate."""
-    check(graph_of(symbol("m", 1), 256, 16, codes, None, 128), (1, 7), BLOCKED,
-          make_x=lambda x: np.full_like(x, -3.0))
+    for scales in ("f32", "bf16"):
+        check(graph_of(symbol("m", 1), 256, 16, codes, None, 128, scales=scales), (1, 7), BLOCKED,
+              make_x=lambda x: np.full_like(x, -3.0))
     check(graph_of(2, 256, 16, codes, None, 128), (2,), FEW,
           make_x=lambda x: np.where(x > 0, 1e30, -1e30))
     check(graph_of(symbol("m", 1), 64, 16, codes, None, 32), (2,), BLOCKED,
@@ -214,15 +215,36 @@ def inner_loop(text, instruction):
 
 
 @pytest.mark.parametrize("target, instruction, least, most", [
-    ("x86_64:znver3", "vpmaddubsw", 48, 40), ("x86_64:alderlake", "vpdpbusd", 96, 32),
-    ("x86_64:znver5", "vpdpbusd", 192, 40), ("x86_64:emeraldrapids", "vpdpbusd", 192, 40),
-    ("x86_64:skylake-avx512", "vpmaddubsw", 96, 192), ("aarch64:neoverse-n1", "sdot", 192, 96)])
-@pytest.mark.parametrize("codes", ["i4", "i8"])
-def test_inner_loop_is_dot_products_with_few_spills(target, instruction, least, most, codes):
+    ("x86_64:znver3", "vpmaddubsw", 48, 32), ("x86_64:alderlake", "vpdpbusd", 96, 32),
+    ("x86_64:znver5", "vpdpbusd", 96, 0), ("x86_64:emeraldrapids", "vpdpbusd", 96, 0),
+    ("x86_64:skylake-avx512", "vpmaddubsw", 48, 40), ("aarch64:neoverse-n1", "sdot", 96, 12)])
+@pytest.mark.parametrize("codes, group", [("i4", 32), ("i8", 128)])
+def test_inner_loop_is_dot_products_with_few_spills(target, instruction, least, most, codes,
+                                                    group):
     where = Target.parse(target)
     capabilities = where.capabilities()
-    graph = graph_of(symbol("m", 64, 512), 2048, 256, codes, None, 32)
+    graph = graph_of(symbol("m", 64, 512), 2048, 256, codes, None, group, scales="bf16")
     program = lower(optimize(graph, capabilities), capabilities, {"m": (512, 512)})
     loop = inner_loop(generate(program, where).asm(), instruction)
     assert len(re.findall(instruction, loop)) >= least
     assert len(re.findall(r"%rsp|\[sp", loop)) <= most
+    assert not re.search("vcvtdq2ps|scvtf", loop)
+
+
+def test_integers_start_as_floats_where_scales_are_short():
+    capabilities = HOST.capabilities()
+    starts = {}
+    for zeros in (None, "u8"):
+        for scales in ("f32", "f16", "bf16"):
+            product = graph_of(4, 64, 16, "u8", zeros, 32, scales=scales).outputs[0][1]
+            starts[zeros, scales] = coded_rows(product, capabilities, 4).start
+    assert {kind for kind, start in starts.items() if start} == {(None, "f16"), (None, "bf16")}
+    assert np.uint32(FLOAT_START).view(np.float32) == FLOAT_START_VALUE
+
+
+@pytest.mark.parametrize("scales", ["f32", "bf16"])
+@pytest.mark.parametrize("codes", ["i8", "u8", "i4"])
+@pytest.mark.parametrize("k, group", [(1100, 32), (4224, 128), (520, 1040)])
+def test_panels_of_several_pieces(check, scales, codes, k, group):
+    """A piece in the middle, one at the end, and what is behind the last whole block."""
+    check(graph_of(symbol("m", 1), k, 21, codes, None, group, scales=scales), (1, 7, 40), BLOCKED)

@@ -171,7 +171,7 @@ def _rounded(e: Emitter, value: ir.Value, inverse: ir.Value) -> ir.Value:
 def _sum(e: Emitter, codes: list[ir.Value], layout: CodedRows) -> ir.Value:
     factor = 1 if layout.plain_sums else -layout.offset
     if not factor:
-        return i32(0)
+        return i32(layout.start)
     total = None
     for code in codes:
         unused = splat_constant(code.type, 24)
@@ -179,7 +179,8 @@ def _sum(e: Emitter, codes: list[ir.Value], layout: CodedRows) -> ir.Value:
         total = code if total is None else e.b.add(total, code)
     assert total is not None
     count = total.type.count
-    return e.b.mul(e.call(f"llvm.vector.reduce.add.v{count}i32", I32, total), i32(factor))
+    sum_ = e.b.mul(e.call(f"llvm.vector.reduce.add.v{count}i32", I32, total), i32(factor))
+    return e.b.add(sum_, i32(layout.start))
 
 
 def _store_chunk(e: Emitter, codes: list[ir.Value], place: ir.Value, layout: CodedRows) -> None:
