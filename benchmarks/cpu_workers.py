@@ -4,24 +4,32 @@
 
 Prints {"ready": seconds} or {"error": text}, then for each line of JSON on stdin (a job) one line
 {"seconds": ...}. Jobs: {"work": "decode", "context": 128, "tokens": 32}, {"work": "prefill",
-"tokens": 512}, {"work": "encode", "batch": 8, "tokens": 128}, {"work": "matmul", "k": 2048, "n":
-2048, "rows": 4}. Processes stand still between jobs, so that engines can take turns.
+"tokens": 512}, {"work": "encode", "lengths": [128, 7]}, {"work": "matmul", "k": 2048, "n": 2048,
+"rows": 4}, {"work": "memory"} (bytes of this process instead of seconds). Processes stand still
+between jobs, so that engines can take turns.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 
-STREAMED_BYTES = 128 << 20  # of one matmul's weights
-LLMC_DTYPES = {"f32": "f32", "bf16": "bf16"}
+STREAMED_BYTES = 128 << 20  # of one matmul's weights, where reading them is what takes time
+FEW_ROWS = 64
+LEAST_SECONDS = 0.1  # of a sample: shorter jobs are repeated
+MOST_REPEATS = 10
+DRIFT = 256  # tokens by which decoding may move beyond the context that was asked for
+GGUF_TYPES = {"f32": "f32", "bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}
+MOST_CONTEXT = 2048  # tokens, before decoding
 
 
 def timed(work: Callable[[], Any]) -> float:
@@ -30,238 +38,202 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
+def repeated(work: Callable[[], Any]) -> float:
+    """Median seconds of as many calls as make a sample long enough."""
+    taken = [timed(work)]
+    while sum(taken) < LEAST_SECONDS and len(taken) < MOST_REPEATS:
+        taken.append(timed(work))
+    return median(taken)
+
+
 class Worker:
-    """An engine with a model; every method returns seconds."""
+    """An engine with a model; `decode`, `prefill`, `encode` and `matmul` return seconds."""
 
     def __init__(self, options: dict[str, Any]):
         self.options = options
+        self.model_path = Path(options.get("model") or ".")
         self.threads = options["threads"]
         self.dtype = options["dtype"]
         self.random = np.random.default_rng(0)
+        self.context = 0  # tokens that the sequence being decoded was asked to begin with
+        self.length = 0  # tokens that it has
 
     def config(self) -> dict[str, Any]:
-        return json.loads((Path(self.options["model"]) / "config.json").read_text())
+        return json.loads((self.model_path / "config.json").read_text())
 
     def ids(self, *shape: int) -> np.ndarray:
         return self.random.integers(0, self.config()["vocab_size"], shape)
+
+    def dense(self, lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and mask [sequences, longest], i64: for engines without ragged batches."""
+        mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
+        return self.ids(*mask.shape) * mask, mask.astype(np.int64)
+
+    def decode(self, context: int, tokens: int) -> float:
+        """Continue the sequence that is there, while it is about as long as was asked for."""
+        if context != self.context or self.length + tokens > context + DRIFT:
+            self.begin(context)
+            self.context, self.length = context, context
+        self.length += tokens
+        return timed(lambda: self.more(tokens))
+
+    def begin(self, context: int) -> None:
+        """Start the sequence to be decoded: random tokens."""
+        raise NotImplementedError
+
+    def more(self, tokens: int) -> None:
+        """Make so many more tokens of it."""
+        raise NotImplementedError
+
+    def memory(self) -> int:
+        """Bytes of this process that are resident, of what it shares its share."""
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
 
 
 class Llmc(Worker):
     def __init__(self, options: dict[str, Any]):
         super().__init__(options)
-        self.runtime: Any = None
         self.cases: dict[tuple, Any] = {}
-        if options.get("model"):
-            import llmc
+        self.sequence: Any = None
+        if not options.get("model"):
+            return
+        import llmc
 
-            given: dict[str, Any] = {"threads": self.threads}
-            if self.dtype in LLMC_DTYPES:
-                given["dtype"] = LLMC_DTYPES[self.dtype]
-            else:
-                given["quantize"] = self.dtype
-            self.runtime = llmc.Runtime(options["model"], **given)
+        floats = {"f32", "bf16"}
+        given = {"dtype": self.dtype} if self.dtype in floats else {"quantize": self.dtype}
+        self.runtime = llmc.Runtime(options["model"], threads=self.threads, **given)
+
+    def step(self, sequence: Any, ids: np.ndarray) -> np.ndarray:
+        from llmc.runtime.step import Chunk
+
+        return self.runtime.step([Chunk(sequence, ids, 1)])
 
     def prefill(self, tokens: int) -> float:
         from llmc.runtime.pages import Sequence
-        from llmc.runtime.step import Chunk
 
-        sequence = Sequence()
-        ids = self.ids(tokens)
+        sequence, ids = Sequence(), self.ids(tokens)
         try:
-            return timed(lambda: self.runtime.step([Chunk(sequence, ids, 1)]))
+            return timed(lambda: self.step(sequence, ids))
         finally:
             self.runtime.release(sequence)
 
-    def decode(self, context: int, tokens: int) -> float:
+    def begin(self, context: int) -> None:
         from llmc.runtime.pages import Sequence
-        from llmc.runtime.step import Chunk
 
-        sequence = Sequence()
-        logits = self.runtime.step([Chunk(sequence, self.ids(context), 1)])
+        if self.sequence is not None:
+            self.runtime.release(self.sequence)
+        self.sequence = Sequence()
+        self.token = int(self.step(self.sequence, self.ids(context)).argmax())
 
-        def steps() -> None:
-            last = logits
-            for _ in range(tokens):
-                last = self.runtime.step([Chunk(sequence, last.argmax(1), 1)])
+    def more(self, tokens: int) -> None:
+        """As `Runtime.generate` does it."""
+        from llmc.runtime.decode import Start
+        from llmc.runtime.sampling import Sampling
 
-        try:
-            return timed(steps)
-        finally:
-            self.runtime.release(sequence)
+        start = Start(self.token, self.sequence.length, Sampling())
+        ahead = self.runtime.decode_ahead([self.sequence], [start], tokens)
+        for chosen in ahead or ():
+            self.token = int(chosen[0])
 
-    def encode(self, batch: int, tokens: int) -> float:
-        sentences = list(self.ids(batch, tokens))
-        return timed(lambda: self.runtime.run(sentences))
+    def encode(self, lengths: list[int]) -> float:
+        sentences = [self.ids(length) for length in lengths]
+        return repeated(lambda: self.runtime.run(sentences))
 
     def matmul(self, k: int, n: int, rows: int) -> float:
         import bench_matmul
 
-        case = (k, n, rows > 4)
+        case = (k, n, rows > 4, rows > FEW_ROWS)
         if case not in self.cases:
-            bench_matmul.STREAMED_BYTES = STREAMED_BYTES
+            bench_matmul.STREAMED_BYTES = STREAMED_BYTES if rows <= FEW_ROWS else 0
             self.cases[case] = bench_matmul.Runner(
                 bench_matmul.Case("s", k, n, 1, self.dtype, rows > 4), self.threads)
         runner = self.cases[case]
-        return runner.seconds(rows) / runner.copies
+        return repeated(lambda: runner.seconds(rows)) / runner.copies
 
 
-class Torch(Worker):
-    """transformers on torch, eager; weights of matmuls packed by oneDNN."""
+class ThreadpoolParameters(ctypes.Structure):
+    """ggml_threadpool_params of ggml.h."""
+
+    _fields_ = (("cpumask", ctypes.c_bool * 512), ("n_threads", ctypes.c_int),
+                ("priority", ctypes.c_int), ("poll", ctypes.c_uint32),
+                ("strict_cpu", ctypes.c_bool), ("paused", ctypes.c_bool))
+
+
+class LlamaCpp(Worker):
+    """llama.cpp by its Python package, llama_cpp: the calls of llama-bench, in one process."""
 
     def __init__(self, options: dict[str, Any]):
         super().__init__(options)
-        import torch
+        if not options.get("model") or self.config()["model_type"] == "bert":
+            raise RuntimeError("runs language models only")
+        import llama_cpp
 
-        torch.set_num_threads(self.threads)
-        torch.set_grad_enabled(False)
-        self.torch = torch
-        self.kind = {"f32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
-        self.packed: dict[tuple, list] = {}
-        self.model: Any = None
-        if options.get("model"):
-            from transformers import AutoModel, AutoModelForCausalLM
+        self.library = llama_cpp
+        llama_cpp.llama_backend_init()
+        self.model = llama_cpp.llama_model_load_from_file(
+            str(self.file()).encode(), llama_cpp.llama_model_default_params())
+        settings = llama_cpp.llama_context_default_params()
+        settings.n_ctx = MOST_CONTEXT + 2 * DRIFT
+        settings.n_batch = MOST_CONTEXT
+        settings.n_threads = settings.n_threads_batch = self.threads
+        self.state = llama_cpp.llama_init_from_model(self.model, settings)
+        self.keep_threads()
+        self.feed(self.ids(2))
 
-            kind = AutoModel if self.config()["model_type"] == "bert" else AutoModelForCausalLM
-            self.model = kind.from_pretrained(options["model"], dtype=self.kind).eval()
+    def keep_threads(self) -> None:
+        """Threads that outlast a step: without OpenMP there are new ones in each."""
+        base = self.library.llama_cpp._lib
+        folder = Path(base._name).parent
+        cpu = ctypes.CDLL(str(folder / "libggml-cpu.so"))
+        cpu.ggml_threadpool_new.restype = ctypes.c_void_p
+        wanted = ThreadpoolParameters()
+        ctypes.CDLL(str(folder / "libggml-base.so")).ggml_threadpool_params_init(
+            ctypes.byref(wanted), ctypes.c_int(self.threads))
+        self.pool = ctypes.c_void_p(cpu.ggml_threadpool_new(ctypes.byref(wanted)))
+        base.llama_attach_threadpool(ctypes.c_void_p(self.state), self.pool, None)
 
-    def tensor(self, *shape: int) -> Any:
-        return self.torch.from_numpy(self.ids(*shape))
+    def file(self) -> Path:
+        path = self.model_path / f"{self.dtype}.gguf"
+        if not path.exists():
+            from make_gguf import make_gguf
+
+            make_gguf(self.model_path, path, GGUF_TYPES[self.dtype])
+        return path
+
+    def feed(self, ids: np.ndarray) -> None:
+        tokens = (self.library.llama_token * len(ids))(*ids.tolist())
+        status = self.library.llama_decode(
+            self.state, self.library.llama_batch_get_one(tokens, len(ids)))
+        if status:
+            raise RuntimeError(f"llama_decode returned {status}")
+        self.library.llama_synchronize(self.state)
+
+    def clear(self) -> None:
+        self.library.llama_memory_clear(self.library.llama_get_memory(self.state), False)
 
     def prefill(self, tokens: int) -> float:
-        ids = self.tensor(1, tokens)
-        return timed(lambda: self.model(ids, use_cache=True, logits_to_keep=1))
+        self.clear()
+        self.context = 0
+        ids = self.ids(tokens)
+        return timed(lambda: self.feed(ids))
 
-    def decode(self, context: int, tokens: int) -> float:
-        state = self.model(self.tensor(1, context), use_cache=True, logits_to_keep=1)
+    def begin(self, context: int) -> None:
+        self.clear()
+        self.feed(self.ids(context))
 
-        def steps() -> None:
-            last = state
-            for _ in range(tokens):
-                chosen = last.logits[:, -1:].argmax(-1)
-                last = self.model(chosen, past_key_values=last.past_key_values, use_cache=True)
-
-        return timed(steps)
-
-    def encode(self, batch: int, tokens: int) -> float:
-        ids = self.tensor(batch, tokens)
-        return timed(lambda: self.model(ids))
-
-    def matmul(self, k: int, n: int, rows: int) -> float:
-        torch, mkldnn = self.torch, self.torch.ops.mkldnn
-        if (k, n, rows) not in self.packed:
-            self.packed.clear()
-            copies = max(1, STREAMED_BYTES // (k * n * self.kind.itemsize))
-            self.packed[k, n, rows] = [
-                mkldnn._reorder_linear_weight(torch.randn(n, k).to(self.kind), rows)
-                for _ in range(copies)]
-        weights = self.packed[k, n, rows]
-        x = torch.randn(rows, k).to(self.kind)
-
-        def products() -> None:
-            for weight in weights:
-                mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-
-        return timed(products) / len(weights)
+    def more(self, tokens: int) -> None:
+        for token in self.ids(tokens, 1):
+            self.feed(token)
 
 
-def exported_encoder(options: dict[str, Any]) -> Path:
-    """The checkpoint's encoder as ONNX beside it, written once by torch."""
-    path = Path(options["model"]) / "exported.onnx"
-    if not path.exists():
-        import torch
-        from transformers import AutoModel
+def make_worker(engine: str, options: dict[str, Any]) -> Worker:
+    own: dict[str, type[Worker]] = {"llmc": Llmc, "llama.cpp": LlamaCpp}
+    if engine in own:
+        return own[engine](options)
+    from cpu_frameworks import FRAMEWORKS
 
-        model = AutoModel.from_pretrained(options["model"], dtype=torch.float32,
-                                          attn_implementation="eager").eval()
-
-        class Plain(torch.nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.model = model
-
-            def forward(self, ids: Any, mask: Any) -> Any:
-                return self.model(input_ids=ids, attention_mask=mask, return_dict=False)[:2]
-
-        ids = torch.zeros(2, 16, dtype=torch.int64)
-        torch.onnx.export(Plain(), (ids, torch.ones_like(ids)), str(path), dynamo=False,
-                          input_names=["ids", "mask"], output_names=["hidden", "pooled"],
-                          dynamic_axes={name: {0: "batch", 1: "tokens"}
-                                        for name in ("ids", "mask")}, opset_version=17)
-    return path
-
-
-class OnnxRuntime(Worker):
-    """Encoders in f32 by onnxruntime; language models by onnxruntime_genai's builder."""
-
-    def __init__(self, options: dict[str, Any]):
-        super().__init__(options)
-        if self.config()["model_type"] == "bert":
-            import onnxruntime
-
-            settings = onnxruntime.SessionOptions()
-            settings.intra_op_num_threads = self.threads
-            self.session = onnxruntime.InferenceSession(
-                str(exported_encoder(options)), settings, ["CPUExecutionProvider"])
-            return
-        import onnxruntime_genai as genai
-
-        self.genai = genai
-        folder = built_language_model(options["model"], self.dtype)
-        settings = genai.Config(str(folder))
-        settings.overlay(json.dumps({"model": {"decoder": {"session_options": {
-            "intra_op_num_threads": self.threads}}}}))
-        self.model = genai.Model(settings)
-
-    def generator(self, tokens: int) -> Any:
-        parameters = self.genai.GeneratorParams(self.model)
-        parameters.set_search_options(max_length=tokens, do_sample=False)
-        return self.genai.Generator(self.model, parameters)
-
-    def prefill(self, tokens: int) -> float:
-        generator, ids = self.generator(tokens + 1), self.ids(1, tokens).astype(np.int32)
-        return timed(lambda: generator.append_tokens(ids))
-
-    def decode(self, context: int, tokens: int) -> float:
-        generator = self.generator(context + tokens + 1)
-        generator.append_tokens(self.ids(1, context).astype(np.int32))
-        generator.generate_next_token()
-        return timed(lambda: [generator.generate_next_token() for _ in range(tokens)])
-
-    def encode(self, batch: int, tokens: int) -> float:
-        ids = self.ids(batch, tokens).astype(np.int64)
-        return timed(lambda: self.session.run(None, {"ids": ids, "mask": np.ones_like(ids)}))
-
-
-def built_language_model(model: str, dtype: str) -> Path:
-    """What onnxruntime_genai's builder makes of a checkpoint, once."""
-    from onnxruntime_genai.models.builder import create_model
-
-    folder = Path(model) / f"genai-{dtype}"
-    if not (folder / "genai_config.json").exists():
-        precision = {"f32": "fp32", "int4": "int4", "int8": "int8"}[dtype]
-        create_model("", model, str(folder), precision, "cpu", str(folder / "cache"))
-    return folder
-
-
-class OpenVino(Worker):
-    """Encoders, through ONNX, in the arithmetic that the dtype allows."""
-
-    def __init__(self, options: dict[str, Any]):
-        super().__init__(options)
-        import openvino
-
-        if self.config()["model_type"] != "bert":
-            raise RuntimeError("language models need an export by optimum-intel")
-        self.compiled = openvino.Core().compile_model(str(exported_encoder(options)), "CPU", {
-            "INFERENCE_NUM_THREADS": self.threads, "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": self.dtype})
-
-    def encode(self, batch: int, tokens: int) -> float:
-        ids = self.ids(batch, tokens).astype(np.int64)
-        return timed(lambda: self.compiled([ids, np.ones_like(ids)]))
-
-
-WORKERS = {"llmc": Llmc, "torch": Torch, "onnxruntime": OnnxRuntime, "openvino": OpenVino}
+    return FRAMEWORKS[engine](options)
 
 
 def main() -> int:
@@ -269,7 +241,7 @@ def main() -> int:
     os.dup2(2, 1)  # what libraries print is no answer
     started = time.perf_counter()
     try:
-        worker = WORKERS[sys.argv[1]](json.loads(sys.argv[2]))
+        worker = make_worker(sys.argv[1], json.loads(sys.argv[2]))
     except Exception as error:  # an engine that is not there, or cannot: cpu_peers.py says so
         print(json.dumps({"error": f"{type(error).__name__}: {error}"[:300]}), file=answers)
         return 0

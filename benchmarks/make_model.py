@@ -40,6 +40,7 @@ BERT = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
 DTYPES = {"bf16": ("BF16", ml_dtypes.bfloat16), "f32": ("F32", np.float32)}
 BLOCK = 1 << 24  # values made at once
 WRITERS = 8
+FIRST_STEP = 100_003  # values between where two tiled tensors begin in the block
 TOKENIZER = Path(__file__).parent.parent / "llmc" / "data" / "stories260K"
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
@@ -116,15 +117,22 @@ def write_safetensors(path: Path, tensors: Shapes, dtype: str, seed: int, tiled:
 
 
 def write_tiled(file, random: np.random.Generator, header: dict, numpy_dtype) -> None:
-    """Every tensor is one block of random values again and again; several threads write."""
+    """Every tensor is one block of random values again and again; several threads write.
+
+    Each begins at another value: engines that keep equal tensors once would read less.
+    """
     start = file.tell()
     file.flush()
     blocks = {name: next(random_parts(random, name, (BLOCK,))).astype(numpy_dtype).view(np.uint8)
               for name in ("weight", "norm.weight")}
 
+    names = list(header)
+
     def write(name: str) -> None:
-        block = blocks["norm.weight" if is_norm(name) else "weight"]
         begin, end = header[name]["data_offsets"]
+        block = blocks["norm.weight" if is_norm(name) else "weight"]
+        first = names.index(name) * FIRST_STEP % BLOCK * np.dtype(numpy_dtype).itemsize
+        block = np.concatenate((block[first:], block[:first]))
         for at in range(begin, end, block.size):
             part = memoryview(block)[:min(block.size, end - at)]
             while part:  # a call may write less than it is given
