@@ -171,7 +171,24 @@ class PackedRows:
         return e.maximum(finish.results[0], i64(0))
 
 
-class PagedSource:
+class _PackedQueries:
+    """Queries of sequences one after the other on the axis of tokens."""
+
+    geometry: Geometry
+    packing: PackedRows
+
+    def tile_bound(self, height: int) -> Dim:
+        return self.packing.bound(height)
+
+    def tile(self, e: Emitter, frame: Frame, number: ir.Value, head: ir.Value, height: int) -> Tile:
+        return self.packing.find(e, frame, number, head, height)
+
+    def place(self, e: Emitter, tile: Tile, row: ir.Value) -> tuple:
+        query, head = _member(e, self.geometry, tile, row)
+        return e.b.add(tile.start, query), head
+
+
+class PagedSource(_PackedQueries):
     """paged_attention: both caches as [page][kv head][PAGE][size]."""
 
     def __init__(self, stage: Stage, program: Program, node: Node, geometry: Geometry,
@@ -192,16 +209,6 @@ class PagedSource:
         self.key, self.value = buffers[key["name"]], buffers[value["name"]]
         if self.key.layout != ValuePages() or self.value.layout != ValuePages():
             raise unsupported(stage, "caches must lie in ValuePages")
-
-    def tile_bound(self, height: int) -> Dim:
-        return self.packing.bound(height)
-
-    def tile(self, e: Emitter, frame: Frame, number: ir.Value, head: ir.Value, height: int) -> Tile:
-        return self.packing.find(e, frame, number, head, height)
-
-    def place(self, e: Emitter, tile: Tile, row: ir.Value) -> tuple:
-        query, head = _member(e, self.geometry, tile, row)
-        return e.b.add(tile.start, query), head
 
     def visible(self, e: Emitter, frame: Frame, tile: Tile, row: ir.Value) -> tuple:
         token, _ = self.place(e, tile, row)
@@ -260,7 +267,7 @@ class _RowSource:
         return self.operand(of_values).stride(frame, -1)
 
 
-class PackedSource(_RowSource):
+class PackedSource(_PackedQueries, _RowSource):
     """packed_attention: sequences one after the other on the axis of tokens."""
 
     def __init__(self, stage: Stage, program: Program, node: Node, geometry: Geometry):
@@ -269,16 +276,6 @@ class PackedSource(_RowSource):
             Operand.of(stage, program, value) for value in node.inputs)
         self.lengths = rest[0] if rest else None
         self.packing = PackedRows(geometry, self.offsets, node.inputs[0].shape[0], False)
-
-    def tile_bound(self, height: int) -> Dim:
-        return self.packing.bound(height)
-
-    def tile(self, e: Emitter, frame: Frame, number: ir.Value, head: ir.Value, height: int) -> Tile:
-        return self.packing.find(e, frame, number, head, height)
-
-    def place(self, e: Emitter, tile: Tile, row: ir.Value) -> tuple:
-        query, head = _member(e, self.geometry, tile, row)
-        return e.b.add(tile.start, query), head
 
     def visible(self, e: Emitter, frame: Frame, tile: Tile, row: ir.Value) -> tuple:
         group = i64(self.geometry.group)
