@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmc.cli import add_command, add_runtime_options, open_runtime
+from llmc.cli import add_command, add_runtime_options, open_runtime, quantization_of
 
 SESSION_OPTIONS = ("dtype", "threads", "max_context", "cache_dir", "specialize", "promote_after",
                    "code_budget_mb", "max_variants")
@@ -17,7 +17,7 @@ def add(subparsers) -> None:
         subparsers, "run", run, "Run a model on arrays stored as .npy files.",
         "llmc run model.onnx --input input_ids=ids.npy --input attention_mask=mask.npy "
         "--output out")
-    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("model", metavar="MODEL", help="an .onnx file, or an artifact")
     parser.add_argument("--input", action="append", default=[], metavar="NAME=FILE.npy",
                         help="one input; repeat for each")
     parser.add_argument("--output", required=True, metavar="DIR",
@@ -52,6 +52,7 @@ def _results(arguments, arrays: Mapping[str, Any]) -> Mapping[str, Any]:
     with progress_bar() as progress:
         session = InferenceSession(
             arguments.model, providers=[provider], progress=progress,
+            quantize=quantization_of(arguments),
             **{name: getattr(arguments, name) for name in SESSION_OPTIONS})
     try:
         values = session.run(None, arrays)

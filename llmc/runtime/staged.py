@@ -102,6 +102,10 @@ class StagedModel:
             return None
 
     def _compile(self, values: Mapping[str, np.ndarray]) -> Stage:
+        for name in ("dtype", "quantize"):
+            if self.options.get(name) is not None:
+                raise LlmcError(f"{name} is for an .onnx file that is one program; the programs of "
+                                "this model compute as it says")
         options = {"specialize": "none", **self.options}  # its programs are for values already
         with tempfile.TemporaryDirectory() as directory:  # an open artifact needs its files no more
             path, key = onnx_artifact(

@@ -54,6 +54,25 @@ def test_run_feeds_an_initializer(tmp_path, llmc_command):
         assert np.load(tmp_path / "y.npy").tolist() == expected
 
 
+def test_run_quantises_what_is_one_program_and_refuses_it_for_others(tmp_path, llmc_command):
+    weight = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
+    path = save(tmp_path / "model.onnx", [helper.make_node("MatMul", ["x", "w"], ["y"])],
+                [tensor("x", TensorProto.FLOAT, ["n", 64])],
+                [tensor("y", TensorProto.FLOAT, ["n", 32])])
+    model = onnx.load(path)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    onnx.save(model, path)
+    x = np.ones((1, 64), np.float32)
+    options = ("--quantize", "int4", "--activations", "float", "--output", tmp_path)
+    assert llmc_command("run", path, *given(tmp_path, x=x), *options).status == 0
+    error = np.abs(np.load(tmp_path / "y.npy") - x @ weight).max()
+    assert 1e-3 < error < 10  # of 64 weights with 4 bits each
+    path = save(tmp_path / "counted.onnx", [helper.make_node("NonZero", ["x"], ["y"])],
+                [tensor("x", TensorProto.FLOAT, ["n"])], [tensor("y", TensorProto.INT64, [1, "m"])])
+    result = llmc_command("run", path, *given(tmp_path, x=x[0]), *options)
+    assert result.status == 1 and "quantize is for an .onnx file that is one program" in result.err
+
+
 def test_run_with_text(tmp_path, llmc_command):
     names = [tensor(name, TensorProto.STRING, ["n"]) for name in "abc"]
     path = save(tmp_path / "model.onnx", [helper.make_node("StringConcat", ["a", "b"], ["c"])],
