@@ -181,13 +181,6 @@ def exchange(e: Emitter, value: ir.Value, distance: int) -> ir.Value:
     return e.b.bitcast(moved, value.type)
 
 
-def from_lane(e: Emitter, value: ir.Value, lane: ir.Value) -> ir.Value:
-    """The value of a lane. All lanes must call it."""
-    bits = e.b.bitcast(value, I32)
-    moved = e.call("llvm.nvvm.shfl.sync.idx.i32", I32, _ALL_LANES, bits, lane, i32(31))
-    return e.b.bitcast(moved, value.type)
-
-
 def over_lanes(e: Emitter, value: ir.Value, combine, lanes: int = WARP) -> ir.Value:
     """combine over aligned groups of `lanes` lanes, in a fixed order. All lanes must call it."""
     distance = 1

@@ -32,8 +32,7 @@ from llmc.ir.dims import Dim
 from llmc.ir.program import Program
 
 WARP = 32
-GLOBAL, SHARED = ir.PointerType(addrspace=1), ir.PointerType(addrspace=3)
-
+GLOBAL = ir.PointerType(addrspace=1)
 
 
 class DeviceEmitter(Emitter):
