@@ -212,6 +212,7 @@ class Engine:
             self._teller.join()
 
     def stats(self) -> Stats:
+        """What there is now, and counters since the start."""
         pool = self.model.pool
         scheduler = self.scheduler
         return Stats(
