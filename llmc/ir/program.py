@@ -57,13 +57,20 @@ class Capabilities:
     def packed_activation(self, weight: DType, activation: DType) -> str:
         """Name of the dtype in which a matmul wants its packed left operand."""
         if weight.is_integer and activation.is_integer:
-            return "i16"
+            whole = weight.name == "i8" and activation.name == self.byte_activation
+            return self.byte_activation if whole else "i16"
         if weight.name == "f64" or activation.name == "f64":
             return "f64"
         if self.weight_layout == "columns":  # both operands alike, as tensor cores take them
             return weight.name
         return "bf16" if self.bf16_dot and weight.name == "bf16" else "f32"
 
+
+    @property
+    def byte_activation(self) -> str:
+        """Name of the dtype of left bytes whose products by signed ones are added up four at a time
+        in one instruction; "" where there is none."""
+        return {"vnni": "u8", "sdot": "i8"}.get(self.byte_dot, "")
 
     def code_offset(self, codes: DType) -> int:
         """How much more than a weight's code the byte is that byte_dot multiplies."""

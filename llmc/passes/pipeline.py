@@ -10,6 +10,7 @@ from collections.abc import Callable
 from llmc.ir.graph import Graph
 from llmc.ir.program import Capabilities
 from llmc.passes.activation_codes import expand_activation_codes
+from llmc.passes.byte_products import byte_products
 from llmc.passes.fuse import fuse
 from llmc.passes.legalize import legalize
 from llmc.passes.merge_matmuls import merge_matmuls
@@ -26,6 +27,8 @@ PIPELINE: list[tuple[str, Pass]] = [
     # Decomposed norms, activations, rope and attention -> the composite ops. Before outlining:
     # inside a layer it can no longer be seen that cos and sin tables repeat their halves.
     ("raise_patterns", lambda graph, _: raise_patterns(graph)),
+    # Integers less their zero points -> bytes, where the target multiplies these.
+    ("byte_products", byte_products),
     # From here on, one layer stands for all.
     ("outline", lambda graph, _: outline(graph)),
     # Q, K, V -> one matmul; gate, up -> one matmul.

@@ -54,6 +54,33 @@ class ByteReader(PanelReader):
 
 
 @dataclass(frozen=True)
+class IntegerBytes(PanelReader):
+    """Reads panels of signed bytes, `interleave` = 4, to be multiplied by left bytes of
+    `Capabilities.byte_activation`: integers all the way, added up in i32."""
+
+    name: str = ""
+
+    @property
+    def element(self) -> ir.Type:
+        return I32
+
+    @property
+    def steps(self) -> int:
+        return 1
+
+    def group(self, e: Emitter, pointer: ir.Value, offset: int) -> Tile:
+        """One step: vectors of words of four bytes."""
+        return [self._load(e, pointer, offset, I32)]
+
+    def multiply_add(self, e: Emitter, accumulator: ir.Value, factor: ir.Value,
+                     column: ir.Value) -> ir.Value:
+        return ByteDot(self.name, self.lanes, 8).dot(e, accumulator, factor, column)
+
+    def add(self, e: Emitter, a: ir.Value, b: ir.Value) -> ir.Value:
+        return e.b.add(a, b)
+
+
+@dataclass(frozen=True)
 class ByteDot:
     """name: `Capabilities.byte_dot`. lanes: 32-bit lanes of a vector. bits: of the weights."""
 
@@ -75,11 +102,13 @@ class ByteDot:
         for step, columns in enumerate(steps):
             for row, sums in enumerate(tile):
                 bytes_ = factor(row, step)
-                tile[row] = [self._dot(e, total, column, bytes_)
+                tile[row] = [self.dot(e, total, column, bytes_)
                              for total, column in zip(sums, columns, strict=True)]
         return tile
 
-    def _dot(self, e: Emitter, total: ir.Value, column: ir.Value, bytes_: ir.Value) -> ir.Value:
+    def dot(self, e: Emitter, total: ir.Value, column: ir.Value, bytes_: ir.Value) -> ir.Value:
+        """total + the sums of four products, in one instruction; column: bytes without a sign
+        where it is vpdpbusd."""
         type_ = vector(I8, 4 * self.lanes)
         name = "aarch64.neon.sdot.v4i32.v16i8" if self.name == "sdot" else \
             f"x86.avx512.vpdpbusd.{32 * self.lanes}"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import llvmlite.ir as ir
 
-from llmc.codegen.host.byte_dot import ByteDot, ByteReader
+from llmc.codegen.host.byte_dot import ByteDot, ByteReader, IntegerBytes
 from llmc.codegen.host.coded_rows import RowsInCodes
 from llmc.codegen.host.coded_weight import CodedWeight, LeftCodes
 from llmc.codegen.host.epilogue import Epilogue
@@ -80,8 +80,10 @@ class Product:
 
     @property
     def left_dtype(self) -> DType:
-        """What the arithmetic reads: pairs of bf16 or i16 for dot products, f64 for f64, else
-        f32."""
+        """What the arithmetic reads: bytes, or pairs of bf16 or i16, for dot products, f64 for
+        f64, else f32."""
+        if isinstance(self.reader, IntegerBytes):
+            return dtype("i8" if self.reader.name == "sdot" else "u8")
         if isinstance(self.reader, IntegerReader):
             return i16
         return dtype("bf16") if self.reader.dot else (f64 if self.reader.element == F64 else f32)
@@ -138,6 +140,9 @@ def packed_weight(stage: Stage, program: Program, node: Node) -> PackedWeight:
             return _coded_weight(stage, capabilities, node, whole.group, buffers)
         return QuantizedWeight(weight, CodeReader(own, weight.layout, lanes), scales[0],
                                scales[1] if scales[1:] else None, whole.group)
+    if own.is_integer and packed == capabilities.byte_activation and weight.layout.interleave == 4:
+        return PackedWeight(weight, IntegerBytes(own, weight.layout, lanes,
+                                                 name=capabilities.byte_dot))
     if own.is_integer and packed == "i16" and weight.layout.interleave == 2:
         x86 = capabilities.name.startswith("x86_64")
         return PackedWeight(weight, IntegerReader(own, weight.layout, lanes, True, x86))
@@ -298,7 +303,7 @@ class FewRowsMatmul:
         if high is not None and isinstance(product.weight, CodedWeight):
             layout = coded_rows(product.node, program.capabilities, 1)
             return RowsInCodes(product.stage, program, product.node, layout, high)
-        if (source is not None and source.layout == Rows()
+        if (source is not None and source.layout == Rows() and product.left_bytes > 1
                 and source.type.dtype == product.left_dtype):
             return RowsInPlace(source, product.k)
         if high is None:

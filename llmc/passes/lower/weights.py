@@ -42,7 +42,8 @@ def weight_layouts(matmul: Node, body: Graph, capabilities: Capabilities) -> dic
     for operand in stored_operands(matmul.inputs[1]):
         interleave = 1 if layouts else capabilities.interleave(operand.dtype)
         if matmul.inputs[1].dtype.is_integer:
-            interleave = 2  # products of pairs of i16
+            whole = capabilities.packed_activation(operand.dtype, matmul.inputs[0].dtype) != "i16"
+            interleave = 4 if whole else 2  # bytes, or pairs of i16
         layouts[operand] = Columns() if capabilities.weight_layout == "columns" else Panels(
             capabilities.panel_columns, interleave, parts)
     return layouts
