@@ -271,6 +271,7 @@ def emit_object(text: str, machine: llvm.TargetMachine, level: int = 3) -> tuple
 
 
 def optimise(module, machine: llvm.TargetMachine, level: int = 3) -> None:
+    """LLVM's standard -O pipeline over a module, in place; loops are not unrolled further."""
     options = llvm.create_pipeline_tuning_options(speed_level=level)
     options.loop_vectorization = True
     options.slp_vectorization = True

@@ -65,6 +65,7 @@ def fail(reason: str) -> NoReturn:
 
 
 def make_node(op: str, *inputs: Node, **attributes: Any) -> Node:
+    """A node that knows the user's line and module; TraceError names the line."""
     try:
         node = ops.make(op, *inputs, **attributes)
     except GraphError as error:
@@ -83,6 +84,7 @@ def apply(op: str, *operands: Operand, **attributes: Any) -> Tensor:
 
 
 def node_of(value: Operand, dtype: DType) -> Node:
+    """The node of an operand; numbers and dims become constants of this dtype."""
     if isinstance(value, Tensor):
         return value.node
     if isinstance(value, Expression):

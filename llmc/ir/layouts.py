@@ -198,6 +198,7 @@ def format_layout(layout: Layout) -> str:
 
 
 def parse_layout(text: str) -> Layout:
+    """The layout of a text; CompileError for what is none."""
     name, _, rest = text.partition("(")
     if name not in _KINDS or not rest.endswith(")"):
         raise CompileError(f"unknown layout {text!r}")

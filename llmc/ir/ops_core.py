@@ -205,6 +205,7 @@ def texts(op: str, name: str, value: Any, inputs: Inputs) -> tuple[str, ...]:
 
 
 def choice(*allowed: str) -> Kind:
+    """An attribute that is one of these words."""
     def kind(op: str, name: str, value: Any, inputs: Inputs) -> str:
         if value not in allowed:
             _bad(op, name, f"one of {', '.join(allowed)}", value)
@@ -332,6 +333,7 @@ def require_float(op: str, inputs: Inputs, *indices: int) -> None:
 
 
 def require_integer(op: str, inputs: Inputs, *indices: int) -> None:
+    """GraphError unless these inputs are of integer types."""
     for index in indices:
         if not inputs[index].dtype.is_integer:
             reject(op, f"input {index} must be of an integer type, not {inputs[index].dtype}",

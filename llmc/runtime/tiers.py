@@ -50,6 +50,7 @@ def compile_cost(seconds: float, cores: int, threads: int) -> float:
 
 
 def find_tier(tiers: Sequence[Tier], tokens: int) -> Tier:
+    """The tier that steps of so many tokens are in."""
     for tier in tiers:
         if tier.low <= tokens and (tier.high is None or tokens <= tier.high):
             return tier

@@ -175,6 +175,7 @@ class ModelHost:
                            headers={"retry-after": "1"})
 
     def require_engine(self) -> Engine:
+        """What serves a language model; ApiError 503 before ready, 400 for an encoder."""
         self.require_ready()
         if self.engine is None:
             raise ApiError(400, f"{self.options.name} is an encoder: it makes embeddings, no text.",
@@ -182,6 +183,7 @@ class ModelHost:
         return self.engine
 
     def require_embedder(self) -> Embedder:
+        """What serves an encoder; ApiError 503 before ready, 400 for a language model."""
         self.require_ready()
         if self.embedder is None:
             raise ApiError(400, f"{self.options.name} is a language model: it makes no embeddings.",

@@ -101,6 +101,7 @@ def valid_past(call: Call, batch: Dim, length: Dim) -> Node:
 
 
 def rotated_pair(call: Call, q: Node, k: Node, positions: Node) -> tuple[Node, Node]:
+    """q and k by the tables that are inputs 7 and 8, at the positions of input 9 or else these."""
     interleaved = bool(call.attribute("rotary_interleaved", 0))
     given = call.optional(9)
     places = positions if given is None else given

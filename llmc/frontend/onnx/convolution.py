@@ -212,6 +212,7 @@ def accumulator(dtype: DType) -> DType:
 
 
 def groups(call: Call) -> int:
+    """The groups that channels are in."""
     count = int(call.attribute("group", 1))
     if count < 1:
         raise call.error(f"group={count}")

@@ -197,6 +197,7 @@ def split(call: Call) -> Result:
 
 
 def split_sizes(call: Call, extent: Dim) -> list[Dim]:
+    """The extents of the parts: as given, or equal ones of which the last takes what is left."""
     if call.has(1):
         return call.dims(1, "split sizes")
     if "split" in call.attributes:
@@ -209,6 +210,7 @@ def split_sizes(call: Call, extent: Dim) -> list[Dim]:
 
 
 def dims_sum(sizes: list[Dim]) -> Dim:
+    """The sum of dims, 0 of none."""
     total: Dim = 0
     for size in sizes:
         total = total + size
@@ -238,6 +240,7 @@ def slice_(call: Call) -> Result:
 
 
 def slice_value(call: Call, value: Value, axis: int, bounds: tuple[Dim, Dim, int]) -> Value:
+    """One axis from start to stop by step, as ONNX counts them."""
     start, stop, step = bounds
     if isinstance(value, ShapeArray) and isinstance(start, int) and isinstance(stop, int):
         index = (slice(None),) * axis + (python_slice(start, stop, step),)
@@ -396,6 +399,7 @@ def tensor_scatter(call: Call) -> Result:
 
 
 def reduction(call: Call) -> str:
+    """How a scatter joins updates with what is there: none, add, mul, max or min."""
     name = str(call.attribute("reduction", "none"))
     if name not in ("none", "add", "mul", "max", "min"):
         raise call.error(f"reduction {name!r} is not supported")

@@ -60,6 +60,7 @@ def centred(call: Call, codes: Node, zero: Node | None, dtype: DType) -> Node:
 
 
 def axis_and_block(call: Call, x: Node) -> tuple[int, int]:
+    """The axis that scales belong to, and the elements that share one (0: all of an index)."""
     axis = call.attribute("axis", 1)
     return (call.axis(axis, x.rank) if -x.rank <= axis < x.rank else 0), call.attribute(
         "block_size", 0

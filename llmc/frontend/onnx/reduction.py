@@ -30,6 +30,8 @@ COMPOSED = {
 
 
 def reduced_axes(call: Call, rank: int, since: int) -> list[int]:
+    """The axes that an operator names, an input from opset `since` on. Where it names none: all,
+    or none if it says so."""
     axes = call.axes(rank, 1, since)
     if axes:
         return axes

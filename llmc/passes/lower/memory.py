@@ -18,12 +18,16 @@ ALIGNMENT = 64
 
 @dataclass
 class Lifetime:
+    """The first and last step that a buffer is used in."""
+
     first: int
     last: int
 
 
 @dataclass
 class Slot:
+    """A piece of the arena: bytes, and the last step that needs what it holds."""
+
     size: Dim
     free_after: int
 
