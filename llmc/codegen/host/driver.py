@@ -4,7 +4,7 @@
     void worker(context*, worker, workers)
                                          what every worker runs: stage, barrier, stage, barrier ...
     void stage_N(arguments*, layer, worker, workers)
-                                         set-up, then this worker's share of the tiles
+                                         set-up, then tiles, shared out by shares.py
     void warm_N(arguments*, layer, worker, workers)
                                          fetches what stage N reads first; called before the
                                          barrier that ends the last such stage ahead of it, where
@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 
 import llvmlite.ir as ir
 
-from llmc.codegen.host import team
+from llmc.codegen.host import shares, team
 from llmc.codegen.host.frame import ARGUMENTS, StageFrame
 from llmc.codegen.host.kernel import Kernel, Warming, Worker
 from llmc.codegen.llvm import I1, I32, I64, POINTER, VOID, Emitter, define, i32, i64
@@ -71,13 +71,10 @@ class Driver:
         base = e.load(e.offset(arguments, ARGUMENTS["scratch"]), POINTER)
         scratch = e.offset(base, e.b.mul(index, frame.dim(_scratch(kernel))))
         worker = Worker(index, count, scratch)
-        tiles = kernel.tiles(e, frame)
-        first = e.b.udiv(e.b.mul(tiles, index), count)
-        last = e.b.udiv(e.b.mul(tiles, e.b.add(index, i64(1))), count)
-        with e.b.if_then(e.b.icmp_signed("<", first, last)):
-            kernel.setup(e, frame, worker)
-            with e.loop(first, last, name="tile") as tile:
-                kernel.tile(e, frame, worker, tile)
+        crew = e.load(e.offset(arguments, ARGUMENTS["team"]), POINTER)
+        with shares.tiles(e, crew, kernel.tiles(e, frame), index, count,
+                          lambda: kernel.setup(e, frame, worker)) as tile:
+            kernel.tile(e, frame, worker, tile)
         e.b.ret_void()
         return function
 

@@ -41,7 +41,7 @@ class Kernel(Protocol):
     """A stage's code. Constructed as KIND(stage, program, target).
 
     The driver emits, per stage and worker:
-    setup(); for tile in the worker's share of range(tiles()): tile(); barrier.
+    setup(); tile() for tiles of range(tiles()), any worker for any tile (shares.py); barrier.
     """
 
     scratch_bytes: int | Dim

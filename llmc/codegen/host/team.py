@@ -8,8 +8,9 @@ C ABI of what `emit` defines (`i64` arguments):
     void  llmc_team_destroy(void *team)      joins the threads, frees the team
 
 `llmc_team_create` returns null without memory. Where the system refuses a thread, the team is
-smaller: fn is told the true number of workers. One thread at a time may call run. Threads do not
-survive fork(): a child must create its own team.
+smaller; where other processes take its CPUs, fewer of its workers run (team_size.py): fn is told
+the true number. One thread at a time may call run. Threads do not survive fork(): a child must
+create its own team.
 
 A waiting thread spins (some tens of microseconds), then parks on a futex, so an idle team costs no
 CPU time. With more workers than CPUs, threads park at once: spinning would keep the CPU from those
@@ -20,13 +21,21 @@ pairs), so that writes to one do not disturb readers of another:
 
     block 0   i64 workers                     fixed after create
               i32 spins                       polls before a thread parks
-    block 1   i32 generation                  +1 for each run; what idle threads watch
+    block 1   i32 generation                  what idle threads watch: the number of runs, shifted
+                                              by 11 bits, and how many workers this run has
     block 2   i32 idle sleepers               threads parked on generation
     block 3   ptr fn, ptr argument, i32 stop  written before generation moves
     block 4   i32 arrived                     workers at the barrier
     block 5   i32 phase                       +1 when the last worker arrives; what waiters watch
     block 6   i32 barrier sleepers            threads parked on phase
-    block 7   from here, workers x {i64 thread, ptr team, i64 worker}
+    block 7   i32 active                      workers of a run; what those beyond it watch
+              i32 active sleepers             threads parked on active
+    block 8   i64 lost                        nanoseconds that workers were parked at the barriers
+                                              of this run, together
+              i64 preempted                   workers that lost their CPU in it
+              i64 changed, i64 patience       see team_size.py
+    block 9   from here a block for each worker: i64 thread, ptr team, i64 worker, and what
+              shares.py counts
 """
 
 from __future__ import annotations
@@ -34,21 +43,36 @@ from __future__ import annotations
 import llvmlite.binding as llvm
 import llvmlite.ir as ir
 
-from llmc.codegen.llvm import I8, I32, I64, POINTER, VOID, Emitter, define, i32, i64
+from llmc.codegen.host.shares import Shares
+from llmc.codegen.host.team_size import (
+    ACTIVE,
+    ACTIVE_SLEEPERS,
+    BLOCK,
+    FEW_POLLS,
+    LOST,
+    PREEMPTED,
+    RESIZE,
+    SPINS,
+    THREADS,
+    WORKERS,
+    TeamSize,
+    is_null,
+    worker_block,
+)
+from llmc.codegen.llvm import I32, I64, POINTER, VOID, Emitter, define, i32, i64
 
 RUN = "llmc_team_run"
 BARRIER = "llmc_barrier"
 CREATE = "llmc_team_create"
 DESTROY = "llmc_team_destroy"
 WORK = ir.FunctionType(VOID, [POINTER, I64, I64])
+NULL = ir.Constant(POINTER, None)
 
-_BLOCK = 128
-_WORKERS, _SPINS = 0, 8
-_GENERATION, _IDLE_SLEEPERS = _BLOCK, 2 * _BLOCK
-_FUNCTION, _ARGUMENT, _STOP = 3 * _BLOCK, 3 * _BLOCK + 8, 3 * _BLOCK + 16
-_ARRIVED, _PHASE, _BARRIER_SLEEPERS = 4 * _BLOCK, 5 * _BLOCK, 6 * _BLOCK
-_THREADS, _THREAD_BYTES = 7 * _BLOCK, 24
-
+_GENERATION, _IDLE_SLEEPERS = BLOCK, 2 * BLOCK
+_FUNCTION, _ARGUMENT, _STOP = 3 * BLOCK, 3 * BLOCK + 8, 3 * BLOCK + 16
+_ARRIVED, _PHASE, _BARRIER_SLEEPERS = 4 * BLOCK, 5 * BLOCK, 6 * BLOCK
+_ACTIVE_BITS = 11  # of generation: 2047 workers, and 2 million runs until numbers come again
+_ACTIVE_MASK = (1 << _ACTIVE_BITS) - 1
 _SPIN_POLLS = 3000
 _FUTEX_WAIT_PRIVATE, _FUTEX_WAKE_PRIVATE, _EVERYONE = 128, 129, 0x7FFFFFFF
 _NO_FUTEX = -1
@@ -85,17 +109,22 @@ class _Team:
         self.is_linux = "linux" in triple
         numbers = _FUTEX_NUMBERS if self.is_linux else {}
         self.futex = numbers.get(self.processor, _NO_FUTEX)
+        self.size = TeamSize(module, self.is_linux)
 
     def emit(self) -> None:
+        self.size.emit_clocks()
         self._define_wait()
         self._define_wake()
         self._define_arrive()
         self._define_barrier()
+        self.size.emit()
+        self._define_work()
         self._define_worker()
         self._define_run()
         self._define_polls()
         self._define_create()
         self._define_destroy()
+        Shares(self.module).emit()
 
     def _exported(self, name: str, result: ir.Type, arguments: list[ir.Type]) -> Emitter:
         function, e = define(self.module, name, result, arguments, internal=False)
@@ -106,10 +135,11 @@ class _Team:
     # ---- waiting ----------------------------------------------------------------------------
 
     def _define_wait(self) -> None:
-        """void llmc_team_wait(ptr word, ptr sleepers, i32 old, i32 polls): until *word != old."""
-        function, e = define(self.module, "llmc_team_wait", VOID, [POINTER, POINTER, I32, I32],
-                             attributes=("noinline",))
-        word, sleepers, old, polls = function.args
+        """void llmc_team_wait(ptr word, ptr sleepers, i32 old, i32 polls, ptr lost): until *word
+        != old. lost: i64, or null: the nanoseconds that the thread was parked are added to it."""
+        function, e = define(self.module, "llmc_team_wait", VOID,
+                             [POINTER, POINTER, I32, I32, POINTER], attributes=("noinline",))
+        word, sleepers, old, polls, lost = function.args
         spin, again, park, parked, leave, done = (
             function.append_basic_block(name)
             for name in ("spin", "again", "park", "parked", "leave", "done"))
@@ -128,6 +158,7 @@ class _Team:
         e.b.cbranch(e.b.icmp_signed("<", next_count, polls), spin, park)
 
         e.b.position_at_end(park)
+        began = self.size.now(e)
         # Ordered before the check of *word below, as wake's write is before its look at sleepers.
         e.b.atomic_rmw("add", sleepers, i32(1), "seq_cst")
         e.b.branch(parked)
@@ -137,6 +168,8 @@ class _Team:
         e.b.cbranch(moved, leave, parked)
         e.b.position_at_end(leave)
         e.b.atomic_rmw("sub", sleepers, i32(1), "monotonic")
+        with e.b.if_then(e.b.not_(is_null(e, lost))):
+            e.b.atomic_rmw("add", lost, e.b.sub(self.size.now(e), began), "monotonic")
         e.b.branch(done)
         e.b.position_at_end(done)
         e.b.ret_void()
@@ -159,8 +192,7 @@ class _Team:
         if function is None:
             signature = ir.FunctionType(I64, [I64], var_arg=True)
             function = ir.Function(self.module, signature, "syscall")
-        null = ir.Constant(POINTER, None)
-        e.b.call(function, [i64(self.futex), word, i64(operation), e.b.sext(value, I64), null])
+        e.b.call(function, [i64(self.futex), word, i64(operation), e.b.sext(value, I64), NULL])
 
     def _define_wake(self) -> None:
         """void llmc_team_wake(ptr word, ptr sleepers): after *word has moved."""
@@ -182,7 +214,7 @@ class _Team:
         # Cannot move before this worker has arrived.
         phase = e.b.load_atomic(phase_word, "monotonic", 4, typ=I32)
         before = e.b.atomic_rmw("add", e.offset(team, _ARRIVED), i32(1), "acq_rel")
-        last = e.b.sub(e.b.trunc(e.load(e.offset(team, _WORKERS), I64), I32), i32(1))
+        last = e.b.sub(e.load(e.offset(team, ACTIVE), I32), i32(1))
         with e.b.if_then(e.b.icmp_signed("==", before, last)):
             e.store(i32(0), e.offset(team, _ARRIVED))  # the others look again after phase moved
             e.b.atomic_rmw("add", phase_word, i32(1), "seq_cst")
@@ -194,27 +226,37 @@ class _Team:
         team = e.b.function.args[0]
         phase = e.call("llmc_team_arrive", I32, team)
         e.call("llmc_team_wait", VOID, e.offset(team, _PHASE), e.offset(team, _BARRIER_SLEEPERS),
-               phase, e.load(e.offset(team, _SPINS), I32))
+               phase, e.load(e.offset(team, SPINS), I32), e.offset(team, LOST))
         e.b.ret_void()
 
     # ---- runs -------------------------------------------------------------------------------
 
-    def _call_work(self, e: Emitter, team: ir.Value, worker: ir.Value) -> None:
+    def _define_work(self) -> None:
+        """void llmc_team_work(ptr team, i64 worker, i64 active): a worker's part of a run."""
+        function, e = define(self.module, "llmc_team_work", VOID, [POINTER, I64, I64])
+        team, worker, active = function.args
+        before = self.size.preemptions(e)
         # By way of an integer: llvmlite calls typed pointers only.
         work = e.b.inttoptr(e.load(e.offset(team, _FUNCTION), I64), WORK.as_pointer())
-        argument = e.load(e.offset(team, _ARGUMENT), POINTER)
-        workers = e.load(e.offset(team, _WORKERS), I64)
-        e.b.call(work, [argument, worker, workers])
+        e.b.call(work, [e.load(e.offset(team, _ARGUMENT), POINTER), worker, active])
+        lost = e.b.load_atomic(e.offset(team, LOST), "monotonic", 8, typ=I64)
+        somebody_parked = e.b.icmp_signed("!=", lost, i64(0))
+        with e.b.if_then(somebody_parked, likely=False):
+            after = self.size.preemptions(e)
+            preempted = e.b.zext(e.b.icmp_signed("!=", after, before), I64)
+            e.b.atomic_rmw("add", e.offset(team, PREEMPTED), preempted, "monotonic")
+        e.b.ret_void()
 
     def _define_worker(self) -> None:
-        """ptr llmc_team_worker(ptr thread): a thread's life; thread is its {id, team, worker}."""
+        """ptr llmc_team_worker(ptr thread): a thread's life; thread is its block of the team."""
         function, e = define(self.module, "llmc_team_worker", POINTER, [POINTER])
         thread = function.args[0]
         team = e.load(e.offset(thread, 8), POINTER)
         worker = e.load(e.offset(thread, 16), I64)
         generation = e.offset(team, _GENERATION)
-        idle, running, stopped = (function.append_basic_block(name)
-                                  for name in ("idle", "running", "stopped"))
+        idle, called, running, excused, stopped = (
+            function.append_basic_block(name)
+            for name in ("idle", "called", "running", "excused", "stopped"))
         entry = e.b.block
         e.b.branch(idle)
 
@@ -222,22 +264,46 @@ class _Team:
         seen = e.b.phi(I32)
         seen.add_incoming(i32(0), entry)
         e.call("llmc_team_wait", VOID, generation, e.offset(team, _IDLE_SLEEPERS), seen,
-               e.load(e.offset(team, _SPINS), I32))
+               e.load(e.offset(team, SPINS), I32), NULL)
         stop = e.load(e.offset(team, _STOP), I32)
-        e.b.cbranch(e.b.icmp_signed("!=", stop, i32(0)), stopped, running)
+        e.b.cbranch(e.b.icmp_signed("!=", stop, i32(0)), stopped, called)
 
+        e.b.position_at_end(called)
+        # A run waits for all workers that it has: of those, none can miss it or see the next one.
+        now = e.b.load_atomic(generation, "acquire", 4, typ=I32)
+        active = e.b.zext(e.b.and_(now, i32(_ACTIVE_MASK)), I64)
+        e.b.cbranch(e.b.icmp_signed("<", worker, active), running, excused)
         e.b.position_at_end(running)
-        self._call_work(e, team, worker)
+        e.call("llmc_team_work", VOID, team, worker, active)
         e.call("llmc_team_arrive", I32, team)
-        # The next run cannot start before this one's barrier, so exactly one generation is over.
-        seen.add_incoming(e.b.add(seen, i32(1)), running)
+        seen.add_incoming(now, running)
+        e.b.branch(idle)
+        e.b.position_at_end(excused)
+        self._wait_until_active(e, team, worker)
+        seen.add_incoming(now, e.b.block)
         e.b.branch(idle)
         e.b.position_at_end(stopped)
-        e.b.ret(ir.Constant(POINTER, None))
+        e.b.ret(NULL)
+
+    def _wait_until_active(self, e: Emitter, team: ir.Value, worker: ir.Value) -> None:
+        head, wait, done = (e.b.append_basic_block(f"active.{name}")
+                            for name in ("head", "wait", "done"))
+        word = e.offset(team, ACTIVE)
+        e.b.branch(head)
+        e.b.position_at_end(head)
+        active = e.b.load_atomic(word, "acquire", 4, typ=I32)
+        e.b.cbranch(e.b.icmp_signed("<", worker, e.b.zext(active, I64)), done, wait)
+        e.b.position_at_end(wait)
+        e.call("llmc_team_wait", VOID, word, e.offset(team, ACTIVE_SLEEPERS), active, i32(1), NULL)
+        e.b.branch(head)
+        e.b.position_at_end(done)
 
     def _start_generation(self, e: Emitter, team: ir.Value) -> None:
         generation = e.offset(team, _GENERATION)
-        e.b.atomic_rmw("add", generation, i32(1), "seq_cst")
+        old = e.b.load_atomic(generation, "monotonic", 4, typ=I32)
+        number = e.b.add(e.b.or_(old, i32(_ACTIVE_MASK)), i32(1))
+        following = e.b.or_(number, e.load(e.offset(team, ACTIVE), I32))
+        e.b.atomic_rmw("xchg", generation, following, "seq_cst")
         e.call("llmc_team_wake", VOID, generation, e.offset(team, _IDLE_SLEEPERS))
 
     def _define_run(self) -> None:
@@ -245,9 +311,14 @@ class _Team:
         team, work, argument = e.b.function.args
         e.store(work, e.offset(team, _FUNCTION))
         e.store(argument, e.offset(team, _ARGUMENT))
+        e.store(i64(0), e.offset(team, LOST))
+        e.store(i64(0), e.offset(team, PREEMPTED))
+        began = self.size.now(e)
+        active = e.b.zext(e.load(e.offset(team, ACTIVE), I32), I64)
         self._start_generation(e, team)
-        self._call_work(e, team, i64(0))
+        e.call("llmc_team_work", VOID, team, i64(0), active)
         e.call(BARRIER, VOID, team)
+        e.call(RESIZE, VOID, team, began)
         e.b.ret_void()
 
     # ---- creation ---------------------------------------------------------------------------
@@ -262,27 +333,27 @@ class _Team:
         # No answer (more CPUs than the mask holds) counts as plenty.
         plenty = e.b.or_(e.b.icmp_signed("==", cpus, i64(0)),
                          e.b.icmp_signed(">=", cpus, function.args[0]))
-        e.b.ret(e.b.select(plenty, i32(_SPIN_POLLS), i32(1)))
+        e.b.ret(e.b.select(plenty, i32(_SPIN_POLLS), i32(FEW_POLLS)))
 
     def _define_create(self) -> None:
         e = self._exported(CREATE, POINTER, [I64])
         workers = e.b.function.args[0]
-        size = e.b.add(e.b.mul(workers, i64(_THREAD_BYTES)), i64(_THREADS))
+        size = e.b.add(e.b.mul(workers, i64(BLOCK)), i64(THREADS))
         slot = e.stack(POINTER)
-        code = e.call("posix_memalign", I32, slot, i64(_BLOCK), size)
+        code = e.call("posix_memalign", I32, slot, i64(BLOCK), size)
         with e.b.if_then(e.b.icmp_signed("!=", code, i32(0)), likely=False):
-            e.b.ret(ir.Constant(POINTER, None))
+            e.b.ret(NULL)
         team = e.load(slot, POINTER)
         e.call("memset", POINTER, team, i32(0), size)
-        e.store(e.call("llmc_team_polls", I32, workers), e.offset(team, _SPINS))
+        e.store(e.call("llmc_team_polls", I32, workers), e.offset(team, SPINS))
         started = self._start_threads(e, team, workers)
-        e.store(started, e.offset(team, _WORKERS))
+        e.store(started, e.offset(team, WORKERS))
+        e.store(e.b.trunc(started, I32), e.offset(team, ACTIVE))
         e.b.ret(team)
 
     def _start_threads(self, e: Emitter, team: ir.Value, workers: ir.Value) -> ir.Value:
         """Workers in the team, caller included; stops at the first thread that is refused."""
         worker_function = self.module.globals["llmc_team_worker"]
-        null = ir.Constant(POINTER, None)
         head, body, counted, done = (e.b.append_basic_block(name)
                                      for name in ("head", "start", "counted", "started"))
         entry = e.b.block
@@ -292,10 +363,10 @@ class _Team:
         worker.add_incoming(i64(1), entry)
         e.b.cbranch(e.b.icmp_signed("<", worker, workers), body, done)
         e.b.position_at_end(body)
-        thread = self._thread(e, team, worker)
+        thread = worker_block(e, team, worker)
         e.store(team, e.offset(thread, 8))
         e.store(worker, e.offset(thread, 16))
-        code = e.call("pthread_create", I32, thread, null, worker_function, thread)
+        code = e.call("pthread_create", I32, thread, NULL, worker_function, thread)
         e.b.cbranch(e.b.icmp_signed("==", code, i32(0)), counted, done)
         e.b.position_at_end(counted)
         worker.add_incoming(e.b.add(worker, i64(1)), counted)
@@ -303,17 +374,16 @@ class _Team:
         e.b.position_at_end(done)
         return worker
 
-    def _thread(self, e: Emitter, team: ir.Value, worker: ir.Value) -> ir.Value:
-        offset = e.b.add(e.b.mul(worker, i64(_THREAD_BYTES)), i64(_THREADS))
-        return e.b.gep(team, [offset], source_etype=I8)
-
     def _define_destroy(self) -> None:
         e = self._exported(DESTROY, VOID, [POINTER])
         team = e.b.function.args[0]
         e.store(i32(1), e.offset(team, _STOP))
         self._start_generation(e, team)
-        with e.loop(1, e.load(e.offset(team, _WORKERS), I64)) as worker:
-            handle = e.load(self._thread(e, team, worker), I64)
-            e.call("pthread_join", I32, handle, ir.Constant(POINTER, None))
+        workers = e.load(e.offset(team, WORKERS), I64)
+        e.b.atomic_rmw("xchg", e.offset(team, ACTIVE), e.b.trunc(workers, I32), "seq_cst")
+        e.call("llmc_team_wake", VOID, e.offset(team, ACTIVE), e.offset(team, ACTIVE_SLEEPERS))
+        with e.loop(1, workers) as worker:
+            handle = e.load(worker_block(e, team, worker), I64)
+            e.call("pthread_join", I32, handle, NULL)
         e.call("free", VOID, team)
         e.b.ret_void()
