@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import weakref
@@ -27,6 +28,7 @@ from llmc.runtime.executor import Executor
 from llmc.runtime.jit import cached_artifact, cached_graph
 from llmc.runtime.onnx_language_model import OnnxLanguageModel
 from llmc.runtime.padding import pad, read_dense
+from llmc.runtime.pages import PAGE
 from llmc.runtime.pages import Sequence as CachedSequence
 from llmc.runtime.pools import Pools, pool_sizes
 from llmc.runtime.progress import Progress, silent
@@ -39,6 +41,7 @@ from llmc.runtime.traffic import SeenShape
 
 CHUNK_TOKENS = 512  # tokens of one step: enough to be bound by arithmetic, small in memory
 LOGIT_BYTES = 64 << 20  # most memory for the logits of one step
+logger = logging.getLogger("llmc.runtime")
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,9 @@ class Options:
     kv_cache     "int8": keys and values are compiled to be stored as 8-bit codes (default: in the
                  compute dtype)
     threads      host threads (default: LLMC_THREADS, else what the model's size pays for)
-    max_context  tokens of a sequence, at most (default: the model's limit)
+    max_context  tokens of a sequence, at most (default: the model's limit). Where the KV cache has
+                 no room for so many in this machine's memory: an LlmcError if they were asked for,
+                 else a warning in the log "llmc.runtime" says how many it holds
     max_batch    sequences that must fit the KV cache together at full length (default 1)
     kv_memory    bytes for the KV cache (default: what max_batch and max_context need, at most half
                  of this machine's memory; pages are committed as they are used)
@@ -217,7 +222,19 @@ class Runtime:
     def _pools(self, context: int) -> Pools:
         """Sizes of the states, by the options and this machine's memory."""
         memory = self.options.kv_memory or self.executor.state_memory()
-        return pool_sizes(self.executor.states, context, self.options.max_batch, memory)
+        pools = pool_sizes(self.executor.states, context, self.options.max_batch, memory)
+        room = pools.pages * PAGE
+        if room < context:
+            self._tell_of_little_room(context, room, memory)
+        return pools
+
+    def _tell_of_little_room(self, context: int, room: int, memory: int) -> None:
+        if self.options.max_context is not None and self.options.kv_memory is None:
+            raise LlmcError(f"max_context: the KV cache has no room for {context} tokens; the "
+                            f"{memory / 2**30:.1f} GiB that it may take hold {room}. Ask for fewer,"
+                            " or say with kv_memory what it may take")
+        logger.warning("the KV cache holds %d tokens, of the %d that a sequence may have "
+                       "(max_context): more take more kv_memory", room, context)
 
     # ---- running --------------------------------------------------------------------------
 

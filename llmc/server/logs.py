@@ -25,10 +25,12 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_up_logs(level: str) -> None:
-    """Send the server's logs, and those of uvicorn from warnings on, to stderr."""
+    """Send the server's logs, and those of uvicorn from warnings on, to stderr. What the runtime
+    warns of, the server says itself."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
-    for name, threshold in (("llmc.server", level), ("uvicorn", "warning")):
+    for name, threshold in (("llmc.server", level), ("llmc.runtime", "error"),
+                            ("uvicorn", "warning")):
         target = logging.getLogger(name)
         target.handlers = [handler]
         target.setLevel(threshold.upper())

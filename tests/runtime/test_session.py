@@ -203,6 +203,22 @@ def test_the_kv_memory_option_limits_the_pool(embedded_artifact):
             runtime.generate(some_ids(97))
 
 
+def test_a_context_without_room_is_told_of(embedded_artifact, monkeypatch, caplog):
+    options = {"threads": 1, "specialize": "none"}
+    page_bytes = 2 * 5 * PAGE * 4 * 8 * 4
+    with llmc.Runtime(embedded_artifact, max_context=512, **options):
+        assert not caplog.records
+    with llmc.Runtime(embedded_artifact, max_context=96, kv_memory=2 * page_bytes, **options):
+        assert "holds 64 tokens, of the 96 " in caplog.text
+    monkeypatch.setattr("llmc.runtime.executor.Executor.state_memory", lambda _: 3 * page_bytes)
+    caplog.clear()
+    with llmc.Runtime(embedded_artifact, **options) as runtime:
+        assert "holds 96 tokens, of the 512 " in caplog.text
+        assert len(runtime.run(some_ids(96))) == 96
+    with pytest.raises(LlmcError, match=r"no room for 128 tokens; .* hold 96"):
+        llmc.Runtime(embedded_artifact, max_context=128, **options)
+
+
 # ---- threads and processes ----------------------------------------------------------------------
 
 
