@@ -72,13 +72,13 @@ class Frame:
         return self.e.load(self.e.offset(self.table, self.slots[buffer.name], POINTER), POINTER)
 
 
-def module_text(stage, program, triple):
+def module_text(stage, program, target):
     """(text of `void run(table, scratch, rows, worker, workers)`, the kernel)."""
     module = ir.Module("matmul")
-    module.triple = triple
+    module.triple = target.triple
     _, e = define(module, "run", VOID, [POINTER, POINTER, I64, I64, I64], internal=False)
     table, scratch, rows, index, count = e.b.function.args
-    kernel = matmul(stage, program, None)
+    kernel = matmul(stage, program, target)
     frame = Frame(program, e, table, rows)
     worker = Worker(index, count, scratch)
     tiles = kernel.tiles(e, frame)
@@ -94,7 +94,7 @@ def module_text(stage, program, triple):
 def assembly(stage, program, target):
     """Assembly of the stage on any target."""
     machine = target.machine()
-    module = llvm.parse_assembly(module_text(stage, program, target.triple)[0])
+    module = llvm.parse_assembly(module_text(stage, program, target)[0])
     optimise(module, machine)
     return machine.emit_assembly(module)
 
@@ -112,7 +112,7 @@ class Runner:
     def __init__(self, stage, program):
         self.stage, self.program = stage, program
         machine = HOST.machine()
-        text, kernel = module_text(stage, program, HOST.triple)
+        text, kernel = module_text(stage, program, HOST)
         self.code, _ = emit_object(text, machine)
         self.scratch_bytes = kernel.scratch_bytes
         jit = llvm.create_lljit_compiler(machine)

@@ -19,7 +19,7 @@ from tests.codegen.matmul_harness import Runner, assembly, leaf, make_stage, row
 DTYPES = ("f32", "bf16", "f16", "f64")
 FEW = (1, 2, 3, 7, 8)
 MANY = (1, 2, 7, 8, 17, 64, 129)
-SHAPES = ((1, 1), (3, 5), (17, 33), (64, 48), (130, 40), (2048, 16))
+SHAPES = ((1, 1), (3, 5), (17, 33), (64, 48), (130, 40), (773, 24), (2048, 16))
 
 
 def random(shape, name, seed):

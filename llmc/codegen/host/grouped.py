@@ -7,6 +7,8 @@ panels whose groups have rows / read bandwidth, or 2 * rows * n * k flops / peak
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import llvmlite.ir as ir
 
 from llmc.codegen.expr import Expression
@@ -18,13 +20,16 @@ from llmc.codegen.llvm import I32, I64, Emitter, i32, i64
 from llmc.ir.dims import evaluate
 from llmc.ir.program import Program, Stage, unsupported
 
+if TYPE_CHECKING:
+    from llmc.codegen.target import Target
+
 OP = "grouped_matmul"
 
 
 class GroupedMatmul(FewRowsMatmul):
     """A tile is a panel; tiles count groups first, so that workers share every group's rows."""
 
-    def __init__(self, stage: Stage, program: Program, target: object):
+    def __init__(self, stage: Stage, program: Program, target: Target):
         found = [node for node in stage.body.nodes() if node.op == OP]
         if len(found) != 1:
             raise unsupported(stage, f"its body holds {len(found)} grouped products, not one")
@@ -33,7 +38,7 @@ class GroupedMatmul(FewRowsMatmul):
         starts = operand_buffer(stage, program, product.node.inputs[2])
         if source is None or starts is None:
             raise unsupported(stage, "its rows and starts must lie in memory")
-        super().__init__(product, source, program)
+        super().__init__(product, source, program, target)
         self.starts = starts
         self.groups = product.node["groups"]
         self.group_panels = evaluate(product.node.shape[1], {}) // product.reader.layout.columns

@@ -29,10 +29,13 @@ from llmc.codegen.host.kernel import Frame, Kernel, Worker
 from llmc.codegen.host.microkernel import (
     CACHE_LINE,
     FAR,
+    FROM_CACHE,
     IntegerReader,
     LeftRows,
     PanelReader,
+    Reading,
     prefetch,
+    reading_from_memory,
 )
 from llmc.codegen.host.packed_weight import CodeReader, PackedWeight, QuantizedWeight
 from llmc.codegen.host.prologue import RowsInPlace, RowsInScratch
@@ -106,7 +109,7 @@ def matmul(stage: Stage, program: Program, target: Target) -> Kernel:
             return CodedMatmul(found, buffer, program)
         kind = DeepMatmul if pieces(found.weight) > 1 else BlockedMatmul
         return kind(found, buffer, program)
-    return FewRowsMatmul(found, buffer, program)
+    return FewRowsMatmul(found, buffer, program, target)
 
 
 def find_product(stage: Stage, program: Program) -> Product:
@@ -286,8 +289,8 @@ class BlockedMatmul:
 class FewRowsMatmul:
     """Few rows: every worker holds the rows and streams its own panels past them."""
 
-    def __init__(self, product: Product, source: Buffer | None, program: Program):
-        self.product = product
+    def __init__(self, product: Product, source: Buffer | None, program: Program, target: Target):
+        self.product, self.target = product, target
         high = bounds(product.rows)[1]
         largest = program.capabilities.matmul_rows
         if high:  # dealt out evenly: 8 rows by tiles of up to 6 are 4 and 4
@@ -343,6 +346,12 @@ class FewRowsMatmul:
                 self.product.weight.store_product(e, left, weights, sums)
             self.epilogue.emit(e, frame, sums, first, count, columns)
 
+    def _reading(self, rows: int) -> Reading:
+        """Groups of codes are too short to be read at several places."""
+        if type(self.product.weight) is not PackedWeight:
+            return FROM_CACHE
+        return reading_from_memory(self.product.reader, rows, self.target.prefetches_twice)
+
     def _left(self, e: Emitter, frame: Frame, worker: Worker, first: ir.Value,
               size: int) -> LeftRows | LeftCodes:
         """Rows beyond the end stand for the last row again; their sums are not used."""
@@ -354,5 +363,4 @@ class FewRowsMatmul:
         if isinstance(self.prologue, RowsInCodes):
             return LeftCodes(pointers, self.prologue.layout)
         return LeftRows(pointers, group_bytes=reader.layout.interleave * element,
-                        step_bytes=element,
-                        from_memory=type(self.product.weight) is PackedWeight)
+                        step_bytes=element, reading=self._reading(size))

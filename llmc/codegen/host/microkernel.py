@@ -34,15 +34,30 @@ from llmc.ir.layouts import Panels
 # Ahead of the panel's reads; best of 0 to 8192 on Zen 3: few rows stream 1.2 x as fast as without.
 PREFETCH_BYTES = 2560
 CACHE_LINE = 64
-# Where a panel is read at several places at once, ahead of each. The CPU's own prefetchers begin
-# anew at every page, and follow some places while others wait: with 1 row, 4 places instead of one
-# stream 1.1 (Emerald Rapids) to 1.3 (Zen 3) times as fast; best of 0, 512, 1024 and 2560.
-STREAM_AHEAD = 768
-MOST_STREAMS = 4
+PAGE_BYTES, SKEW = 4096, 1024
 
 NEAR, FAR = 3, 2  # hints of prefetches: into L1, into L2
 
 Tile = list[list[ir.Value]]  # [row][vector] -> <lanes x f32> (f64 for f64)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a panel is read. places: at once, in equal pieces of k; near, far: bytes ahead of each
+    place at which lines are asked for, into L1 and into L2 (0: not)."""
+
+    places: int
+    near: int
+    far: int = 0
+
+    def prefetch(self, e: Emitter, pointer: ir.Value, offset: int, count: int) -> None:
+        """Ask for what is read behind `count` bytes at pointer + offset."""
+        for distance, hint in ((self.near, NEAR), (self.far, FAR)):
+            if distance:
+                prefetch(e, e.offset(pointer, offset + distance), count, hint)
+
+
+FROM_CACHE = Reading(1, PREFETCH_BYTES)
 
 
 @dataclass(frozen=True)
@@ -172,13 +187,13 @@ class LeftRows:
     """The left operand of a tile: element (row, k) as f32, or the pair at k as 32 bits for dot.
 
     pointers: one per row, at the first k. Per group of k they advance by group_bytes; step s of
-    the group lies s * step_bytes further. from_memory: the panel is in no cache, and used once.
+    the group lies s * step_bytes further. reading: how the panel is read beside them.
     """
 
     pointers: tuple[ir.Value, ...]
     group_bytes: int
     step_bytes: int
-    from_memory: bool = False
+    reading: Reading = FROM_CACHE
 
     def advanced(self, e: Emitter, index: ir.Value, groups: int) -> LeftRows:
         """The same rows from the k of group index * groups on."""
@@ -205,12 +220,11 @@ def tile_product(e: Emitter, reader: PanelReader, left: LeftRows, panel: ir.Valu
     be anything.
     """
     rows, interleave = len(left.pointers), reader.layout.interleave
-    streams = _streams(reader, rows) if left.from_memory else 1
-    unroll = max(_unroll(reader, rows), streams)
+    unroll = max(_unroll(reader, rows), left.reading.places)
     whole = k // interleave // unroll * unroll
     tile = zeros_of(reader, rows)
     if whole:
-        tile = _stream(e, reader, left, panel, whole, unroll, streams)
+        tile = _stream(e, reader, left, panel, whole, unroll)
     for group in range(whole, -(-k // interleave)):
         steps = reader.group(e, panel, group * reader.group_bytes)
         for step, columns in enumerate(steps[:k - group * interleave]):
@@ -228,44 +242,76 @@ def _unroll(reader: PanelReader, rows: int) -> int:
     return 1 << max(0, min(wanted, largest).bit_length() - 1)
 
 
-def _streams(reader: PanelReader, rows: int) -> int:
-    """Places of a panel that are read at once. The left operand is read at as many, row by row:
-    with 16 registers, more than 8 addresses cost more than they gain."""
-    addresses = 32 if reader.lanes == 16 else 8
-    return 1 << max(0, min(MOST_STREAMS, addresses // (rows * reader.steps)).bit_length() - 1)
+def reading_from_memory(reader: PanelReader, rows: int, twice: bool) -> Reading:
+    """How few rows read a panel that is in no cache.
+
+    The CPU's own prefetchers begin anew at every page, and follow some places while others wait.
+    On Emerald Rapids (`twice`) lines are best asked for twice: of the bandwidth of plain reads,
+    1 row gets 0.95 with 4 threads and 0.99 with one, 0.84 by one prefetch into L1. Elsewhere
+    several places are read at once: Zen 3 gets 1.01 instead of 0.92 (Emerald Rapids 0.91). The left
+    operand is read at as many, row by row: with 16 registers more than 8 addresses cost more than
+    they gain.
+    """
+    if twice:
+        return Reading(1, 1024, 6144)
+    addresses = 32 // reader.steps if reader.lanes == 16 else 8
+    places = 1 << max(0, min(4, addresses // (rows * reader.steps)).bit_length() - 1)
+    return Reading(places, 1536) if places > 1 else FROM_CACHE
 
 
 def _stream(e: Emitter, reader: PanelReader, left: LeftRows, panel: ir.Value, groups: int,
-            unroll: int, streams: int) -> Tile:
-    """The loop over k, which is cut into `streams` equal pieces that are read side by side. Tiles
-    of few accumulators get several chains per accumulator, so that 8 additions are in flight; the
-    chains are added up in the end."""
-    rows, vectors = len(left.pointers), reader.vectors
-    size, piece = rows * vectors, groups // streams
+            unroll: int) -> Tile:
+    """The loops over k. Tiles of few accumulators get several chains per accumulator, so that 8
+    additions are in flight; the chains are added up in the end."""
+    size = len(left.pointers) * reader.vectors
     chains = max(1, min(unroll * reader.steps, 8 // size))
-    ahead = STREAM_AHEAD if streams > 1 else PREFETCH_BYTES
-    each = unroll // streams  # groups of a piece per turn
-    turn = [stream * piece + number for number in range(each) for stream in range(streams)]
-    with e.fold(0, piece, flatten(zeros_of(reader, rows * chains)), each, "k") as (
-            group, flat, finish):
-        tiles = [unflatten(flat[c * size:(c + 1) * size], vectors) for c in range(chains)]
+    piece = _piece(reader, left.reading.places, groups, unroll)
+    end = piece * left.reading.places
+    sums = flatten(zeros_of(reader, len(left.pointers) * chains))
+    sums = _stream_pieces(e, reader, left, panel, (0, piece, unroll), sums)
+    if end < groups:
+        alone = replace(left, reading=FROM_CACHE)
+        sums = _stream_pieces(e, reader, alone, panel, (end, groups - end, unroll), sums)
+    total = sums[:size]
+    for c in range(1, chains):
+        chain = sums[c * size:(c + 1) * size]
+        total = [reader.add(e, a, b) for a, b in zip(total, chain, strict=True)]
+    return unflatten(total, reader.vectors)
+
+
+def _piece(reader: PanelReader, places: int, groups: int, unroll: int) -> int:
+    """Groups of each of the equal pieces that are read side by side. Places whole pages apart would
+    meet in the same sets of the L1 cache: such pieces are shortened, and the rest is read alone."""
+    piece = groups // places
+    short = max(unroll, SKEW // reader.group_bytes)
+    whole_pages = piece * reader.group_bytes % PAGE_BYTES == 0
+    return piece - short if places > 1 and whole_pages and piece > 8 * short else piece
+
+
+def _stream_pieces(e: Emitter, reader: PanelReader, left: LeftRows, panel: ir.Value,
+                   span: tuple[int, int, int], sums: list[ir.Value]) -> list[ir.Value]:
+    """sums + the products of some pieces side by side. span: the first group, the groups of a
+    piece, and those of a turn of the loop, over all pieces."""
+    (start, piece, unroll), places = span, left.reading.places
+    rows, vectors = len(left.pointers), reader.vectors
+    each = unroll // places
+    turn = [start + place * piece + number for number in range(each) for place in range(places)]
+    with e.fold(0, piece, sums, each, "k") as (group, flat, finish):
+        tiles = [unflatten(flat[first:first + rows * vectors], vectors)
+                 for first in range(0, len(flat), rows * vectors)]
         columns_at = e.offset(panel, e.b.mul(group, i64(reader.group_bytes)))
         base = e.b.mul(group, i64(left.group_bytes))
-        for first in turn[:streams]:
-            prefetch(e, e.offset(columns_at, first * reader.group_bytes + ahead),
-                     each * reader.group_bytes)
+        for first in turn[:places]:
+            left.reading.prefetch(e, columns_at, first * reader.group_bytes,
+                                  each * reader.group_bytes)
         for number, u in enumerate(turn):
             for step, columns in enumerate(reader.group(e, columns_at, u * reader.group_bytes)):
-                tile = tiles[(number * reader.steps + step) % chains]
+                tile = tiles[(number * reader.steps + step) % len(tiles)]
                 for row in range(rows):
                     factor = left.broadcast(e, row, base, u * left.group_bytes, step, reader)
                     _accumulate(e, reader, tile[row:row + 1], [factor], columns)
         finish([value for tile in tiles for value in flatten(tile)])
-    total = finish.results[:size]
-    for c in range(1, chains):
-        chain = finish.results[c * size:(c + 1) * size]
-        total = [reader.add(e, a, b) for a, b in zip(total, chain, strict=True)]
-    return unflatten(total, vectors)
+    return finish.results
 
 
 def _accumulate(e: Emitter, reader: PanelReader, tile: Tile, factors: Sequence[ir.Value],
