@@ -304,10 +304,32 @@ def _float_to_integer(e: Emitter, value: ir.Value, target: DType, type_: ir.Type
     if target.bits < 8:
         type_ = like(value, I32)  # wraps round, as in NumPy
         name = "fptosi"
+    elif lanes_of(value) > 1 and (target.bits < 32 or target.name == "i32"):
+        return _lanes_to_integers(e, value, target, type_)
     result = e.call(f"llvm.{name}.sat.{_suffix(type_)}.{_suffix(value.type)}", type_, value)
     if target.bits < 8:
         return _extend(e, e.b.trunc(result, like(value, I8)), target)
     return result
+
+
+def _lanes_to_integers(e: Emitter, value: ir.Value, target: DType, type_: ir.Type) -> ir.Value:
+    """The same of vectors and integers of up to 32 bits: LLVM takes saturating conversions of x86
+    apart, lane by lane."""
+    def number(x: float) -> ir.Constant:
+        return splat_constant(value.type, x)
+
+    signed = target.kind == "int"
+    low = -(1 << target.bits - 1) if signed else 0
+    high = low + (1 << target.bits) - 1
+    most = 2147483520 if target.bits == 32 and value.type.element is F32 else high
+    known = e.b.select(e.b.fcmp_ordered("ord", value, value), value, number(0.0))
+    known = e.b.select(e.b.fcmp_ordered("<", known, number(low)), number(low), known)
+    known = e.b.select(e.b.fcmp_ordered(">", known, number(most)), number(most), known)
+    result = e.b.fptosi(known, like(value, I32))
+    if most < high:  # the largest integer is no f32
+        beyond = e.b.fcmp_ordered(">", value, number(most))
+        result = e.b.select(beyond, splat_constant(result.type, high), result)
+    return result if target.bits == 32 else e.b.trunc(result, type_)
 
 
 def _resize(e: Emitter, value: ir.Value, source: DType, target: DType,

@@ -91,3 +91,18 @@ def test_bits_are_kept(source, target):
         same = ~np.isnan(floats.astype(np.float32))
         codes, wanted = codes[same], wanted[same]
     assert (codes == wanted).all()
+
+
+@pytest.mark.parametrize("name", ["u8", "i8", "u16", "i16", "i32"])
+@pytest.mark.parametrize("source", ["f32", "f64"])
+@pytest.mark.parametrize("size", [5, 67])
+def test_floats_become_integers_towards_zero_and_saturate(name, source, size):
+    low, high = np.iinfo(dtype(name).numpy).min, np.iinfo(dtype(name).numpy).max
+    points = [0.0, -0.0, 0.9, -0.9, 1.5, -1.5, 2.5, low, high, low - 1.0, high + 1.0, 3e9, -3e9,
+              1e30, -1e30, np.inf, -np.inf, np.nan, 2147483520.0, 2147483648.0]
+    values = np.resize(np.array(points, dtype(source).numpy), size)
+    with np.errstate(invalid="ignore"):
+        wanted = np.nan_to_num(np.clip(np.trunc(values.astype(np.float64)), low, high), nan=0)
+    x = leaf("x", source, size)
+    got = run("map", {"y": make("cast", x, dtype=dtype(name))}, arrays={"x": values})
+    np.testing.assert_array_equal(got["y"], wanted.astype(dtype(name).numpy))
