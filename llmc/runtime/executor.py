@@ -16,7 +16,7 @@ from llmc.runtime.artifact import Artifact, VariantInfo
 from llmc.runtime.binding import Tensor, bind, check_indexes, check_inputs, make_symbols
 from llmc.runtime.dispatch import MEMO_SHAPES, Dispatch, exact_symbols
 from llmc.runtime.host_device import Team, load_object
-from llmc.runtime.memory import aligned_empty, physical_memory
+from llmc.runtime.memory import HUGE_PAGE, aligned_empty, physical_memory
 
 POINTERS = ctypes.c_void_p
 
@@ -112,7 +112,8 @@ class Executor:
         for tensor in self.states:
             size = int(np.prod(tensor.concrete_shape(self.known), dtype=np.int64))
             stride = -(-size * tensor.dtype.bits // 8 // 64) * 64
-            self._states += [aligned_empty(stride) for _ in range(tensor.count)]
+            # A short text touches the beginning of each: huge pages there would be mostly empty.
+            self._states += [aligned_empty(stride, HUGE_PAGE) for _ in range(tensor.count)]
         self._state_table = _pointer_table([state.ctypes.data for state in self._states])
 
     def state_copies(self, name: str) -> list[np.ndarray]:
