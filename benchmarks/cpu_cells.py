@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from make_model import BERT, LLAMA
 # our head is int8 in both.
 BITS = {"f32": 32, "bf16": 16, "int8": 8.5, "int4": 4.5}
 OWN_BITS = BITS | {"int8": 8.125}
-CONTEXTS = {"1b": (128, 2048), "110m": (128,)}
+CONTEXTS = {"1b": (2048, 128), "110m": (128,)}
 PROMPTS = {"1b": (128, 512, 2048), "110m": (512,)}
 MATMULS = ((2048, 2048), (8192, 2048), (2048, 8192))  # n, k
 ROWS = (1, 4, 16, 64, 128, 512, 2048)
@@ -43,29 +43,31 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
     only = set(options.only)
     for shape in options.shapes:
         for dtype in options.dtypes:
-            if only & {"decode", "noise"}:
-                yield from decode_cells(shape, dtype, [g for g in ("decode", "noise") if g in only])
             if "prefill" in only:
-                yield from prefill_cells(shape, dtype)
+                yield from prefill_cells(shape, dtype, options.prompts or PROMPTS[shape])
+            if "decode" in only:
+                yield from decode_cells("decode", shape, dtype, options.contexts or CONTEXTS[shape])
+            if "noise" in only:
+                yield from decode_cells("noise", shape, dtype, CONTEXTS[shape][-1:])
     for dtype in options.encoder_dtypes if "encoder" in only else ():
         yield from encoder_cells(dtype)
     for dtype in options.matmul_dtypes if "matmul" in only else ():
         yield from matmul_cells(dtype)
 
 
-def decode_cells(shape: str, dtype: str, groups: list[str]) -> Iterator[Cell]:
-    work = DECODED * elements(shape) * BITS[dtype] / 8, DECODED * own_bytes(shape, dtype)
-    for group in groups:
-        for context in CONTEXTS[shape] if group == "decode" else CONTEXTS[shape][:1]:
-            cached = DECODED * cache_bytes(shape, context)
-            yield Cell(group, f"context {context}", shape, dtype,
-                       {"work": "decode", "context": context, "tokens": DECODED}, "bandwidth",
-                       work[0] + cached, work[1] + cached, DECODED)
+def decode_cells(group: str, shape: str, dtype: str, contexts: Sequence[int]) -> Iterator[Cell]:
+    """By default the longest context first: the longest prompt was the last."""
+    work, own = DECODED * elements(shape) * BITS[dtype] / 8, DECODED * own_bytes(shape, dtype)
+    for context in contexts:
+        cached = DECODED * cache_bytes(shape, context)
+        yield Cell(group, f"context {context}", shape, dtype,
+                   {"work": "decode", "context": context, "tokens": DECODED}, "bandwidth",
+                   work + cached, own + cached, DECODED)
 
 
-def prefill_cells(shape: str, dtype: str) -> Iterator[Cell]:
+def prefill_cells(shape: str, dtype: str, prompts: Sequence[int]) -> Iterator[Cell]:
     inner = elements(shape) - head_elements(shape)
-    for tokens in PROMPTS[shape]:
+    for tokens in prompts:
         yield Cell("prefill", f"{tokens} tokens", shape, dtype,
                    {"work": "prefill", "tokens": tokens}, arithmetic(dtype),
                    2 * tokens * inner + attention_flops(shape, tokens), tokens=tokens)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cpu_workers import FEW_ROWS, STREAMED_BYTES, Worker, repeated, timed
+from cpu_workers import DRIFT, FEW_ROWS, STREAMED_BYTES, Worker, repeated
 
 CALIBRATION = 8  # sentences of random tokens
 
@@ -41,15 +41,8 @@ class Torch(Worker):
         kind = AutoModel if self.bert else AutoModelForCausalLM
         self.model = kind.from_pretrained(options["model"], dtype=self.kind).eval()
 
-    def forward(self, ids: Any) -> Any:
-        return self.model(ids, use_cache=True, logits_to_keep=1)
-
-    def prefill(self, tokens: int) -> float:
-        ids = self.torch.from_numpy(self.ids(1, tokens))
-        return timed(lambda: self.forward(ids))
-
-    def begin(self, context: int) -> None:
-        self.last = self.forward(self.torch.from_numpy(self.ids(1, context)))
+    def begin(self, ids: np.ndarray) -> None:
+        self.last = self.model(self.torch.from_numpy(ids[None]), use_cache=True, logits_to_keep=1)
 
     def more(self, tokens: int) -> None:
         for _ in range(tokens):
@@ -94,7 +87,7 @@ class CompiledTorch(Torch):
         self.torch._dynamo.config.cache_size_limit = 64
         self.model.forward = self.torch.compile(self.model.forward, dynamic=False)
 
-    def begin(self, context: int) -> None:
+    def more(self, tokens: int) -> None:
         raise RuntimeError("compiles anew for every length")
 
 
@@ -178,18 +171,12 @@ class OnnxRuntime(Worker):
                            check=True, stdout=sys.stderr)
         return folder
 
-    def generator(self, tokens: int) -> Any:
+    def begin(self, ids: np.ndarray) -> None:
         parameters = self.genai.GeneratorParams(self.model)
-        parameters.set_search_options(max_length=tokens, min_length=tokens, do_sample=False)
-        return self.genai.Generator(self.model, parameters)
-
-    def prefill(self, tokens: int) -> float:
-        generator, ids = self.generator(tokens + 1), self.ids(1, tokens).astype(np.int32)
-        return timed(lambda: generator.append_tokens(ids))
-
-    def begin(self, context: int) -> None:
-        self.sequence = self.generator(context + 1024)
-        self.sequence.append_tokens(self.ids(1, context).astype(np.int32))
+        most = len(ids) + 2 * DRIFT
+        parameters.set_search_options(max_length=most, min_length=most, do_sample=False)
+        self.sequence = self.genai.Generator(self.model, parameters)
+        self.sequence.append_tokens(ids[None].astype(np.int32))
         self.sequence.generate_next_token()
 
     def more(self, tokens: int) -> None:
@@ -266,24 +253,27 @@ class OpenVino(Worker):
             "attention_mask": np.ones((1, self.past), np.int64),
             "position_ids": np.arange(self.past - count, self.past)[None]})
 
-    def begin(self, context: int) -> None:
+    def begin(self, ids: np.ndarray) -> None:
         self.request.reset_state()
         self.past = 0
-        self.feed(self.ids(1, context))
+        self.feed(ids[None])
 
     def more(self, tokens: int) -> None:
         for _ in range(tokens):
             self.feed(self.request.get_output_tensor(0).data[:, -1:].argmax(-1))
 
-    def prefill(self, tokens: int) -> float:
-        self.context, self.past = 0, 0
-        self.request.reset_state()
-        ids = self.ids(1, tokens)
-        return timed(lambda: self.feed(ids))
-
     def encode(self, lengths: list[int]) -> float:
         inputs = self.named(lengths)
         return repeated(lambda: self.request.infer(inputs))
+
+
+class OpenVinoF32(OpenVino):
+    """The same model in f32 arithmetic: faster where dot products of bf16 are slow."""
+
+    def __init__(self, options: dict[str, Any]):
+        if options["dtype"] == "f32":
+            raise RuntimeError("the same as openvino")
+        super().__init__(options | {"settings": {"INFERENCE_PRECISION_HINT": "f32"}})
 
 
 def with_last_logits(model: Any) -> Any:
@@ -300,4 +290,4 @@ def with_last_logits(model: Any) -> Any:
 
 FRAMEWORKS: dict[str, type[Worker]] = {
     "torch": Torch, "torch compiled": CompiledTorch, "onnxruntime": OnnxRuntime,
-    "openvino": OpenVino}
+    "openvino": OpenVino, "openvino f32": OpenVinoF32}

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,13 +38,15 @@ from llmc.ceilings import Ceilings
 
 HERE = Path(__file__).parent
 GROUPS = ("decode", "prefill", "encoder", "matmul", "noise")
-ENGINES = ("llmc", "llama.cpp", "torch", "torch compiled", "onnxruntime", "openvino")
-PAUSE = 0.05  # seconds: until the last engine's threads stand still
-SAMPLED = 600.0  # seconds that an answer may take
+ENGINES = ("llmc", "llama.cpp", "torch", "torch compiled", "onnxruntime", "openvino",
+           "openvino f32")
 
 
 class Process:
-    """A worker of cpu_workers.py; `error` says why there is none."""
+    """A worker of cpu_workers.py; `error` says why there is none.
+
+    It is stopped between jobs: threads that spin in wait for work would take another's turn.
+    """
 
     def __init__(self, engine: str, options: dict[str, Any]):
         environment = os.environ | {"LLMC_THREADS": str(options["threads"]),
@@ -62,11 +65,13 @@ class Process:
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
+        self._process.send_signal(signal.SIGSTOP)
         return json.loads(line) if line else {"error": "its process ended"}
 
     def ask(self, job: dict[str, Any]) -> float | None:
         """Seconds that the job took (bytes, of the job "memory")."""
         assert self._process.stdin is not None
+        self._process.send_signal(signal.SIGCONT)
         try:
             print(json.dumps(job), file=self._process.stdin, flush=True)
         except BrokenPipeError:
@@ -78,6 +83,7 @@ class Process:
 
     def close(self) -> None:
         assert self._process.stdin is not None
+        self._process.send_signal(signal.SIGCONT)
         self._process.stdin.close()
         try:
             self._process.wait(30)
@@ -150,9 +156,11 @@ class Bench:
         return {name: engine for name, engine in engines.items() if not engine.error}
 
     def rounds(self) -> Iterator[int]:
+        """At least one, no more than were asked for or than a cell has time for."""
+        end = min(self.deadline, time.monotonic() + self.options.cell_seconds)
         for number in range(self.options.rounds):
             yield number
-            if time.monotonic() > self.deadline:
+            if time.monotonic() > end:
                 return
 
     def line(self, cell: Cell, engines: dict[str, Process],
@@ -166,7 +174,6 @@ class Bench:
         for _ in self.rounds():
             before = ceiling()
             for name, engine in running.items():
-                time.sleep(PAUSE)
                 taken[name].append(engine.ask(cell.job) or float("inf"))
             limits.append(max(before, ceiling()))
         return report(cell, taken, limits)
@@ -177,7 +184,6 @@ class Bench:
         losses: dict[str, list[float]] = {name: [] for name in self.warm(cell, engines)}
         for _ in self.rounds():
             for name in losses:
-                time.sleep(PAUSE)
                 quiet = engines[name].ask(cell.job) or float("inf")
                 with busy_core():
                     losses[name].append(1 - quiet / (engines[name].ask(cell.job) or float("inf")))
@@ -228,17 +234,25 @@ def words(text: str) -> list[str]:
     return [word for word in text.split(",") if word]
 
 
+def numbers(text: str) -> list[int]:
+    return [int(word) for word in words(text)]
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", type=words, default=list(GROUPS))
     parser.add_argument("--engines", type=words, default=list(ENGINES))
     parser.add_argument("--shapes", type=words, default=["1b", "110m"])
     parser.add_argument("--dtypes", type=words, default=["bf16", "int8", "int4"])
+    parser.add_argument("--contexts", type=numbers, help="tokens in front of those decoded")
+    parser.add_argument("--prompts", type=numbers, help="tokens of prompts")
     parser.add_argument("--encoder-dtypes", type=words, default=["f32", "bf16", "int8"])
     parser.add_argument("--matmul-dtypes", type=words, default=["f32", "bf16"])
-    parser.add_argument("--threads", type=words, default=["4"])
+    parser.add_argument("--threads", type=numbers, default=[4])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1800, help="stop after so long")
+    parser.add_argument("--cell-seconds", type=float, default=60,
+                        help="no round of a cell begins later")
     parser.add_argument("--models", type=Path, help="where models are kept (default: nowhere)")
     parser.add_argument("--json", action="store_true", help="a JSON object a line")
     return parser.parse_args()
@@ -252,7 +266,7 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         bench = Bench(options, folder)
         for threads in options.threads:
-            for line in bench.table(int(threads)):
+            for line in bench.table(threads):
                 lines.append(line)
                 print(json.dumps(line) if options.json else show(line), flush=True)
     for verdict in verdicts(lines):

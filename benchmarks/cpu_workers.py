@@ -47,7 +47,7 @@ def repeated(work: Callable[[], Any]) -> float:
 
 
 class Worker:
-    """An engine with a model; `decode`, `prefill`, `encode` and `matmul` return seconds."""
+    """An engine with a model: `decode`, `prefill`, `encode` and `matmul` return seconds."""
 
     def __init__(self, options: dict[str, Any]):
         self.options = options
@@ -55,7 +55,7 @@ class Worker:
         self.threads = options["threads"]
         self.dtype = options["dtype"]
         self.random = np.random.default_rng(0)
-        self.context = 0  # tokens that the sequence being decoded was asked to begin with
+        self.context = 0  # tokens that the sequence in the cache began with
         self.length = 0  # tokens that it has
 
     def config(self) -> dict[str, Any]:
@@ -69,16 +69,20 @@ class Worker:
         mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
         return self.ids(*mask.shape) * mask, mask.astype(np.int64)
 
+    def prefill(self, tokens: int) -> float:
+        ids = self.ids(tokens)
+        self.context = self.length = tokens
+        return timed(lambda: self.begin(ids))
+
     def decode(self, context: int, tokens: int) -> float:
         """Continue the sequence that is there, while it is about as long as was asked for."""
         if context != self.context or self.length + tokens > context + DRIFT:
-            self.begin(context)
-            self.context, self.length = context, context
+            self.prefill(context)
         self.length += tokens
         return timed(lambda: self.more(tokens))
 
-    def begin(self, context: int) -> None:
-        """Start the sequence to be decoded: random tokens."""
+    def begin(self, ids: np.ndarray) -> None:
+        """Start a new sequence with these tokens."""
         raise NotImplementedError
 
     def more(self, tokens: int) -> None:
@@ -104,27 +108,14 @@ class Llmc(Worker):
         given = {"dtype": self.dtype} if self.dtype in floats else {"quantize": self.dtype}
         self.runtime = llmc.Runtime(options["model"], threads=self.threads, **given)
 
-    def step(self, sequence: Any, ids: np.ndarray) -> np.ndarray:
+    def begin(self, ids: np.ndarray) -> None:
+        from llmc.runtime.pages import Sequence
         from llmc.runtime.step import Chunk
-
-        return self.runtime.step([Chunk(sequence, ids, 1)])
-
-    def prefill(self, tokens: int) -> float:
-        from llmc.runtime.pages import Sequence
-
-        sequence, ids = Sequence(), self.ids(tokens)
-        try:
-            return timed(lambda: self.step(sequence, ids))
-        finally:
-            self.runtime.release(sequence)
-
-    def begin(self, context: int) -> None:
-        from llmc.runtime.pages import Sequence
 
         if self.sequence is not None:
             self.runtime.release(self.sequence)
         self.sequence = Sequence()
-        self.token = int(self.step(self.sequence, self.ids(context)).argmax())
+        self.token = int(self.runtime.step([Chunk(self.sequence, ids, 1)]).argmax())
 
     def more(self, tokens: int) -> None:
         """As `Runtime.generate` does it."""
@@ -133,7 +124,9 @@ class Llmc(Worker):
 
         start = Start(self.token, self.sequence.length, Sampling())
         ahead = self.runtime.decode_ahead([self.sequence], [start], tokens)
-        for chosen in ahead or ():
+        if ahead is None:
+            raise RuntimeError("this target does not decode ahead")
+        for chosen in ahead:
             self.token = int(chosen[0])
 
     def encode(self, lengths: list[int]) -> float:
@@ -209,18 +202,9 @@ class LlamaCpp(Worker):
             raise RuntimeError(f"llama_decode returned {status}")
         self.library.llama_synchronize(self.state)
 
-    def clear(self) -> None:
+    def begin(self, ids: np.ndarray) -> None:
         self.library.llama_memory_clear(self.library.llama_get_memory(self.state), False)
-
-    def prefill(self, tokens: int) -> float:
-        self.clear()
-        self.context = 0
-        ids = self.ids(tokens)
-        return timed(lambda: self.feed(ids))
-
-    def begin(self, context: int) -> None:
-        self.clear()
-        self.feed(self.ids(context))
+        self.feed(ids)
 
     def more(self, tokens: int) -> None:
         for token in self.ids(tokens, 1):
