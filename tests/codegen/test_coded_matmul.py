@@ -123,7 +123,7 @@ def emulated_dot(dot, e, total, column, bytes_):
 
 @pytest.mark.parametrize("codes, zeros", [("i8", None), ("i4", None), ("u4", "u8")])
 def test_layouts_of_avx512_on_any_cpu(check, codes, zeros, monkeypatch):
-    monkeypatch.setattr(ByteDot, "_dot", emulated_dot)
+    monkeypatch.setattr(ByteDot, "dot", emulated_dot)
     for name, value in (("vector_lanes", 16), ("byte_dot", "vnni"), ("bf16_dot", False)):
         monkeypatch.setattr(Target, name, value)
     for rows, kinds in ((13, BLOCKED), (3, FEW)):
