@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 import llmc
-from llmc.ir import ops_quantize
+from llmc.ir import rounding
 
 MODES = ("int8", "int8+float", "int4", "int4+never", "int4+rtn", "int4+float", "int4+float+never",
          "int4+float+rtn", "int4+head4", "int4+asym")
@@ -102,8 +102,8 @@ def plain_rounding(wanted: bool) -> Iterator[str | None]:
     import tempfile
 
     with tempfile.TemporaryDirectory() as directory:
-        before = ops_quantize.FACTORS[4]
-        ops_quantize.FACTORS[4] = np.ones(1, np.float32)
+        before = rounding.FACTORS[4]
+        rounding.FACTORS[4] = np.ones(1, np.float32)
         from llmc import quantizer
 
         search = quantizer.Quantizer.__call__
@@ -112,7 +112,7 @@ def plain_rounding(wanted: bool) -> Iterator[str | None]:
             yield directory
         finally:
             quantizer.Quantizer.__call__ = search  # type: ignore[method-assign]
-            ops_quantize.FACTORS[4] = before
+            rounding.FACTORS[4] = before
 
 
 def round_to_nearest(self: Any, matrix: np.ndarray, dtype: Any, group: int, moments: Any = None
@@ -120,8 +120,8 @@ def round_to_nearest(self: Any, matrix: np.ndarray, dtype: Any, group: int, mome
     """The plain way, in place of `Quantizer.__call__`."""
     from llmc.quantizer import QuantizedMatrix
 
-    own = ops_quantize.CodeRange.of(dtype)
-    wide = ops_quantize.padded(matrix.astype(np.float32), group)
+    own = rounding.CodeRange.of(dtype)
+    wide = rounding.padded(matrix.astype(np.float32), group)
     x = wide.reshape(len(wide), -1, group)
     low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
     if own.zeros:
@@ -129,7 +129,7 @@ def round_to_nearest(self: Any, matrix: np.ndarray, dtype: Any, group: int, mome
         scale = (high - low) / own.steps
     else:
         scale = np.maximum(-low, high) / (own.low + own.steps)
-    scale = np.where(scale == 0, 1, scale).astype(ops_quantize.SCALES.numpy)
+    scale = np.where(scale == 0, 1, scale).astype(rounding.SCALES.numpy)
     zero = np.rint(-low / scale.astype(np.float32)) if own.zeros else np.zeros_like(low)
     codes = np.clip(np.rint(x / scale.astype(np.float32)) + zero,
                     0 if own.zeros else own.low, (0 if own.zeros else own.low) + own.steps)

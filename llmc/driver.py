@@ -54,9 +54,9 @@ from llmc.weights import WeightFile, WeightMaker, write_weights
 
 @dataclass(frozen=True)
 class Calibration:
-    """Second moments of what quantised matrices are multiplied by: arrays f32 [k, k] by name, and
-    name of a weight -> name of its array. seconds: what it took to find them; limit: what that and
-    their use may take in all. skipped: why there are none."""
+    """Second moments of what quantised matrices are multiplied by: arrays f32 by name, as the op
+    `quantize` takes them, and name of a weight -> name of its array. seconds: what it took to find
+    them; limit: what that and their use may take in all. skipped: why there are none."""
 
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)

@@ -15,7 +15,7 @@ from llmc.errors import CompileError
 from llmc.frontend.model import ImportedModel
 from llmc.ir import interpret
 from llmc.ir.dims import Dim
-from llmc.ir.dtypes import f32, from_numpy
+from llmc.ir.dtypes import from_numpy
 from llmc.ir.graph import Graph, Node, rebuild, walk
 from llmc.ir.layouts import Layout, format_layout, pack
 from llmc.ir.ops import make
@@ -148,7 +148,7 @@ class WeightMaker:
             for node in weight.expression.nodes():
                 if node.op == "quantize":
                     self._quantizer = self._quantizer or Quantizer(self._threads)
-                    source = f32 if len(node.inputs) > 1 else node.inputs[0].dtype
+                    source = None if len(node.inputs) > 1 else node.inputs[0].dtype
                     self._quantizer.prepare(source, node["dtype"], node["group"])
 
     def packed(self, expression: Graph, names: Names, layout: Layout) -> np.ndarray:

@@ -175,8 +175,37 @@ def test_traced_graphs_are_quantised_too():
 
 def test_what_cannot_be_calibrated_says_so(tmp_path):
     path = GOLDENS / "hf" / "bert"
-    with pytest.raises(LlmcError, match="makes no text to calibrate with"):
+    with pytest.raises(LlmcError, match=r"makes no text to calibrate with.*leave calibrate out"):
         llmc.compile(path, quantize=Quantization("int4", calibrate="always"))
+    info = llmc.compile(path, quantize="int4").manifest.quantization
+    assert "makes no text" in info.uncalibrated
+
+
+@pytest.mark.parametrize("options", [
+    {"weights": "int8"}, {"weights": "float", "kv_cache": "int8"}, {"weights": "float"},
+    {"weights": "float", "head": "int4"}, {"weights": "int8", "head": "float"}])
+def test_what_is_not_int4_is_not_calibrated(options):
+    with pytest.raises(LlmcError, match=r"calibrate always is for int4.*leave calibrate out"):
+        Quantization(**options, calibrate="always")
+
+
+def test_an_int4_head_alone_is_calibrated():
+    quantization = Quantization("int8", head="int4", calibrate="always")
+    found = calibrate.calibrate(load_model(EMBEDDED), quantization)
+    assert list(found.names) == ["model.embed_tokens"]
+
+
+def test_a_model_without_a_matrix_to_calibrate_says_so(monkeypatch):
+    monkeypatch.setattr(calibrate, "candidates", lambda *_: [])
+    with pytest.raises(LlmcError, match="none of its matrices becomes int4"):
+        calibrate.calibrate(load_model(EMBEDDED), Quantization("int4", calibrate="always"))
+
+
+def test_the_command_line_refuses_to_calibrate_int8(tmp_path, capsys):
+    for command in (["compile", "-o", str(tmp_path / "m.llmc")], ["generate"]):
+        model = [command[0], str(EMBEDDED), *command[1:]]
+        assert main([*model, "--quantize", "int8", "--calibrate", "always"]) == 1
+        assert "leave calibrate out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["gpt2", "starcoder2"])

@@ -56,6 +56,14 @@ class Quantization:
                 raise LlmcError(f"quantize: {name} must be one of {wanted}, got {value!r}")
         if not self.group and self.weights != FLOAT:
             object.__setattr__(self, "group", DEFAULT_GROUPS[self.weights])
+        if self.calibrate == "always" and not self.four_bits:
+            raise LlmcError("quantize: calibrate always is for int4, and nothing here becomes "
+                            "int4: leave calibrate out, or choose int4 weights")
+
+    @property
+    def four_bits(self) -> bool:
+        """Whether any matrix becomes int4."""
+        return self.weights != FLOAT and "int4" in (self.weights, self.head)
 
     @property
     def codes(self) -> DType:
@@ -63,11 +71,12 @@ class Quantization:
         return dtype(_CODES[self.weights, self.symmetric])
 
     def of_head(self) -> Quantization | None:
-        """The same for the matrix that makes logits; None if it stays as it is."""
+        """The same for the matrix that makes logits; None if it stays as it is. To calibrate is for
+        the model to ask for, not for one matrix."""
         if self.head == "float":
             return None
         return self if self.head == self.weights else replace(
-            self, weights=self.head, group=DEFAULT_GROUPS[self.head])
+            self, weights=self.head, group=DEFAULT_GROUPS[self.head], calibrate="auto")
 
     def text(self) -> str:
         """Every option, for cache keys."""

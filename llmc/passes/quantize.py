@@ -13,13 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
+from llmc.ir.dims import evaluate
 from llmc.ir.dtypes import f32, f64
 from llmc.ir.graph import Graph, Node, TensorType, map_graph, walk
 from llmc.ir.ops import ELEMENTWISE, make
-from llmc.ir.ops_quantize import CodeRange
+from llmc.ir.product_rounding import parts as parts_of
 from llmc.ir.program import QUANTIZED_MATMUL, Capabilities
 from llmc.ir.quantization import Quantization
 from llmc.ir.quantized import SWAP, Quantized, quantized, stored
+from llmc.ir.rounding import CodeRange
 from llmc.passes.match import VIEWS, without_cast
 from llmc.passes.names import result_name
 from llmc.passes.prelude import weight_expressions
@@ -108,7 +110,7 @@ def _heads(graph: Graph) -> Iterator[Node]:
 def quantize(graph: Graph, chosen: Sequence[Candidate], capabilities: Capabilities,
              moments: Mapping[str, str] | None = None) -> Graph:
     """The graph with the candidates' weights quantised. moments: name of a weight -> parameter that
-    holds the second moments [k, k] of what it is multiplied by."""
+    holds the second moments of what it is multiplied by."""
     keeps_codes = QUANTIZED_MATMUL in capabilities.kernels
     wholes: dict[Node, Quantized] = {}  # of the matrices [n, k]
     rights: dict[Node, Node] = {}
@@ -135,8 +137,9 @@ def _quantized(candidate: Candidate, moments: str | None) -> Quantized:
     matrix, options = candidate.matrix, candidate.options
     operands = [matrix]
     if moments is not None and options.weights == "int4":
-        k = matrix.shape[1]
-        operands.append(make("parameter", name=moments, type=TensorType(f32, (k, k))))
+        count, width = parts_of(evaluate(matrix.shape[1], {}))
+        operands.append(make("parameter", name=moments,
+                             type=TensorType(f32, (count, width, width))))
     whole = make("quantize", *operands, dtype=options.codes, group=options.group)
     parts = [make("get", whole, index=index)
              for index in range(3 if CodeRange.of(options.codes).zeros else 2)]

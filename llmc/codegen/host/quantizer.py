@@ -1,4 +1,4 @@
-"""Code that quantises matrices, for `llmc.quantizer`: the search of `ir.ops_quantize`, compiled.
+"""Code that quantises matrices, for `llmc.quantizer`: the search of `ir.rounding`, compiled.
 
     void llmc_quantize(source, codes, scales, zeros, sums, factors, count, begin, end)
 
@@ -37,7 +37,7 @@ from llmc.codegen.llvm import (
 from llmc.codegen.llvm import vector as vector_type
 from llmc.codegen.target import Target
 from llmc.ir.dtypes import DType
-from llmc.ir.ops_quantize import CodeRange
+from llmc.ir.rounding import CodeRange
 
 EXPORT = "llmc_quantize"
 LANES = 8  # of a vector; groups are multiples
@@ -86,7 +86,7 @@ class _Ends:
 
 @dataclass(frozen=True)
 class _Group:
-    """Emits the parts of `ir.ops_quantize.quantize_groups` for one group, in vectors."""
+    """Emits the parts of `ir.rounding.quantize_groups` for one group, in vectors."""
 
     e: Emitter
     source: DType
