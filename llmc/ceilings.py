@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 
@@ -19,7 +20,8 @@ from llmc.codegen.target import Target
 from llmc.runtime.host_device import load_object
 from llmc.runtime.memory import aligned_empty
 
-BUFFER_BYTES = 1 << 29  # beyond any cache
+BUFFER_BYTES = 1 << 29  # at least; and CACHES times the largest cache
+CACHES = 4
 SECONDS = 0.02  # of one sample: long beside the start of a thread, short beside clock changes
 
 
@@ -37,10 +39,10 @@ class Ceilings:
     def read_bandwidth(self) -> float:
         """Bytes per second that all threads read from memory, each a range of its own."""
         if self._buffer is None:
-            self._buffer = aligned_empty(BUFFER_BYTES)
+            self._buffer = aligned_empty(max(BUFFER_BYTES, CACHES * largest_cache()))
             self._buffer[:] = 1
         read = self._function("llmc_read")
-        share = BUFFER_BYTES // self.threads // READ_BYTES * READ_BYTES
+        share = len(self._buffer) // self.threads // READ_BYTES * READ_BYTES
         base = self._buffer.ctypes.data
         seconds = self._together(lambda thread: read(base + thread * share, share))
         return share * self.threads / seconds
@@ -81,3 +83,13 @@ class Ceilings:
         started = time.perf_counter()
         list(self._pool.map(work, range(self.threads)))
         return time.perf_counter() - started
+
+
+def largest_cache() -> int:
+    """Bytes of the largest cache that this process's CPUs see; 0 where the system does not tell."""
+    sizes = [0]
+    for path in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*/size"):
+        text = path.read_text().strip()
+        if text.endswith("K") and text[:-1].isdecimal():
+            sizes.append(int(text[:-1]) << 10)
+    return max(sizes)
