@@ -18,6 +18,16 @@ from llmc.errors import DeviceError
 
 EXPORTS = ("llmc_step", "llmc_team_create", "llmc_team_destroy", "llmc_team_run", "llmc_barrier")
 _numbers = itertools.count()
+_process = os.getpid()
+
+
+def _note_process() -> None:
+    global _process
+    _process = os.getpid()
+
+
+if hasattr(os, "register_at_fork"):  # asking at every step costs a system call
+    os.register_at_fork(after_in_child=_note_process)
 
 
 @cache
@@ -82,9 +92,9 @@ class Team:
 
         Threads do not survive a fork: a child process gets a team of its own.
         """
-        if self._workers > 1 and self._process != os.getpid():
+        if self._process != _process and self._workers > 1:
             self._handle = self._create(self._workers)
-            self._process = os.getpid()
+            self._process = _process
             if not self._handle:
                 raise DeviceError(f"no memory for a team of {self._workers} threads")
         return self._handle
@@ -92,7 +102,7 @@ class Team:
     def close(self) -> None:
         """Stop and join the threads, those of this process."""
         handle, self._handle = self._handle, None
-        if handle and self._process == os.getpid():
+        if handle and self._process == _process:
             self._process = 0
             self._destroy(handle)
 
