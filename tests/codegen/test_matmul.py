@@ -284,6 +284,24 @@ def test_no_loop_of_any_tile_spills(target, dtype_name, k):
         assert not re.search(r"\(%r[sb]p|\[sp", loop), loop
 
 
+@pytest.mark.parametrize("target, dtype_name, hints", [
+    ("x86_64:znver3", "f32", {"t0"}), ("x86_64:znver5", "f32", {"t0"}),
+    ("x86_64:znver5", "bf16", {"t0"}), ("x86_64:skylake-avx512", "f32", {"t0"}),
+    ("x86_64:emeraldrapids", "bf16", {"t0", "t1"}), ("aarch64:neoverse-n1", "f32", set())])
+def test_few_rows_stream_without_spills(target, dtype_name, hints):
+    where = Target.parse(target)
+    packed = where.capabilities().packed_activation(dtype(dtype_name), dtype(dtype_name))
+    a, w = leaf("a", packed, rows_symbol(8), 2048), leaf("w", dtype_name, 2048, 256)
+    stage, program = make_stage([a, w], {"y": make("matmul", a, w, dtype=dtype("f32"))},
+                                target=where)
+    loops = [piece for piece in straight_pieces(assembly(stage, program, where))
+             if multiply_adds(piece) >= 8]
+    assert len(loops) >= 3  # 1, 2 and 4 rows at least
+    for loop in loops:
+        assert set(re.findall(r"prefetch(t\d)", loop)) == hints
+        assert not re.search(r"\(%r[sb]p|\[sp", loop), loop
+
+
 def test_no_library_calls_on_the_oldest_cpu():
     target = Target.parse("x86_64:x86-64")
     a, w = leaf("a", "f32", rows_symbol(), 64), leaf("w", "bf16", 64, 64)

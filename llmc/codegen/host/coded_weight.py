@@ -23,10 +23,10 @@ import llvmlite.ir as ir
 
 from llmc.codegen.host.byte_dot import STEPS, ByteDot, ByteReader
 from llmc.codegen.host.microkernel import (
-    PREFETCH_BYTES,
+    FROM_CACHE,
+    Reading,
     Tile,
     flatten,
-    prefetch,
     splat_constant,
     tile_places,
     unflatten,
@@ -41,10 +41,12 @@ PREFETCHING_ROWS = 4  # with more, a panel is read from the cache
 
 @dataclass(frozen=True)
 class LeftCodes:
-    """Coded rows of a tile; pointers: one per row, at the row's first scale."""
+    """Coded rows of a tile; pointers: one per row, at the row's first scale; reading: how the panel
+    is read beside them."""
 
     pointers: tuple[ir.Value, ...]
     layout: CodedRows
+    reading: Reading = FROM_CACHE
 
     def scale(self, e: Emitter, row: int, block: ir.Value) -> ir.Value:
         """Of a block of a row, f32."""
@@ -277,7 +279,7 @@ class CodedWeight(QuantizedWeight):
         reader = self.reader
         start = e.offset(codes.address, e.b.mul(first, i64(reader.group_bytes)))
         if columns.start == 0 and len(left.pointers) <= PREFETCHING_ROWS and self.streams:
-            prefetch(e, e.offset(start, PREFETCH_BYTES), count * reader.group_bytes)
+            left.reading.prefetch(e, start, 0, count * reader.group_bytes)
         steps = [step[columns.start:columns.stop] for lane in range(count)
                  for step in reader.group(e, start, lane * reader.group_bytes)]
         first_step = e.b.mul(first, i64(reader.steps))

@@ -27,6 +27,7 @@ from llmc.codegen.host.coded_weight import CodedWeight, LeftCodes
 from llmc.codegen.host.epilogue import Epilogue
 from llmc.codegen.host.kernel import Frame, Kernel, Worker
 from llmc.codegen.host.microkernel import (
+    ASKED_TWICE,
     CACHE_LINE,
     FAR,
     FROM_CACHE,
@@ -35,7 +36,7 @@ from llmc.codegen.host.microkernel import (
     PanelReader,
     Reading,
     prefetch,
-    reading_from_memory,
+    several_places,
 )
 from llmc.codegen.host.packed_weight import CodeReader, PackedWeight, QuantizedWeight
 from llmc.codegen.host.prologue import RowsInPlace, RowsInScratch
@@ -347,10 +348,11 @@ class FewRowsMatmul:
             self.epilogue.emit(e, frame, sums, first, count, columns)
 
     def _reading(self, rows: int) -> Reading:
-        """Groups of codes are too short to be read at several places."""
-        if type(self.product.weight) is not PackedWeight:
-            return FROM_CACHE
-        return reading_from_memory(self.product.reader, rows, self.target.prefetches_twice)
+        """Of panels that come from memory; groups of codes are too short for several places."""
+        if self.target.prefetches_twice:
+            return ASKED_TWICE
+        plain = type(self.product.weight) is PackedWeight
+        return several_places(self.product.reader, rows) if plain else FROM_CACHE
 
     def _left(self, e: Emitter, frame: Frame, worker: Worker, first: ir.Value,
               size: int) -> LeftRows | LeftCodes:
@@ -361,6 +363,6 @@ class FewRowsMatmul:
             self.prologue.row(e, frame, worker, e.minimum(e.b.add(first, i64(row)), last))
             for row in range(size))
         if isinstance(self.prologue, RowsInCodes):
-            return LeftCodes(pointers, self.prologue.layout)
+            return LeftCodes(pointers, self.prologue.layout, self._reading(size))
         return LeftRows(pointers, group_bytes=reader.layout.interleave * element,
                         step_bytes=element, reading=self._reading(size))

@@ -58,6 +58,10 @@ class Reading:
 
 
 FROM_CACHE = Reading(1, PREFETCH_BYTES)
+# From memory, where `Target.prefetches_twice`. On Emerald Rapids 1 row gets 0.95 of the bandwidth
+# of plain reads with 4 threads and 0.99 with one, 0.84 by one prefetch into L1; codes get 0.95
+# instead of 0.88 with one thread.
+ASKED_TWICE = Reading(1, 1536, 8192)
 
 
 @dataclass(frozen=True)
@@ -242,18 +246,13 @@ def _unroll(reader: PanelReader, rows: int) -> int:
     return 1 << max(0, min(wanted, largest).bit_length() - 1)
 
 
-def reading_from_memory(reader: PanelReader, rows: int, twice: bool) -> Reading:
+def several_places(reader: PanelReader, rows: int) -> Reading:
     """How few rows read a panel that is in no cache.
 
-    The CPU's own prefetchers begin anew at every page, and follow some places while others wait.
-    On Emerald Rapids (`twice`) lines are best asked for twice: of the bandwidth of plain reads,
-    1 row gets 0.95 with 4 threads and 0.99 with one, 0.84 by one prefetch into L1. Elsewhere
-    several places are read at once: Zen 3 gets 1.01 instead of 0.92 (Emerald Rapids 0.91). The left
-    operand is read at as many, row by row: with 16 registers more than 8 addresses cost more than
-    they gain.
+    The CPU's own prefetchers begin anew at every page, and follow some places while others wait:
+    Zen 3 gets 1.01 of the bandwidth of plain reads instead of 0.92. The left operand is read at as
+    many places, row by row: with 16 registers more than 8 addresses cost more than they gain.
     """
-    if twice:
-        return Reading(1, 1024, 6144)
     addresses = 32 // reader.steps if reader.lanes == 16 else 8
     places = 1 << max(0, min(4, addresses // (rows * reader.steps)).bit_length() - 1)
     return Reading(places, 1536) if places > 1 else FROM_CACHE
