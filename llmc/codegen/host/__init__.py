@@ -22,7 +22,7 @@ from llmc.ir.program import Program, Stage, unsupported
 
 # Stage kind -> module and name of what is called with (stage, program, target).
 KERNELS = {
-    "map": ("rows", "MapKernel"),
+    "map": ("rows", "map_kernel"),
     "reduce": ("rows", "ReduceKernel"),
     "matmul": ("matmul", "matmul"),
     "coded_rows": ("coded_rows", "CodedRowsKernel"),

@@ -15,6 +15,7 @@ import llvmlite.ir as ir
 from llmc.codegen import elements
 from llmc.codegen.expr import Expression, operand_sources
 from llmc.codegen.host.kernel import Frame, Worker
+from llmc.codegen.host.pack_rows import PackRows
 from llmc.codegen.integers import Index
 from llmc.codegen.llvm import Emitter, i64
 from llmc.codegen.reductions import usable_lanes
@@ -25,6 +26,11 @@ from llmc.ir.ops import PAGE
 from llmc.ir.program import Buffer, Program, Stage, unsupported
 
 TILE_ELEMENTS = 2048
+
+
+def map_kernel(stage: Stage, program: Program, target: object) -> PackRows | MapKernel:
+    """The kernel of a map stage."""
+    return PackRows.of(stage, program) or MapKernel(stage, program, target)
 
 
 @dataclass(frozen=True)
