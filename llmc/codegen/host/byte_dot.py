@@ -117,29 +117,30 @@ class ByteDot:
 
     def _add_pairs(self, e: Emitter, tile: Tile, steps: Sequence[Sequence[ir.Value]],
                    factor: Factor) -> Tile:
+        """Row by row, so that few products wait in registers to be added up."""
         if self.bits == 8:
             for step, columns in enumerate(steps):
-                parts = self._signed_pairs(e, len(tile), columns, lambda row: factor(row, step))  # noqa: B023
-                tile = self._widened(e, tile, parts)
+                signed = [e.b.bitcast(column, self._bytes) for column in columns]
+                sizes = [e.call(f"llvm.abs.v{4 * self.lanes}i8", self._bytes, column,
+                                ir.Constant(I1, 0)) for column in signed]
+                for row, totals in enumerate(tile):
+                    bytes_ = e.b.bitcast(factor(row, step), self._bytes)
+                    tile[row] = self._widened(e, totals, [
+                        self._pairs(e, size, self._with_sign(e, bytes_, column))
+                        for size, column in zip(sizes, signed, strict=True)])
             return tile
-        sums: Tile = []
+        sums: Tile = [[] for _ in tile]
         for step, columns in enumerate(steps):
-            parts = [[self._pairs(e, column, factor(row, step)) for column in columns]
-                     for row in range(len(tile))]
-            sums = [[e.b.add(a, b) for a, b in zip(*rows, strict=True)]
-                    for rows in zip(sums, parts, strict=True)] if sums else parts
-        return self._widened(e, tile, sums)
+            for row, own in enumerate(sums):
+                bytes_ = factor(row, step)
+                pairs = [self._pairs(e, column, bytes_) for column in columns]
+                sums[row] = [e.b.add(a, b) for a, b in zip(own, pairs, strict=True)] \
+                    if own else pairs
+        return [self._widened(e, *rows) for rows in zip(tile, sums, strict=True)]
 
-    def _signed_pairs(self, e: Emitter, rows: int, columns: Sequence[ir.Value],
-                      factor: Callable[[int], ir.Value]) -> Tile:
-        """Pairs of products of signed bytes: |w| x (a with the sign of w) <= 2 * 128 * 127."""
-        type_ = vector(I8, 4 * self.lanes)
-        signed = [e.b.bitcast(column, type_) for column in columns]
-        sizes = [e.call(f"llvm.abs.v{4 * self.lanes}i8", type_, column, ir.Constant(I1, 0))
-                 for column in signed]
-        return [[self._pairs(e, size, self._with_sign(e, bytes_, column))
-                 for size, column in zip(sizes, signed, strict=True)]
-                for bytes_ in (e.b.bitcast(factor(row), type_) for row in range(rows))]
+    @property
+    def _bytes(self) -> ir.Type:
+        return vector(I8, 4 * self.lanes)
 
     def _with_sign(self, e: Emitter, bytes_: ir.Value, column: ir.Value) -> ir.Value:
         """bytes negated where the column is negative; anything where it is 0."""
@@ -156,10 +157,10 @@ class ByteDot:
         return e.call(f"llvm.x86.{name}", vector(I16, 2 * self.lanes), e.b.bitcast(column, type_),
                       e.b.bitcast(bytes_, type_))
 
-    def _widened(self, e: Emitter, tile: Tile, pairs: Tile) -> Tile:
-        """tile + pairs of 16-bit sums."""
+    def _widened(self, e: Emitter, totals: Sequence[ir.Value],
+                 pairs: Sequence[ir.Value]) -> list[ir.Value]:
+        """totals + pairs of 16-bit sums."""
         name = "avx2.pmadd.wd" if self.lanes == 8 else "avx512.pmaddw.d.512"
         ones = splat_constant(vector(I16, 2 * self.lanes), 1)
-        return [[e.b.add(total, e.call(f"llvm.x86.{name}", total.type, pair, ones))
-                 for total, pair in zip(*rows, strict=True)]
-                for rows in zip(tile, pairs, strict=True)]
+        return [e.b.add(total, e.call(f"llvm.x86.{name}", total.type, pair, ones))
+                for total, pair in zip(totals, pairs, strict=True)]

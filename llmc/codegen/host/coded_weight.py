@@ -160,7 +160,9 @@ class CodedWeight(QuantizedWeight):
     def rows_in_registers(self) -> int:
         """Rows of a tile whose sums and integers fit the registers together."""
         registers = 16 if self.reader.lanes == 8 else 32
-        others = 7  # columns, a factor, scales, what they make of where integers start
+        # Columns, a factor, scales, what they make of where integers start; NEON multiplies by no
+        # operand in memory.
+        others = 9 if self.reader.lanes == 4 else 7
         return (registers - others) // (2 * self.reader.vectors)
 
     def add_rest(self, e: Emitter, left: LeftCodes, panel: Any, sums: ir.Value,

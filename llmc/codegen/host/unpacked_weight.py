@@ -18,7 +18,6 @@ from llmc.ir.layouts import Panels
 from llmc.ir.program import Buffer
 
 PIECE_BYTES = 16 << 10  # of bytes ready to be multiplied: half of an L1 cache of 32 KB
-FETCHING_PARTS = 4  # so many passes over a piece ask for the next one
 
 
 @dataclass(frozen=True)
@@ -124,17 +123,18 @@ class UnpackedWeight(CodedWeight):
         if self.packed.zeros is not None:
             yield self.packed.zeros, panel.zeros, piece.zeros
 
-    def fetch_next(self, e: Emitter, panel: Panel, piece: Piece, turn: ir.Value) -> None:
+    def fetch_next(self, e: Emitter, panel: Panel, piece: Piece, turn: ir.Value,
+                   passes: int) -> None:
         """Ask for a share of what lies behind a piece in memory: the next piece, or panel. turn:
-        blocks of k that rows have been multiplied by since the piece was unpacked; after
-        FETCHING_PARTS passes there is nothing left to ask for."""
+        blocks of k that rows have been multiplied by since the piece was unpacked; after so many
+        passes over the piece there is nothing left to ask for."""
         codes = self.packed.lanes_of(self.block) * self.packed.reader.group_bytes
         areas = [(panel.weights, piece.first_block, self.blocks, codes)]
         areas += [(start, piece.first_row, self._rows - 2, self.packed._row_bytes(buffer))
                   for buffer, start, _ in self._of_rows(panel, piece)]
         for start, first, count, size in areas:
             lines = -(-size * count // CACHE_LINE)
-            share = -(-lines // (FETCHING_PARTS * self.blocks))
+            share = -(-lines // (passes * self.blocks))
             behind = e.offset(start, e.b.mul(e.b.add(first, i64(count)), i64(size)))
             line = e.minimum(e.b.mul(turn, i64(share)), i64(lines))
             prefetch(e, e.offset(behind, e.b.mul(line, i64(CACHE_LINE))), share * CACHE_LINE, FAR)
