@@ -181,14 +181,22 @@ class Bench:
     def noise(self, cell: Cell, engines: dict[str, Process],
               ceilings: Ceilings) -> dict[str, Any]:
         """What each engine loses while another process spins on one of the cores."""
-        losses: dict[str, list[float]] = {name: [] for name in self.warm(cell, engines)}
+        running = self.warm(cell, engines)
+        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in running}
         for _ in self.rounds():
-            for name in losses:
-                quiet = engines[name].ask(cell.job) or float("inf")
+            for name, engine in running.items():
+                quiet = engine.ask(cell.job) or float("inf")
                 with busy_core():
-                    losses[name].append(1 - quiet / (engines[name].ask(cell.job) or float("inf")))
-        return {**named(cell), "engines": {name: {"loss": round(median(each), 3)}
-                                           for name, each in losses.items()}}
+                    taken[name].append((quiet, engine.ask(cell.job) or float("inf")))
+        return {**named(cell), "engines": {name: noise_figures(each)
+                                           for name, each in taken.items()}}
+
+
+def noise_figures(samples: list[tuple[float, float]]) -> dict[str, float]:
+    """Of (quiet, beside a busy core) seconds; loss: of speed, the median of the rounds'."""
+    quiet, busy = (median(each) * 1e3 for each in zip(*samples, strict=True))
+    return {"quiet_ms": round(quiet, 3), "ms": round(busy, 3),
+            "loss": round(median(1 - a / b for a, b in samples), 3)}
 
 
 def named(cell: Cell) -> dict[str, Any]:
@@ -221,7 +229,7 @@ def show(line: dict[str, Any]) -> str:
     head = (f"{line['threads']} threads  {line['group']:8s} {line['shape']:9s} {line['dtype']:5s} "
             f"{line['name']:22s} ")
     if line["group"] == "noise":
-        return head + " | ".join(f"{name} loses {figure['loss']:.0%}"
+        return head + " | ".join(f"{name} {figure['quiet_ms']:.2f} -> {figure['ms']:.2f} ms"
                                  for name, figure in line["engines"].items())
     parts = [f"{name} {figure['ms']:.2f} ms ({figure['share']:.2f})"
              for name, figure in line["engines"].items()]

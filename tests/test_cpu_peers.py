@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from cpu_cells import Cell, cells, elements, own_bytes
-from cpu_peers import report
+from cpu_peers import noise_figures, report
 from cpu_summary import verdicts
 
 GROUPS = ["decode", "prefill", "encoder", "matmul", "noise"]
@@ -86,3 +86,8 @@ def test_quantised_prefill_is_beside_the_best_of_all_weights():
 def test_what_was_not_measured_has_no_verdict():
     assert verdicts([]) == []
     assert all("decode" not in what for what in values([line("prefill", "512 tokens", 1.0, 2.0)]))
+
+
+def test_a_loss_is_of_speed():
+    found = noise_figures([(1.0, 4.0), (3.0, 4.0), (2.0, 4.0)])
+    assert found == {"quiet_ms": 2000.0, "ms": 4000.0, "loss": 0.5}
