@@ -31,6 +31,7 @@ from llmc.codegen.host.microkernel import (
     CACHE_LINE,
     FAR,
     FROM_CACHE,
+    PREFETCH_BYTES,
     IntegerReader,
     LeftRows,
     PanelReader,
@@ -54,6 +55,9 @@ if TYPE_CHECKING:
 
 PANEL_GROUP_BYTES = 256 << 10  # panels of a group stay in half of an L2 cache of 512 KB
 ROW_GROUP_BYTES = 4 << 20  # row blocks of a group stay in this worker's share of L3
+# Bits of codes -> bytes ahead of 1 row's reads by vectors of 256 bits. Best of 0 to 4096 on Zen 3:
+# 1.18 and 1.06 times as fast as PREFETCH_BYTES, which is best of 4 rows.
+CODES_AHEAD = {8: 1024, 4: 1536}
 WARMED_BYTES = 32 << 10  # of a worker's first panel, before the barrier ahead of its stage
 LEAST_PANEL_GROUPS = 64  # so many tiles along n at least, where n allows it: balance
 
@@ -351,8 +355,12 @@ class FewRowsMatmul:
         """Of panels that come from memory; groups of codes are too short for several places."""
         if self.target.prefetches_twice:
             return ASKED_TWICE
-        plain = type(self.product.weight) is PackedWeight
-        return several_places(self.product.reader, rows) if plain else FROM_CACHE
+        weight, reader = self.product.weight, self.product.reader
+        if type(weight) is PackedWeight:
+            return several_places(reader, rows)
+        if isinstance(weight, CodedWeight) and rows == 1 and reader.lanes == 8:
+            return Reading(1, CODES_AHEAD.get(reader.dtype.bits, PREFETCH_BYTES))
+        return FROM_CACHE
 
     def _left(self, e: Emitter, frame: Frame, worker: Worker, first: ir.Value,
               size: int) -> LeftRows | LeftCodes:
