@@ -102,6 +102,11 @@ def test_many_rows(check, codes, zeros):
     check(graph_of(symbol("m", 1), 75, 37, codes, of_zeros, 32), (1, 5, 6, 17, 64), BLOCKED)
 
 
+@pytest.mark.parametrize("k", [512, 1152, 1280])
+def test_long_rows_are_coded_in_pieces(check, k):
+    check(graph_of(symbol("m", 1), k, 33, "i8", None, 128), (1, 5, 13, 32), BLOCKED)
+
+
 @pytest.mark.parametrize("codes", CODES)
 @pytest.mark.parametrize("zeros", [None, "own"])
 def test_few_rows(check, codes, zeros):

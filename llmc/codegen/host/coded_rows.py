@@ -32,10 +32,13 @@ from llmc.ir.dims import Dim, evaluate
 from llmc.ir.dims import product as product_of
 from llmc.ir.dtypes import f32
 from llmc.ir.graph import Node
-from llmc.ir.layouts import CodedRows
+from llmc.ir.layouts import CodedRows, RowBlocks
+from llmc.ir.ops import ELEMENTWISE
 from llmc.ir.program import Program, Stage, unsupported
 
 CHUNK = 16  # codes that are stored together
+PIECE = 512  # k of a row in a tile
+PLAIN = ELEMENTWISE | {"input", "constant", "reshape", "slice"}  # nothing that a whole row shares
 # A float this large has no bits after the point: adding it rounds, half to even, to an integer in
 # the low bits.
 _ROUNDER = 1.5 * 2.0**23
@@ -43,7 +46,12 @@ _MAGNITUDE = 0x7FFFFFFF
 
 
 class CodedRowsKernel:
-    """The one result of a body, in `CodedRows`. A tile is a row."""
+    """The one result of a body, in `CodedRows`.
+
+    A tile is some groups of all rows of a block: words of these lie side by side, and two workers
+    that write into one cache line wait for each other. Of rows with a sum of their own (a norm),
+    which would be computed again for each piece, a tile is a row.
+    """
 
     scratch_bytes: int | Dim = 0
 
@@ -54,22 +62,41 @@ class CodedRowsKernel:
         self.stage, self.program, self.buffer = stage, program, buffer
         self.layout: CodedRows = buffer.layout
         self.value = stage.body.outputs[0][1]
+        self.groups, rest = divmod(evaluate(self.value.shape[-1], {}), self.layout.group)
+        self.by_blocks = not rest and all(node.op in PLAIN for node in stage.body.nodes())
+        self.piece = max(1, PIECE // self.layout.group)  # groups
 
     def tiles(self, e: Emitter, frame: Frame) -> ir.Value:
-        """Rows."""
-        return frame.dim(product_of(self.value.shape[:-1]))
+        """Rows, or pieces of row blocks."""
+        rows = frame.dim(product_of(self.value.shape[:-1]))
+        if not self.by_blocks:
+            return rows
+        return e.b.mul(e.ceildiv(rows, i64(self.layout.rows)), i64(-(-self.groups // self.piece)))
 
     def setup(self, e: Emitter, frame: Frame, worker: Worker) -> None:
         """Nothing is shared by a worker's tiles."""
 
     def tile(self, e: Emitter, frame: Frame, worker: Worker, tile: ir.Value) -> None:
-        """One row."""
+        """One row, or a piece of a block."""
         sources = operand_sources(self.stage.body, self.stage.operands, self.program.buffers)
         x = Expression(e, frame, sources, self.program.capabilities.vector_lanes)
-        leading = split_row(x, self.value, x.index(tile))
+        if not self.by_blocks:
+            self._row(x, frame, x.index(tile), (0, self.groups))
+            return
+        pieces, minimum = -(-self.groups // self.piece), x.scopes.integers.minimum
+        rows = x.dim(product_of(self.value.shape[:-1]))
+        own = RowBlocks(self.layout.rows).rows_of_block([rows, 1])
+        first = x.index(tile) // pieces * own
+        start = x.index(tile) % pieces * self.piece
+        stop = minimum(start + self.piece, x.dim(self.groups))
+        with x.loop(first, minimum(first + own, rows)) as row:
+            self._row(x, frame, row, (start, stop))
+
+    def _row(self, x: Expression, frame: Frame, row: Index, groups: tuple[Index, Index]) -> None:
+        leading = split_row(x, self.value, row)
         place = x.emit_index(x.address(self.buffer, [*leading, 0]))
-        row = e.offset(frame.pointer(self.buffer), place, I32)
-        emit_coded_row(x, self.value, leading, row, self.layout)
+        target = x.e.offset(frame.pointer(self.buffer), place, I32)
+        emit_coded_row(x, self.value, leading, target, self.layout, groups)
 
 
 class RowsInCodes:
@@ -99,10 +126,11 @@ class RowsInCodes:
 
 
 def emit_coded_row(x: Expression, node: Node, leading: tuple[Index, ...], row: ir.Value,
-                   layout: CodedRows) -> None:
-    """Store node[leading] from the address of its first scale on."""
+                   layout: CodedRows, groups: tuple[Index, Index] | None = None) -> None:
+    """Store node[leading] from the address of its first scale on; groups: those of whole size that
+    are wanted."""
     whole, rest = divmod(evaluate(node.shape[-1], {}), layout.group)
-    with x.loop(0, whole) as group:
+    with x.loop(*(groups or (0, whole))) as group:
         _emit_group(x, node, (*leading, group * layout.group), layout.group,
                     _group_at(x, row, group, layout), layout)
     if rest:
