@@ -35,7 +35,7 @@ SIGNATURES = {
     "create": (CODE, POINTER, SIZE, POINTER, POINTER), "destroy": (None, POINTER),
     "step": (CODE, POINTER, POINTER, POINTER), "error": (ctypes.c_char_p, CODE),
     "feed": (CODE, POINTER, POINTER, SIZE, SIZE, POINTER), "run": (CODE, *[POINTER] * 4)}
-LIBC = {"calloc", "clock_gettime", "free", "getrusage", "malloc", "memcpy", "memmove", "memset",
+LIBC = {"calloc", "clock_gettime", "free", "malloc", "memcpy", "memmove", "memset",
         "nanosleep", "posix_memalign", "pthread_create", "pthread_join", "sched_getaffinity",
         "syscall", "usleep"}
 

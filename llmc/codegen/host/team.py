@@ -30,12 +30,10 @@ pairs), so that writes to one do not disturb readers of another:
     block 6   i32 barrier sleepers            threads parked on phase
     block 7   i32 active                      workers of a run; what those beyond it watch
               i32 active sleepers             threads parked on active
-    block 8   i64 lost                        nanoseconds that workers were parked at the barriers
-                                              of this run, together
-              i64 preempted                   workers that lost their CPU in it
-              i64 changed, i64 patience       see team_size.py
+    block 8   i64 lost, i64 worked            nanoseconds that workers were parked at barriers,
+                                              and had a CPU, together; what team_size.py counts
     block 9   from here a block for each worker: i64 thread, ptr team, i64 worker, and what
-              shares.py counts
+              shares.py and team_size.py count
 """
 
 from __future__ import annotations
@@ -48,12 +46,10 @@ from llmc.codegen.host.team_size import (
     ACTIVE,
     ACTIVE_SLEEPERS,
     BLOCK,
-    FEW_POLLS,
     LOST,
-    PREEMPTED,
     RESIZE,
-    SPINS,
     THREADS,
+    WORKED,
     WORKERS,
     TeamSize,
     is_null,
@@ -68,6 +64,7 @@ DESTROY = "llmc_team_destroy"
 WORK = ir.FunctionType(VOID, [POINTER, I64, I64])
 NULL = ir.Constant(POINTER, None)
 
+_SPINS = 8
 _GENERATION, _IDLE_SLEEPERS = BLOCK, 2 * BLOCK
 _FUNCTION, _ARGUMENT, _STOP = 3 * BLOCK, 3 * BLOCK + 8, 3 * BLOCK + 16
 _ARRIVED, _PHASE, _BARRIER_SLEEPERS = 4 * BLOCK, 5 * BLOCK, 6 * BLOCK
@@ -226,7 +223,7 @@ class _Team:
         team = e.b.function.args[0]
         phase = e.call("llmc_team_arrive", I32, team)
         e.call("llmc_team_wait", VOID, e.offset(team, _PHASE), e.offset(team, _BARRIER_SLEEPERS),
-               phase, e.load(e.offset(team, SPINS), I32), e.offset(team, LOST))
+               phase, e.load(e.offset(team, _SPINS), I32), e.offset(team, LOST))
         e.b.ret_void()
 
     # ---- runs -------------------------------------------------------------------------------
@@ -235,16 +232,12 @@ class _Team:
         """void llmc_team_work(ptr team, i64 worker, i64 active): a worker's part of a run."""
         function, e = define(self.module, "llmc_team_work", VOID, [POINTER, I64, I64])
         team, worker, active = function.args
-        before = self.size.preemptions(e)
+        before = self.size.cpu_time(e)
         # By way of an integer: llvmlite calls typed pointers only.
         work = e.b.inttoptr(e.load(e.offset(team, _FUNCTION), I64), WORK.as_pointer())
         e.b.call(work, [e.load(e.offset(team, _ARGUMENT), POINTER), worker, active])
-        lost = e.b.load_atomic(e.offset(team, LOST), "monotonic", 8, typ=I64)
-        somebody_parked = e.b.icmp_signed("!=", lost, i64(0))
-        with e.b.if_then(somebody_parked, likely=False):
-            after = self.size.preemptions(e)
-            preempted = e.b.zext(e.b.icmp_signed("!=", after, before), I64)
-            e.b.atomic_rmw("add", e.offset(team, PREEMPTED), preempted, "monotonic")
+        worked = e.b.sub(self.size.cpu_time(e), before)
+        e.b.atomic_rmw("add", e.offset(team, WORKED), worked, "monotonic")
         e.b.ret_void()
 
     def _define_worker(self) -> None:
@@ -264,7 +257,7 @@ class _Team:
         seen = e.b.phi(I32)
         seen.add_incoming(i32(0), entry)
         e.call("llmc_team_wait", VOID, generation, e.offset(team, _IDLE_SLEEPERS), seen,
-               e.load(e.offset(team, SPINS), I32), NULL)
+               e.load(e.offset(team, _SPINS), I32), NULL)
         stop = e.load(e.offset(team, _STOP), I32)
         e.b.cbranch(e.b.icmp_signed("!=", stop, i32(0)), stopped, called)
 
@@ -311,8 +304,6 @@ class _Team:
         team, work, argument = e.b.function.args
         e.store(work, e.offset(team, _FUNCTION))
         e.store(argument, e.offset(team, _ARGUMENT))
-        e.store(i64(0), e.offset(team, LOST))
-        e.store(i64(0), e.offset(team, PREEMPTED))
         began = self.size.now(e)
         active = e.b.zext(e.load(e.offset(team, ACTIVE), I32), I64)
         self._start_generation(e, team)
@@ -333,7 +324,7 @@ class _Team:
         # No answer (more CPUs than the mask holds) counts as plenty.
         plenty = e.b.or_(e.b.icmp_signed("==", cpus, i64(0)),
                          e.b.icmp_signed(">=", cpus, function.args[0]))
-        e.b.ret(e.b.select(plenty, i32(_SPIN_POLLS), i32(FEW_POLLS)))
+        e.b.ret(e.b.select(plenty, i32(_SPIN_POLLS), i32(1)))
 
     def _define_create(self) -> None:
         e = self._exported(CREATE, POINTER, [I64])
@@ -345,7 +336,7 @@ class _Team:
             e.b.ret(NULL)
         team = e.load(slot, POINTER)
         e.call("memset", POINTER, team, i32(0), size)
-        e.store(e.call("llmc_team_polls", I32, workers), e.offset(team, SPINS))
+        e.store(e.call("llmc_team_polls", I32, workers), e.offset(team, _SPINS))
         started = self._start_threads(e, team, workers)
         e.store(started, e.offset(team, WORKERS))
         e.store(e.b.trunc(started, I32), e.offset(team, ACTIVE))
