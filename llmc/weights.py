@@ -61,7 +61,7 @@ class WeightFile:
         return offset
 
     def _write(self, padding: bytes, packed: np.ndarray) -> None:
-        for part in (memoryview(padding), memoryview(packed.reshape(-1).view(np.uint8))):
+        for part in (memoryview(padding), packed.reshape(-1).view(np.uint8).data):
             self.hash.update(part)
             room = -len(self._rest) % HUGE_PAGE
             self._rest += part[:room]
