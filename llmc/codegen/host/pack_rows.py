@@ -42,7 +42,7 @@ class PackRows:
         layout, value = blocks.layout, stage.body.outputs[0][1]
         while value.op == "reshape":
             value = value.inputs[0]
-        width = blocks.type.shape[-1]
+        width = blocks.type.shape[-1] if blocks.type.shape else None
         if (value.op != "input" or source.layout != Rows() or not isinstance(layout, RowBlocks)
                 or source.packed or source.type.dtype is not blocks.type.dtype
                 or layout.interleave * blocks.type.dtype.bits != WORD_BITS
