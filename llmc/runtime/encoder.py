@@ -71,12 +71,15 @@ class Encoder:
         return dense
 
     def _batch_end(self, sentences: Sequence[Sentence], start: int) -> int:
+        """Sentences of one step: what would be left as a short one joins the last, since every
+        step reads all weights."""
         total, end = 0, start
         while end < len(sentences) and (end == start or total + len(sentences[end].ids)
                                         <= self.chunk_tokens):
             total += len(sentences[end].ids)
             end += 1
-        return end
+        left = sum(len(sentence.ids) for sentence in sentences[end:])
+        return len(sentences) if left <= self.chunk_tokens // 2 else end
 
     def _step(self, sentences: Sequence[Sentence]) -> list[dict[str, np.ndarray]]:
         counts = [len(sentence.ids) for sentence in sentences]
