@@ -44,7 +44,7 @@ class Steps:
 
 
 @pytest.mark.parametrize("lengths, steps", [
-    ([3], [3]), ([10] * 8, [80]), ([7, 16, 31, 45, 64], [163]),  # what would be a short step joins
+    ([3], [3]), ([10] * 8, [80]), ([40, 70, 60], [170]), ([7, 16, 31, 45, 64], [99, 64]),
     ([100, 60, 60], [100, 120]), ([90, 90, 90], [90, 90, 90]), ([128, 200, 1], [128, 201])])
 def test_steps_hold_so_many_tokens_and_leave_no_short_one(lengths, steps):
     executor = Steps()
