@@ -46,6 +46,7 @@ from llmc.codegen.host.team_size import (
     ACTIVE,
     ACTIVE_SLEEPERS,
     BLOCK,
+    COUNTING,
     LOST,
     RESIZE,
     THREADS,
@@ -232,12 +233,16 @@ class _Team:
         """void llmc_team_work(ptr team, i64 worker, i64 active): a worker's part of a run."""
         function, e = define(self.module, "llmc_team_work", VOID, [POINTER, I64, I64])
         team, worker, active = function.args
-        before = self.size.cpu_time(e)
+        counting = e.b.icmp_signed("!=", e.load(e.offset(team, COUNTING), I64), i64(0))
+        before = e.stack(I64)
+        with e.b.if_then(counting, likely=False):
+            e.store(self.size.cpu_time(e), before)
         # By way of an integer: llvmlite calls typed pointers only.
         work = e.b.inttoptr(e.load(e.offset(team, _FUNCTION), I64), WORK.as_pointer())
         e.b.call(work, [e.load(e.offset(team, _ARGUMENT), POINTER), worker, active])
-        worked = e.b.sub(self.size.cpu_time(e), before)
-        e.b.atomic_rmw("add", e.offset(team, WORKED), worked, "monotonic")
+        with e.b.if_then(counting, likely=False):
+            worked = e.b.sub(self.size.cpu_time(e), e.load(before, I64))
+            e.b.atomic_rmw("add", e.offset(team, WORKED), worked, "monotonic")
         e.b.ret_void()
 
     def _define_worker(self) -> None:

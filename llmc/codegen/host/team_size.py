@@ -6,7 +6,8 @@ four workers beside one busy process were slower than one alone. Three of them l
 What counts is the CPU time that the workers together get for a second of their runs. Where they
 were parked at barriers so long that one worker less might be faster, that is tried; after a while,
 one more is. What a try did not improve by half of what it might have is taken back, and the next
-such try waits twice as long. All this costs a run two system calls a worker.
+such try waits twice as long. CPU time is asked for, which costs a run two system calls a worker,
+while somebody is away or waits too long.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ WORKERS = 0
 ACTIVE, ACTIVE_SLEEPERS = 7 * BLOCK, 7 * BLOCK + 4
 LOST, WORKED = 8 * BLOCK, 8 * BLOCK + 8
 # Wall time of the runs since the last judgement. The try that is under way: 1 for a worker more, -1
-# for one less, 0: none is; and what was judged before it. When the number changed.
-_SPENT, _TRY, _BEFORE, _CHANGED = (8 * BLOCK + each for each in (16, 24, 32, 40))
+# for one less, 0: none is; and what was judged before it. When the number changed. Whether workers
+# count what they work.
+_SPENT, _TRY, _BEFORE, _CHANGED, COUNTING = (8 * BLOCK + each for each in (16, 24, 32, 40, 48))
 THREADS = 9 * BLOCK
 TURN, TAKEN = 24, 32  # in a worker's block: see shares.py
 _PATIENCE_MORE, _PATIENCE_LESS = 48, 56  # there: how long tries to add it, or do without, wait
@@ -86,16 +88,21 @@ class TeamSize:
         share = e.b.udiv(worked, e.b.udiv(spent, i64(1000)))
         workers = e.load(e.offset(team, WORKERS), I64)
         active = e.b.zext(e.load(e.offset(team, ACTIVE), I32), I64)
-        self._judge_try(e, team, active, share, now)
-        since = e.b.sub(now, e.load(e.offset(team, _CHANGED), I64))
-        last = worker_block(e, team, e.b.sub(active, i64(1)))
         # One worker less takes active / (active - 1) of the time, if nobody waits then.
         waited = e.b.icmp_signed(">", e.b.mul(lost, active),
                                  e.b.mul(spent, e.b.sub(active, i64(1))))
+        counted = e.b.icmp_signed("!=", e.load(e.offset(team, COUNTING), I64), i64(0))
+        away = e.b.icmp_signed("<", active, workers)
+        e.store(e.b.zext(e.b.or_(waited, away), I64), e.offset(team, COUNTING))
+        with e.b.if_then(e.b.not_(counted)):
+            e.b.ret_void()
+        self._judge_try(e, team, active, share, now)
+        since = e.b.sub(now, e.load(e.offset(team, _CHANGED), I64))
+        last = worker_block(e, team, e.b.sub(active, i64(1)))
         with e.b.if_then(e.b.and_(waited, self._is_time(e, since, last, _PATIENCE_LESS))):
             self._start_try(e, team, active, -1, share, now)
             e.b.ret_void()
-        with e.b.if_then(e.b.icmp_signed("<", active, workers)):
+        with e.b.if_then(away):
             following = worker_block(e, team, active)
             with e.b.if_then(self._is_time(e, since, following, _PATIENCE_MORE)):
                 self._start_try(e, team, active, 1, share, now)
