@@ -46,6 +46,8 @@ from llmc.runtime.session import default_threads
 
 SEQUENCES = 32
 LENGTH = 256  # of each sequence, in tokens: 8192 in all
+SHORTEST = 64  # where that is too much: half of 256 raise KL by 2 %
+TEXT = 1 << 40  # floating-point operations of making it: the sequences are shorter where it is more
 SEED = 0  # of the draw: the benchmark tries others
 LIMIT = 30.0  # seconds that `auto` may add, from the first token to the last matrix rounded
 TRIAL = 8  # steps after which it is known how long they take
@@ -150,10 +152,11 @@ class _Work:
         inner = [evaluate(point.shape[-1], {}) for point in points.values()]
         each_token = sum(k * point.dtype.bits // 8
                          for k, point in zip(inner, points.values(), strict=True))
-        steps = min(LENGTH, model.config.max_context or LENGTH,
-                    max(PAGE, MEMORY // (each_token * SEQUENCES)))
-        tokens = steps * SEQUENCES
         elements = sum(math.prod(_sizes(each)) for each in products)
+        steps = min(LENGTH, model.config.max_context or LENGTH,
+                    max(PAGE, MEMORY // (each_token * SEQUENCES)),
+                    max(SHORTEST, TEXT // (2 * elements * SEQUENCES)))
+        tokens = steps * SEQUENCES
         codes = sum(operations(n, k) for n, k in map(_sizes, wanted))
         squares = sum(count * width**2 for count, width in map(parts, inner))
         return cls(steps, 2.0 * tokens * elements, float(tokens * squares),

@@ -78,10 +78,20 @@ def test_divergence_of_the_embedded_model(options, bound, artifacts, texts, want
     assert divergence_of(artifacts(**options), texts, wanted) < bound
 
 
+@pytest.mark.slow
+def test_any_draw_of_the_text_will_do(monkeypatch, tmp_path, texts, wanted):
+    """At most 0.6 of plain rounding's 0.105, of which the default draw is not the only case."""
+    for seed in range(1, 4):
+        monkeypatch.setattr(calibrate, "SEED", seed)
+        quantization = Quantization("int4", activations="float", calibrate="always")
+        with llmc.Runtime(EMBEDDED, quantize=quantization, cache_dir=tmp_path / str(seed)) as found:
+            assert divergence(wanted, np.concatenate(found.run(texts))) < 0.6 * 0.105
+
+
 def test_calibration_pays(artifacts, texts, wanted):
     calibrated, plain = (divergence_of(artifacts(weights="int4", **more), texts, wanted)
                          for more in ({}, {"calibrate": "never"}))
-    assert calibrated < 0.8 * plain
+    assert calibrated < 0.7 * plain
 
 
 def test_the_text_is_readable(artifacts):
@@ -255,6 +265,19 @@ def test_calibration_that_takes_too_long_is_left_out_and_said(monkeypatch, tmp_p
     assert "not calibrated: it would take about" in printed and "--calibrate always" in printed
     info = llmc.load(tmp_path / "m.llmc").manifest.quantization
     assert info.uncalibrated and not any(each.calibrated for each in info.quantized)
+
+
+@pytest.mark.parametrize("limit, value, steps", [
+    ("TEXT", 1, 64), ("TEXT", 2 * 32 * (226_560 + 512 * 64) * 100, 100), ("MEMORY", 1, 32),
+    ("LENGTH", 256, 256)])
+def test_large_models_make_less_text(monkeypatch, limit, value, steps):
+    monkeypatch.setattr(calibrate, limit, value)
+    model, quantization = load_model(EMBEDDED), Quantization("int4")
+    found, wanted, _ = calibrate._candidates(model, quantization)
+    points = {each.name: each.product.inputs[0] for each in wanted}
+    work = calibrate._Work.of(model, found, wanted, points)
+    assert work.steps == steps
+    assert work.seconds(2e9) == pytest.approx(work.seconds(1e9) / 2)
 
 
 @pytest.mark.slow
