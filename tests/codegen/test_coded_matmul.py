@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from llmc.codegen import generate
+from llmc.codegen.host import coded_matmul
 from llmc.codegen.host.byte_dot import ByteDot
 from llmc.codegen.llvm import splat_constant
 from llmc.codegen.target import Target
@@ -133,6 +134,8 @@ def test_layouts_of_avx512_on_any_cpu(check, codes, zeros, monkeypatch):
         monkeypatch.setattr(Target, name, value)
     for rows, kinds in ((13, BLOCKED), (3, FEW)):
         check(graph_of(rows, 75, 37, codes, zeros, 32), (rows,), kinds)
+    for rows, k, group in ((29, 1100, 32), (17, 1300, 128)):
+        check(graph_of(rows, k, 37, codes, zeros, group, scales="bf16"), (rows,), BLOCKED)
 
 
 @pytest.mark.parametrize("rows, kinds", [(symbol("m", 1), BLOCKED), (symbol("m", 1, 4), FEW)])
@@ -253,3 +256,12 @@ def test_integers_start_as_floats_where_scales_are_short():
 def test_panels_of_several_pieces(check, scales, codes, k, group):
     """A piece in the middle, one at the end, and what is behind the last whole block."""
     check(graph_of(symbol("m", 1), k, 21, codes, None, group, scales=scales), (1, 7, 40), BLOCKED)
+
+
+@pytest.mark.parametrize("k", [96, 1100])
+def test_groups_of_row_blocks(check, k, monkeypatch):
+    """Row blocks in groups of one and two; of one piece, and of several whose sums wait."""
+    tile = HOST.capabilities().matmul_rows * HOST.capabilities().panel_columns * 4
+    for held in (tile, 2 * tile):
+        monkeypatch.setattr(coded_matmul, "SUMS_BYTES", held)
+        check(graph_of(symbol("m", 1), k, 37, "i4", None, 32, scales="bf16"), (41,), BLOCKED)

@@ -176,6 +176,11 @@ def test_bf16_is_widened_where_its_dot_products_are_slow():
     assert target.has_bf16 and not target.bf16_dot
 
 
+def test_products_of_bytes_need_fused_multiply_adds():
+    assert Target.parse("x86_64:haswell").byte_dot == "maddubs"
+    assert Target.parse("x86_64:haswell:-fma").byte_dot == ""
+
+
 @pytest.mark.parametrize("text", ["", "x86_64:nonsense", "mips:r4000", "x86_64:znver3:avx2"])
 def test_bad_targets_are_refused(text):
     with pytest.raises(CompileError):

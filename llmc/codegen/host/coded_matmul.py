@@ -28,6 +28,7 @@ LEAST_PART = 4  # rows that are multiplied together: fewer would wait for each o
 # With more k to a block, sums go to memory so seldom that it is better to multiply all rows of a
 # row block together: 8 rows, of 16, are a tenth faster so on Emerald Rapids.
 LARGEST_HELD_BLOCK = 64
+SUMS_BYTES = 256 << 10  # of the sums that wait: half of an L2 cache of 512 KB
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ class CodedMatmul(BlockedMatmul):
         self.parts = -(-self.layout.rows // self.part)
         self.sums_bytes = self.layout.rows * product.reader.layout.columns * 4
         self.piece_bytes = -(-self.weight.bytes // 64) * 64
-        self.scratch_bytes = self.piece_bytes + self.row_group * self.sums_bytes
+        self.row_group = min(self.row_group, max(1, SUMS_BYTES // self.sums_bytes))
+        waiting = self.row_group if self.weight.pieces > 1 else 1
+        self.scratch_bytes = self.piece_bytes + waiting * self.sums_bytes
 
     def tile(self, e: Emitter, frame: Frame, worker: Worker, tile: ir.Value) -> None:
         """Every row block of a group past each piece of a panel in turn."""
@@ -70,8 +73,8 @@ class CodedMatmul(BlockedMatmul):
             turn = _Turn(panel, self.weight.piece(e, index, worker.scratch), first)
             self.weight.unpack(e, panel, turn.piece)
             with e.loop(first, last, name="block") as block:
-                place = e.b.mul(e.b.sub(block, first), i64(self.sums_bytes))
-                sums = e.offset(all_sums, place)
+                waiting = e.b.sub(block, first) if self.weight.pieces > 1 else i64(0)
+                sums = e.offset(all_sums, e.b.mul(waiting, i64(self.sums_bytes)))
                 self._add_piece(e, frame, sums, block, turn)
                 with e.b.if_then(e.b.icmp_signed("==", index, i64(self.weight.pieces - 1))):
                     first_row, count = self._rows_of(e, frame, block)
