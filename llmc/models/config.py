@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,9 +42,16 @@ class ConfigFile:
     def positive(self, key: str, default: float | None = None) -> float:
         """A finite number above 0."""
         value = self._get(key, default)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+        if not _is_positive(value):
             raise self.error(key, f"is {value!r}; expected a number above 0")
         return float(value)
+
+    def multiple(self, key: str, of: int, default: float | None = None) -> int:
+        """So many times `of`, a finite number above 0; below MAX_SIZE, rounded down."""
+        product = self.positive(key, default) * of
+        if product >= MAX_SIZE:
+            raise self.error(key, f"is {self._get(key, default)!r}, too large for {of}")
+        return int(product)
 
     def flag(self, key: str, default: bool) -> bool:
         """true or false."""
@@ -73,8 +80,7 @@ class ConfigFile:
     def positives(self, key: str) -> tuple[float, ...]:
         """A list of finite numbers above 0, at least one."""
         value = self._get(key, None)
-        if not isinstance(value, list) or not value or not all(
-                type(each) in (int, float) and 0 < each < math.inf for each in value):
+        if not isinstance(value, list) or not value or not all(map(_is_positive, value)):
             raise self.error(key, f"is {value!r}; expected numbers above 0")
         return tuple(map(float, value))
 
@@ -102,6 +108,11 @@ class ConfigFile:
         if default is None:
             raise self.error(key, "is missing")
         return default
+
+
+def _is_positive(value: Any) -> bool:
+    """A number above 0 that a float can hold."""
+    return type(value) in (int, float) and 0 < value <= sys.float_info.max
 
 
 def head_size(config: ConfigFile, hidden_size: int, heads: int) -> int:

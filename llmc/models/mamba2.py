@@ -10,7 +10,7 @@ from llmc.frontend import trace
 from llmc.frontend.trace import Tensor
 from llmc.ir.dtypes import f32
 from llmc.models.common import ModelConfig, Step
-from llmc.models.config import ConfigFile
+from llmc.models.config import MAX_SIZE, ConfigFile
 from llmc.models.decoder import wanted_rows
 from llmc.models.state_space import Mixer, mix, wide_norm
 
@@ -48,7 +48,7 @@ def read_mixer(config: ConfigFile, hidden: int, epsilon: float) -> Mixer:
     """The mixer of a Mamba-2 config."""
     config.choice("hidden_act", {"silu": None, "swish": None}, "silu")
     heads, groups = config.size("num_heads", 128), config.size("n_groups", 8)
-    inner = int(config.positive("expand", 2) * hidden)
+    inner = config.multiple("expand", hidden, 2)
     if inner != heads * config.size("head_dim", 64):
         raise config.error("num_heads", f"is {heads}; times head_dim it must be {inner}")
     if heads % groups:
@@ -83,7 +83,8 @@ def _number(value: Any) -> float | None:
         value = value.get("__float__")
     if value in ("Infinity", "inf"):
         return math.inf
-    return float(value) if type(value) in (int, float) else None
+    held = type(value) is float or (type(value) is int and abs(value) < MAX_SIZE)
+    return float(value) if held else None
 
 
 def mamba2(config: Mamba2Config, step: Step) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ class Zamba2Config(DecoderConfig):
 
 def read_mixer(config: ConfigFile, hidden: int, bias: bool) -> Mixer:
     """The mixer of a Zamba-2 config. The time step has a least value, and no greatest."""
-    inner = int(config.positive("mamba_expand", 2) * hidden)
+    inner = config.multiple("mamba_expand", hidden, 2)
     heads, groups = config.size("n_mamba_heads", 8), config.size("mamba_ngroups", 1)
     if inner % heads or heads % groups:
         raise config.error("n_mamba_heads", f"is {heads}; it must divide {inner} and be a multiple"

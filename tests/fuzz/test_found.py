@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import onnx
 import pytest
@@ -13,6 +16,7 @@ from llmc.frontend.model import load_model
 from llmc.ir.dtypes import dtype
 from llmc.ir.graph import Graph, TensorType
 from llmc.ir.ops import constant, make
+from tests.conftest import GOLDENS
 from tests.fuzz.graphs import Case, M, N
 
 
@@ -66,3 +70,15 @@ def test_an_onnx_attribute_of_another_type(tmp_path):
 def test_a_line_end_in_a_file_stays_inside_the_errors_line():
     assert str(ModelError("shard 'a\nb\x1b[2J\ud800 é' is missing")) == (
         r"shard 'a\nb\x1b[2J\ud800 é' is missing")
+
+
+@pytest.mark.parametrize("name, changes, key", [
+    ("mamba2", {"expand": 1e308}, "expand"), ("zamba2", {"mamba_expand": 1e308}, "mamba_expand"),
+    ("mamba2", {"time_step_limit": [0, 10**400]}, "time_step_limit"),
+    ("mistral", {"rms_norm_eps": 10**400}, "rms_norm_eps")])
+def test_numbers_of_a_config_that_no_float_or_size_holds(tmp_path, name, changes, key):
+    directory = shutil.copytree(GOLDENS / "hf" / name, tmp_path / name)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ModelError, match=key):
+        load_model(directory)
