@@ -13,13 +13,8 @@ from dataclasses import replace
 import llvmlite.ir as ir
 
 from llmc.codegen.host.attention_blocks import Multiplier, fill
-from llmc.codegen.host.attention_sources import (
-    KEYS,
-    Geometry,
-    Operand,
-    PagedSource,
-    make_source,
-)
+from llmc.codegen.host.attention_queries import Operand
+from llmc.codegen.host.attention_sources import KEYS, Geometry, PagedSource, make_source
 from llmc.codegen.host.attention_tiles import ManyQueries, Scratch, SingleQuery
 from llmc.codegen.host.attention_views import result_view
 from llmc.codegen.host.kernel import Frame, Worker

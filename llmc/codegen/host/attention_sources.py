@@ -22,63 +22,21 @@ from llmc.codegen.host.attention_blocks import (
     for_each_chunk,
     lane_numbers,
     load_float,
-    load_index,
     multiply,
     pairs_of,
     transpose,
 )
-from llmc.codegen.host.attention_views import operand_view
+from llmc.codegen.host.attention_queries import Batch, Block, Operand, Packing
 from llmc.codegen.host.kernel import Frame, operand_buffers
-from llmc.codegen.llvm import F32, I16, I32, I64, Emitter, i64, splat_constant, vector
-from llmc.ir.dims import Dim
+from llmc.codegen.llvm import F32, I16, I32, Emitter, i64, splat_constant, vector
 from llmc.ir.dtypes import DType, bf16, f32, i8
 from llmc.ir.graph import Node
-from llmc.ir.layouts import KeyPages, Rows, ValuePages
+from llmc.ir.layouts import KeyPages, ValuePages
 from llmc.ir.ops import PAGE
 from llmc.ir.program import Buffer, Program, Stage, unsupported
-from llmc.ir.views import View
 
 KEYS = 4 * PAGE  # of a block
 ROWS = 96  # of a tile's scores: a block of keys is brought into place for all of them
-
-
-def dim_value(frame: Frame, dim: Dim):
-    """A dim as an int where it is one, else as an i64 value."""
-    return dim if isinstance(dim, int) else frame.dim(dim)
-
-
-@dataclass(frozen=True)
-class Operand:
-    """A tensor operand: a buffer seen through movement."""
-
-    buffer: Buffer
-    view: View
-
-    @classmethod
-    def of(cls, stage: Stage, program: Program, node: Node) -> Operand:
-        source, view = operand_view(stage, node)
-        buffer = operand_buffers(stage, program)[source["name"]]
-        if buffer.layout != Rows():
-            raise unsupported(stage, f"{buffer.name} does not lie in rows")
-        return cls(buffer, view)
-
-    @property
-    def dtype(self) -> DType:
-        return self.buffer.type.dtype
-
-    def offset(self, e: Emitter, frame: Frame, *index):
-        """Elements from the buffer's base to an element; axes that are not given are 0."""
-        total = dim_value(frame, self.view.offset)
-        for position, stride in zip(index, self.view.strides, strict=False):
-            total = add(e, total, multiply(e, position, dim_value(frame, stride)))
-        return total
-
-    def stride(self, frame: Frame, axis: int):
-        return dim_value(frame, self.view.strides[axis])
-
-    def index(self, e: Emitter, frame: Frame, *index) -> ir.Value:
-        """An element of an integer tensor, as i64."""
-        return load_index(e, frame.pointer(self.buffer), self.offset(e, frame, *index), self.dtype)
 
 
 @dataclass(frozen=True)
@@ -124,16 +82,6 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class Block:
-    """Consecutive queries of one sequence, and the kv head; i64 values."""
-
-    sequence: ir.Value
-    first: ir.Value  # on the axis of queries
-    count: ir.Value  # 0: a tile that finds nothing to do
-    head: ir.Value
-
-
-@dataclass(frozen=True)
 class KeyBlock:
     """Up to KEYS keys (of a single query PAGE) from `start` on, the first of a page; those in
     low..high (relative to start) are needed.
@@ -156,7 +104,7 @@ class PagedSource:
         self.query = Operand.of(stage, program, query)
         self.page_table = Operand.of(stage, program, table)
         self.positions = Operand.of(stage, program, positions)
-        self.packing: _Packing | _Batch = _Packing(
+        self.packing: Packing | Batch = Packing(
             Operand.of(stage, program, offsets), query.shape[0], geometry.query_block)
         buffers = operand_buffers(stage, program)
         if key.op != "input" or value.op != "input":
@@ -399,7 +347,7 @@ class PackedSource(_RowSource):
         self.query, self.key, self.value, self.offsets, *rest = (
             Operand.of(stage, program, value) for value in node.inputs)
         self.lengths = rest[0] if rest else None
-        self.packing: _Packing | _Batch = _Packing(
+        self.packing: Packing | Batch = Packing(
             self.offsets, node.inputs[0].shape[0], geometry.query_block)
 
     def row(self, e, frame, operand, block, key):
@@ -426,7 +374,7 @@ class DenseSource(_RowSource):
         self.query, self.key, self.value = (
             Operand.of(stage, program, value) for value in node.inputs[:3])
         self.queries, self.key_count = node.inputs[0].shape[2], node.inputs[1].shape[2]
-        self.packing: _Packing | _Batch = _Batch(
+        self.packing: Packing | Batch = Batch(
             node.inputs[0].shape[0], self.queries, geometry.query_block)
 
     def row(self, e, frame, operand, block, key):
@@ -437,82 +385,6 @@ class DenseSource(_RowSource):
         position = e.b.add(block.first, query)
         ahead = e.b.sub(count, frame.dim(self.queries))
         return self.geometry.visible(e, e.b.add(position, ahead), count)
-
-
-class _Packing:
-    """Blocks of queries of packed sequences, listed in a table that each worker makes.
-
-    The table: i64 count, then from byte 8 on pairs of i32 (first token, sequence).
-    """
-
-    def __init__(self, offsets: Operand, tokens: Dim, query_block: int):
-        self.offsets, self.tokens, self.query_block = offsets, tokens, query_block
-        self.sequences = offsets.view.shape[0] - 1
-        self.bound = tokens // query_block + self.sequences
-
-    @property
-    def table_bytes(self) -> Dim:
-        return 8 + 8 * self.bound
-
-    def blocks(self, e: Emitter, frame: Frame) -> ir.Value:
-        """Upper bound of the number of blocks."""
-        return frame.dim(self.bound)
-
-    def fill_table(self, e: Emitter, frame: Frame, table: ir.Value) -> None:
-        with e.fold(0, frame.dim(self.sequences), [i64(0)], name="sequence") as (
-                sequence, (count,), finish):
-            start = self.offsets.index(e, frame, sequence)
-            end = self.offsets.index(e, frame, e.b.add(sequence, i64(1)))
-            with e.fold(start, end, [count], self.query_block, "block") as (
-                    token, (entry,), finish_block):
-                pair = e.offset(table, e.b.add(entry, i64(1)), I64)
-                e.store(e.b.trunc(token, I32), pair)
-                e.store(e.b.trunc(sequence, I32), e.offset(pair, 4))
-                finish_block([e.b.add(entry, i64(1))])
-            finish(finish_block.results)
-        e.store(finish.results[0], table)
-
-    def block(self, e: Emitter, frame: Frame, table: ir.Value, index, head) -> Block:
-        """A block by its number; count 0 past the last one."""
-        exists = e.b.icmp_signed("<", index, e.load(table, I64))
-        slot = e.b.select(exists, index, i64(0))
-        pair = e.offset(table, e.b.add(slot, i64(1)), I64)
-        first = e.b.sext(e.load(pair, I32), I64)
-        sequence = e.b.sext(e.load(e.offset(pair, 4), I32), I64)
-        sequence = e.b.select(exists, sequence, i64(0))
-        end = self.offsets.index(e, frame, e.b.add(sequence, i64(1)))
-        count = e.minimum(e.b.sub(end, first), i64(self.query_block))
-        return Block(sequence, first, e.b.select(exists, count, i64(0)), head)
-
-    def place(self, block: Block, query, head) -> tuple:
-        """Index of a query's row in the operand, and of its result."""
-        return query, head
-
-
-class _Batch:
-    """Blocks of queries of a dense batch."""
-
-    table_bytes: Dim = 0
-
-    def __init__(self, batch: Dim, queries: Dim, query_block: int):
-        self.batch, self.queries, self.query_block = batch, queries, query_block
-        self.per_sequence = (queries + (query_block - 1)) // query_block
-
-    def blocks(self, e: Emitter, frame: Frame) -> ir.Value:
-        return frame.dim(self.batch * self.per_sequence)
-
-    def fill_table(self, e: Emitter, frame: Frame, table: ir.Value) -> None:
-        """Nothing to list: blocks are computed."""
-
-    def block(self, e: Emitter, frame: Frame, table: ir.Value, index, head) -> Block:
-        blocks = frame.dim(self.per_sequence)
-        sequence = e.b.udiv(index, blocks)
-        first = e.b.mul(e.b.urem(index, blocks), i64(self.query_block))
-        rest = e.b.sub(frame.dim(self.queries), first)
-        return Block(sequence, first, e.minimum(rest, i64(self.query_block)), head)
-
-    def place(self, block: Block, query, head) -> tuple:
-        return block.sequence, head, query
 
 
 Source = PagedSource | PackedSource | DenseSource

@@ -34,14 +34,8 @@ from llmc.codegen.host.attention_blocks import (
     reduce_max,
     store_float,
 )
-from llmc.codegen.host.attention_sources import (
-    KEYS,
-    Block,
-    Geometry,
-    KeyBlock,
-    Operand,
-    PagedSource,
-)
+from llmc.codegen.host.attention_queries import Block, Operand
+from llmc.codegen.host.attention_sources import KEYS, Geometry, KeyBlock, PagedSource
 from llmc.codegen.host.kernel import Frame, Worker
 from llmc.codegen.llvm import F32, I16, I32, Emitter, i64, splat_constant, vector
 from llmc.codegen.llvm import f32 as float_constant

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from llmc.codegen import elements
 from llmc.codegen import math as codegen_math
 from llmc.codegen.expr import Expression, operand_sources
-from llmc.codegen.host.attention_sources import Operand
+from llmc.codegen.host.attention_queries import Operand
 from llmc.codegen.host.attention_views import result_view
 from llmc.codegen.integers import Index
 from llmc.codegen.llvm import F32, f32, i32, i64, ir

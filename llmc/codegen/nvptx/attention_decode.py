@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import llvmlite.ir as ir
 
 from llmc.codegen.host.attention_blocks import add
-from llmc.codegen.host.attention_sources import Operand
+from llmc.codegen.host.attention_queries import Operand
 from llmc.codegen.llvm import F32, I1, I32, I64, f32, i32, i64, splat_constant
 from llmc.codegen.nvptx.attention_instructions import (
     WARP,

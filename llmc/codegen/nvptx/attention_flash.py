@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llmc.codegen.host.attention_sources import Operand
+from llmc.codegen.host.attention_queries import Operand
 from llmc.codegen.host.attention_views import result_view
 from llmc.codegen.nvptx.attention_cluster import ClusterDecodeKernel
 from llmc.codegen.nvptx.attention_decode import DecodeKernel

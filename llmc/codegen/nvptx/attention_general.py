@@ -14,7 +14,7 @@ import llvmlite.ir as ir
 
 from llmc.codegen import math as codegen_math
 from llmc.codegen.host.attention_blocks import add, load_float, multiply, store_float
-from llmc.codegen.host.attention_sources import Operand
+from llmc.codegen.host.attention_queries import Operand
 from llmc.codegen.llvm import F32, I1, I32, I64, Emitter, f32, i64
 from llmc.codegen.nvptx.attention_instructions import (
     WARP,

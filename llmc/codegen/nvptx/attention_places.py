@@ -13,7 +13,7 @@ from typing import Protocol
 import llvmlite.ir as ir
 
 from llmc.codegen.host.attention_blocks import multiply
-from llmc.codegen.host.attention_sources import Operand
+from llmc.codegen.host.attention_queries import Operand
 from llmc.codegen.host.kernel import Frame, operand_buffers
 from llmc.codegen.llvm import I32, I64, Emitter, i64
 from llmc.codegen.nvptx.attention_instructions import WARP, count_lanes, thread_index

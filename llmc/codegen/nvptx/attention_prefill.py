@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import llvmlite.ir as ir
 
 from llmc.codegen.host.attention_blocks import add, multiply
-from llmc.codegen.host.attention_sources import Operand
+from llmc.codegen.host.attention_queries import Operand
 from llmc.codegen.llvm import I32, I64, i32, i64
 from llmc.codegen.nvptx.attention_instructions import (
     WARP,

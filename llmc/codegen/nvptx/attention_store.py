@@ -5,7 +5,7 @@ from __future__ import annotations
 import llvmlite.ir as ir
 
 from llmc.codegen.host.attention_blocks import add
-from llmc.codegen.host.attention_sources import Operand
+from llmc.codegen.host.attention_queries import Operand
 from llmc.codegen.llvm import I64, Emitter, i32, i64
 from llmc.codegen.nvptx.attention_instructions import global_memory, pack_pair
 from llmc.codegen.nvptx.attention_places import Source, Tile
