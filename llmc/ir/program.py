@@ -28,7 +28,7 @@ class Capabilities:
     matmul_rows       rows of the matmul micro-kernel's tile
     panel_columns     columns of a packed weight's panel
     few_rows          up to so many rows, a matmul streams weights and computes its own prologue
-    bf16_dot          bf16 x bf16 dot products exist: bf16 activations are packed as bf16
+    bf16_dot          bf16 x bf16 dot products are the fastest: bf16 activations are packed as bf16
     kernels           composite and special ops that have a kernel; others are decomposed.
                       QUANTIZED_MATMUL: matmul reads quantised weights as codes;
                       INTEGER_MATMUL: it multiplies integers by weights of integers
