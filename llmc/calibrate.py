@@ -7,8 +7,8 @@ products instead of that of matrices.
 
 Sequences begin as the model's texts do: with the token that is to begin them, where there is one.
 From other first tokens the second moments are of another kind of text, and the divergence on real
-text is a third larger (the 656K model: the first token draws attention and is an outlier). Other
-temperatures, twice the tokens and more damping change next to nothing.
+text is a third larger (the 656K model: the first token draws attention and is an outlier). Mixed
+temperatures are a little worse; twice the tokens and more damping change next to nothing.
 """
 
 from __future__ import annotations
