@@ -97,7 +97,7 @@ class Quantizer:
 
     def _groups(self, matrix: np.ndarray, dtype: DType, group: int
                 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """`ir.ops_quantize.quantize_groups`, and the sums of squares of errors and of elements."""
+        """`ir.rounding.quantize_groups`, and the sums of squares of errors and of elements."""
         source = from_numpy(matrix.dtype)
         if source not in NATIVE:
             matrix, source = matrix.astype(np.float32), dtypes.f32
