@@ -25,8 +25,9 @@ class PoisonedModel:
     """A language model's steps. Pages come in random order and are NaN until they are written."""
 
     def __init__(self, artifact: Path, threads: int, target: str = "host"):
+        # Nothing else may take a step: `logits` feeds the model without the runtime's lock.
         self.runtime = llmc.Runtime(artifact, target, threads=threads, max_context=2112,
-                                    max_batch=4)
+                                    max_batch=4, specialize="none")
         executor = self.runtime.executor
         assert isinstance(self.runtime._model, LanguageModel)
         self.model = self.runtime._model
