@@ -4,6 +4,7 @@ expression or a Lark grammar. By llguidance, which is loaded when first asked fo
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ JSON_OPTIONS: Any = {"whitespace_pattern": r"( |\n[ \t]{0,32})?"}
 FIELDS = {"json": "response_format", "regex": "regex", "lark": "grammar"}  # where they come from
 MOST_WORDS = 500  # characters of what llguidance says, which repeats its input
 REASONS = {"NoExtensionBias": "no token of this model may come next"}
+# Only what the mask allows is accepted. Where no token fits, llguidance's mask has its first one.
+_NO_TOKEN = re.compile(r"token .* doesn't satisfy the grammar(?:; forced bytes: got ('[ -~]+');)?",
+                       re.DOTALL)
 
 
 class GrammarMatcher:
@@ -43,8 +47,7 @@ class GrammarMatcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise ApiError(400, "the grammar cannot be followed: "
-                           f"{_short(self._matcher.get_error())}", code="invalid_grammar")
+            raise ApiError(400, _failure(self._matcher.get_error()), code="invalid_grammar")
 
 
 class Grammars:
@@ -83,6 +86,14 @@ class Grammars:
 
 def _invalid(kind: str, why: str) -> ApiError:
     return ApiError(400, f"invalid grammar: {_short(why)}", FIELDS[kind], "invalid_grammar")
+
+
+def _failure(why: str) -> str:
+    """Why a grammar came to an end in the middle."""
+    if found := _NO_TOKEN.search(why):
+        where = f": no tokens spell what it needs, from {found[1]} on" if found[1] else ""
+        return f"the model's vocabulary cannot write this grammar{where}"
+    return f"the grammar cannot be followed: {_short(why)}"
 
 
 def _short(why: str) -> str:
