@@ -14,8 +14,8 @@ VOCABULARY = ["<unk>", "</s>", *"abc"]
 def grammars(tmp_path_factory: pytest.TempPathFactory) -> Grammars:
     from tokenizers import Tokenizer, decoders, models
 
-    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(VOCABULARY)},
-                                           unk_token="<unk>"))
+    tokenizer = Tokenizer(models.BPE({word: n for n, word in enumerate(VOCABULARY)}, [],
+                                     unk_token="<unk>"))
     tokenizer.add_special_tokens(VOCABULARY[:2])
     tokenizer.decoder = decoders.ByteLevel()
     path = tmp_path_factory.mktemp("letters") / "tokenizer.json"
