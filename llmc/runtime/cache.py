@@ -19,8 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmc.errors import CacheError, ModelError
-from llmc.runtime.artifact import Artifact, Manifest, VariantInfo, is_artifact, read_manifest
+from llmc.runtime.artifact import (
+    Artifact,
+    Manifest,
+    VariantInfo,
+    hash_file,
+    is_artifact,
+    read_manifest,
+)
 from llmc.runtime.locate import MANIFEST, artifact_directory
+from llmc.runtime.sources import SMALL, Memory, stamp
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -61,23 +69,50 @@ class Cache:
 
     def __init__(self, directory: Path):
         self.directory = directory / "artifacts"
+        self._memory = Memory(directory / "sources.json")
 
     def artifact(self, key: str, build: Callable[[Path], object]) -> Artifact:
         """The artifact for a key, built by build(path) when it is missing or damaged."""
         path = artifact_directory(self.directory.parent, key)
-        if (found := _open(path)) is not None:
+        if (found := self._open(path)) is not None:
             return found
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._sweep()
             with self._lock(key):
-                if (found := _open(path)) is not None:
+                if (found := self._open(path)) is not None:
                     return found
+                if not is_artifact(path):
+                    _remove(path)
                 build(path)
+                artifact = Artifact(path)
+                for name, contents in artifact.manifest.hashes.items():
+                    if (path / name).stat().st_size > SMALL:
+                        self._memory.put(_contents_of(path / name), contents)
+                self._memory.save()
+                return artifact
         except OSError as error:
             raise CacheError(f"cannot write the cache {self.directory}: {error.strerror or error}; "
                              "set LLMC_CACHE_DIR to a directory with space") from None
-        return Artifact(path)
+
+    def _open(self, path: Path) -> Artifact | None:
+        """The artifact at path, or None when it is missing or damaged (then it is rebuilt)."""
+        if not is_artifact(path):
+            return None
+        try:
+            artifact = Artifact(path)
+            artifact.verify(self._hash)
+        except ModelError:
+            return None
+        self._memory.save()
+        _mark_used(path / MANIFEST)
+        return artifact
+
+    def _hash(self, file: Path) -> str:
+        """The SHA-256 of a file; of a large one that was not written since, by memory."""
+        if file.stat().st_size <= SMALL:
+            return hash_file(file)
+        return self._memory.get(_contents_of(file), lambda: hash_file(file))
 
     def _lock(self, key: str, seconds: float = -1) -> FileLock:
         from filelock import FileLock  # a hot start needs no lock
@@ -95,29 +130,40 @@ class Cache:
         found = []
         for path in self.directory.glob("*.llmc"):
             if is_artifact(path):
-                size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+                size = _bytes_of(path)
                 used = (path / MANIFEST).stat().st_mtime
                 found.append(Entry(path, "artifact", *_facts(path), size, used))
         yield from sorted(found, key=lambda entry: entry.used)
 
     def clear(self) -> int:
-        """Delete everything cached; the number of bytes freed."""
-        freed = sum(entry.bytes for entry in self.entries())
-        shutil.rmtree(self.directory, ignore_errors=True)
+        """Delete what is cached, but for entries that are being built; the number of bytes
+        freed."""
+        self._sweep()
+        freed = 0
+        for path in self.directory.glob("*.llmc"):
+            with suppress(TimeoutError, OSError), self._lock(path.stem, seconds=0):
+                size = _bytes_of(path)
+                _remove(path)
+                freed += size
         return freed
 
 
-def _open(path: Path) -> Artifact | None:
-    """The artifact at path, or None when it is missing or damaged (then it is rebuilt)."""
-    if not is_artifact(path):
-        return None
-    try:
-        artifact = Artifact(path)
-        artifact.verify_code()
-    except ModelError:
-        return None
-    _mark_used(path / MANIFEST)
-    return artifact
+def _contents_of(file: Path) -> str:
+    """What remembered hashes of files are called."""
+    return f"contents {stamp(file)}"
+
+
+def _bytes_of(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _remove(path: Path) -> None:
+    """Delete a directory, or a file that is where one should be, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _mark_used(manifest: Path) -> None:

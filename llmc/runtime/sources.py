@@ -47,6 +47,10 @@ class Memory:
             found = self._known[source] = self._new[source] = compute()
         return found
 
+    def put(self, source: str, computed: str) -> None:
+        """Remember what was computed elsewhere."""
+        self._known[source] = self._new[source] = computed
+
     def save(self) -> None:
         """Add what is new to the file, if it can be written; of very many, the oldest go."""
         if not self._new:
@@ -59,6 +63,7 @@ class Memory:
             with os.fdopen(handle, "w") as stream:
                 json.dump(dict(merged), stream)
             os.replace(temporary, self.path)
+            self._new.clear()
 
 
 def source_key(path: Path, options: str, memory: Memory, external: External) -> str:
@@ -94,7 +99,7 @@ def _source_files(path: Path, memory: Memory, external: External) -> Iterator[tu
     yield "", path
     if path.suffix != ".onnx":  # no model, as the import will say
         return
-    names = json.loads(memory.get(f"external {_stamp(path)}", lambda: json.dumps(external(path))))
+    names = json.loads(memory.get(f"external {stamp(path)}", lambda: json.dumps(external(path))))
     beside = [file.name for file in path.parent.glob("*.json*") if file.is_file()]
     beside += [file.name for file in path.parent.glob("*.jinja") if file.is_file()]
     for name in sorted({*names, *beside} - {path.name}):
@@ -102,7 +107,7 @@ def _source_files(path: Path, memory: Memory, external: External) -> Iterator[tu
             yield name, path.parent / name
 
 
-def _stamp(file: Path) -> str:
+def stamp(file: Path) -> str:
     """Changes when a file is written, moved or replaced."""
     status = file.stat()
     return (f"{file.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} "
@@ -113,7 +118,7 @@ def _contents(file: Path, memory: Memory) -> str:
     """SHA-256 of a small file; of the SHA-256s of its pieces, of a large one."""
     if file.stat().st_size <= SMALL:
         return hashlib.sha256(file.read_bytes()).hexdigest()
-    return memory.get(_stamp(file), lambda: _hash_pieces(file))
+    return memory.get(stamp(file), lambda: _hash_pieces(file))
 
 
 def _hash_pieces(file: Path) -> str:

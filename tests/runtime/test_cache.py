@@ -14,7 +14,7 @@ import pytest
 
 import llmc
 from llmc.errors import CacheError
-from llmc.runtime.artifact import Artifact
+from llmc.runtime.artifact import Artifact, hash_file
 from llmc.runtime.cache import Cache
 from tests.conftest import EMBEDDED
 
@@ -76,12 +76,56 @@ def test_a_missing_file_of_an_entry_is_rebuilt(counted):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("name", ["weights.bin", "files/tokenizer.json", "graph.txt"])
+def test_a_changed_byte_of_an_entry_is_found(counted, name: str):
+    """Whatever is not hashed at every start is, once it was written."""
+    cache, build, calls = counted
+    path = cache.artifact("key", build).directory / name
+    time.sleep(0.05)  # file times are as coarse as that
+    contents = bytearray(path.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    path.write_bytes(contents)
+    for _ in range(2):
+        Cache(cache.directory.parent).artifact("key", build).verify()
+    assert len(calls) == 2
+
+
+def test_files_that_did_not_change_are_not_read_again(counted, monkeypatch: pytest.MonkeyPatch):
+    cache, build, _ = counted
+    cache.artifact("key", build)
+    read: list[str] = []
+    monkeypatch.setattr("llmc.runtime.cache.hash_file",
+                        lambda path: read.append(path.name) or hash_file(path))
+    Cache(cache.directory.parent).artifact("key", build)
+    assert read and "weights.bin" not in read
+
+
+@pytest.mark.parametrize("damage", ["no manifest", "a file"])
+def test_what_is_no_artifact_makes_room_for_one(counted, damage: str):
+    cache, build, calls = counted
+    path = cache.artifact("key", build).directory
+    if damage == "a file":
+        shutil.rmtree(path)
+        path.write_text("in the way")
+    else:
+        (path / "manifest.json").unlink()
+    cache.artifact("key", lambda path: (path.exists() and pytest.fail("in the way"), build(path)))
+    assert len(calls) == 2
+
+
 def test_damaged_entries_can_be_listed_and_cleared(counted):
     cache, build, _ = counted
     (cache.artifact("key", build).directory / "manifest.json").write_text("{")
+    (cache.artifact("other", build).directory / "manifest.json").unlink()
     list(cache.entries())
-    cache.clear()
-    assert not cache.directory.exists()
+    assert cache.clear() > 0
+    assert not list(cache.directory.glob("*.llmc"))
+
+
+def test_an_entry_that_is_being_built_is_not_cleared(counted):
+    cache, build, _ = counted
+    found = cache.artifact("key", lambda path: (build(path), cache.clear()))
+    found.verify()
 
 
 def test_an_empty_cache_lists_nothing_and_clears_nothing(tmp_path: Path):
