@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -452,10 +452,13 @@ class Runtime:
         """Text of token ids, special tokens left out."""
         return self.tokenizer.decode(ids)
 
-    def embed(self, texts: Sequence[str], pooling: str | None = None) -> np.ndarray:
-        """Sentence embeddings [len(texts), dim] f32; pooling: mean, cls or max (default: the
-        checkpoint's, which also says whether they are normalised)."""
-        return self.embed_ids([self.embedding_ids(text) for text in texts], pooling)
+    def embed(self, texts: str | Sequence[str], pooling: str | None = None) -> np.ndarray:
+        """Sentence embeddings f32: [len(texts), dim], or [dim] of a single str; pooling: mean, cls
+        or max (default: the checkpoint's, which also says whether they are normalised)."""
+        if isinstance(texts, str):
+            return self.embed([texts], pooling)[0]
+        return self.embed_ids([self.embedding_ids(text) for text in
+                               _items(texts, "texts must be a str or a list of them")], pooling)
 
     def embedding_ids(self, text: str) -> list[int]:
         """Token ids of a text that is to be embedded: what is too long for the model is cut."""
@@ -472,7 +475,8 @@ class Runtime:
         mode = pooling or settings["mode"]
         if mode not in ("mean", "cls", "max"):
             raise ShapeError(f"unknown pooling {mode!r}; mean, cls or max")
-        sentences = [Sentence.of(self.check_ids(row)) for row in rows]
+        sentences = [Sentence.of(self.check_ids(row)) for row in
+                     _items(rows, "rows must be a list of lists of token ids")]
         with self._lock:
             results = self._model.run(sentences)
         name = self.executor.outputs[0].name
@@ -535,6 +539,16 @@ def _is_batch(tokens: Any) -> bool:
     if isinstance(tokens, np.ndarray):
         return tokens.ndim == 2
     return isinstance(tokens, Sequence) and len(tokens) > 0 and hasattr(tokens[0], "__len__")
+
+
+def _items(given: Any, wanted: str) -> list[Any]:
+    """What a list, or anything like one, holds; ShapeError if it is nothing of the kind."""
+    if not isinstance(given, bytes | Mapping | Set):
+        try:
+            return list(given)
+        except TypeError:  # of None, a number, an array without axes
+            pass
+    raise ShapeError(f"{wanted}, got {type(given).__name__}")
 
 
 def _cut(ids: list[int], limit: int) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from llmc.errors import DeviceError, LlmcError, ModelError, ShapeError
 from llmc.runtime import session
 from llmc.runtime.pages import PAGE, Sequence
 from llmc.runtime.step import Chunk
+from tests.conftest import GOLDENS
 
 VOCABULARY = 512
 CONTEXT = 512
@@ -336,3 +338,32 @@ def test_a_closed_runtime_says_so(embedded_artifact):
 def test_a_language_model_does_not_embed(embedded_runtime):
     with pytest.raises(ShapeError, match="no encoder"):
         embedded_runtime.embed(["a text"])
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    with llmc.Runtime(GOLDENS / "hf" / "bert", threads=1) as runtime:
+        yield runtime
+
+
+def test_one_text_gives_one_vector(encoder, monkeypatch):
+    monkeypatch.setattr(encoder, "encode", lambda text: [ord(letter) - 90 for letter in text])
+    rows = encoder.embed(["one", "other"])
+    assert rows.shape == (2, encoder.config["hidden_size"])
+    for alone in (encoder.embed("other"), *encoder.embed(np.array(["other"]))):
+        assert close(alone, rows[1]) and alone.shape == rows[1].shape
+    assert encoder.embed([]).shape == (0, rows.shape[1])
+
+
+@pytest.mark.parametrize("texts", [
+    None, 3, b"text", {"a": 1}, {"a"}, [1], [["a"]], ["a", None], np.array("a"), [b"a"]], ids=str)
+def test_what_is_no_list_of_texts_is_refused(encoder, monkeypatch, texts):
+    monkeypatch.setattr(encoder, "_tokenizer", SimpleNamespace(encode=lambda text: [5]))
+    with pytest.raises(ShapeError, match="text"):
+        encoder.embed(texts)
+
+
+@pytest.mark.parametrize("rows", [None, 3, b"text", {1: 2}, [[1], 2], [None]], ids=str)
+def test_what_is_no_list_of_token_ids_is_refused(encoder, rows):
+    with pytest.raises(ShapeError, match="token ids"):
+        encoder.embed_ids(rows)
