@@ -34,6 +34,8 @@ def read_arrays(items: list[str]) -> dict[str, np.ndarray]:
         name, equals, file = item.partition("=")
         if not equals:
             raise LlmcError(f"--input: {item!r} is not NAME=FILE.npy")
+        if name in arrays:
+            raise LlmcError(f"--input: {name} is given twice")
         try:
             arrays[name] = np.load(file, allow_pickle=False)
         except (ValueError, EOFError) as error:

@@ -188,6 +188,18 @@ def test_run(llmc_command, tmp_path, option, words):
     assert not output.exists()
 
 
+@pytest.mark.parametrize("command", ["run", "capture"])
+def test_an_input_is_given_once(llmc_command, tmp_path, command):
+    import numpy as np
+
+    np.save(tmp_path / "ids.npy", np.ones((1, 3), np.int64))
+    item = ("--input", f"input_ids={tmp_path / 'ids.npy'}")
+    options = {"run": (), "capture": ("--blocks", "*")}[command]
+    refused(llmc_command(command, EMBEDDED, *item, *item, *options, "--output", tmp_path / "out"),
+            "input_ids is given twice")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("options", "words"), [
     (("--verify",), ("no artifact",)), (("--stage", "ptx"), ("--target nvptx",)),
     (("--stage", "imported", "--dtype", "f7"), ("f7",)),
