@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from llmc.cli import add_command, add_quantization_options, quantization_of
 from llmc.errors import LlmcError
@@ -121,10 +122,10 @@ def _report(path: Path, compiled, seconds: float, as_json: bool) -> None:
     rate = weights / max(compiled.timings["weights"], 1e-9) / 1e9
     compile_seconds = sum(v for name, v in compiled.timings.items() if name != "weights")
     if as_json:
-        print(json.dumps({"artifact": str(path), "seconds": seconds,
-                          "compile_seconds": compile_seconds, "timings": compiled.timings,
-                          "object_bytes": sizes, "weight_bytes": weights,
-                          "weight_gb_per_second": rate}))
+        report = {"artifact": str(path), "seconds": seconds, "compile_seconds": compile_seconds,
+                  "timings": compiled.timings, "object_bytes": sizes, "weight_bytes": weights,
+                  "weight_gb_per_second": rate}
+        print(json.dumps(report | _quantization(compiled)))
         return
     print(f"{path}: compiled in {compile_seconds:.2f} s "
           f"({', '.join(f'{n} {s / 1024:.0f} KiB' for n, s in sizes.items())}), "
@@ -133,6 +134,15 @@ def _report(path: Path, compiled, seconds: float, as_json: bool) -> None:
         from llmc.cli.inspect_quantization import summary
 
         print(*summary(compiled.report), sep="\n")
+
+
+def _quantization(compiled) -> dict[str, Any]:
+    """What JSON has about quantisation: nothing, where weights stay as the model has them."""
+    if compiled.report is None:
+        return {}
+    from llmc.cli.inspect_quantization import totals
+
+    return {"quantization": totals(compiled.report)}
 
 
 def _rate(gigabytes: float) -> str:

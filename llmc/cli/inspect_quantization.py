@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from llmc.runtime.artifact import Manifest, QuantizationInfo, QuantizedInfo
 
 
@@ -21,19 +23,29 @@ _HEADING = f"{'error':>8} {'bits':>6} {'n':>7} {'k':>6}  codes   matrix"
 
 def summary(info: QuantizationInfo) -> list[str]:
     """What became of the model's matrices, in a line or two."""
-    before, after, elements = (sum(getattr(each, key) for each in info.quantized)
-                               for key in ("source_bytes", "bytes", "elements"))
-    lines = [f"{len(info.quantized)} matrices quantised, {before / 1e6:.1f} MB -> "
-             f"{after / 1e6:.1f} MB, {8 * after / max(1, elements):.3f} bits a weight; "
-             f"{len(info.kept)} stay as they are"]
-    calibrated = sum(each.calibrated for each in info.quantized)
-    if calibrated:
+    told = totals(info)
+    lines = [f"{told['matrices']} matrices quantised, {told['source_bytes'] / 1e6:.1f} MB -> "
+             f"{told['bytes'] / 1e6:.1f} MB, {told['bits_per_weight']:.3f} bits a weight; "
+             f"{told['kept']} stay as they are"]
+    if calibrated := told["calibrated"]:
         lines.append(f"{calibrated} calibrated in {info.calibration:.1f} s: codes marked * are "
                      "chosen for the errors of products, not of elements")
     if info.uncalibrated:
         lines.append(f"{'the others are ' if calibrated else ''}not calibrated: "
                      f"{info.uncalibrated}")
     return lines
+
+
+def totals(info: QuantizationInfo) -> dict[str, Any]:
+    """The same for JSON, with the options: how many matrices were quantised, stay as they are
+    (kept) and were calibrated, and for how many seconds; why others were not ("" where nobody
+    expects it)."""
+    before, after, elements = (sum(getattr(each, key) for each in info.quantized)
+                               for key in ("source_bytes", "bytes", "elements"))
+    return {"options": info.options, "matrices": len(info.quantized), "kept": len(info.kept),
+            "source_bytes": before, "bytes": after, "bits_per_weight": 8 * after / max(1, elements),
+            "calibrated": sum(each.calibrated for each in info.quantized),
+            "calibration_seconds": info.calibration, "uncalibrated": info.uncalibrated}
 
 
 def _line(each: QuantizedInfo) -> str:

@@ -109,6 +109,27 @@ def test_compile_writes_an_artifact_that_generates(llmc_command, tmp_path, embed
     assert json.loads(made.out)["token_ids"] == embedded_goldens[0]["greedy_ids"][:9]
 
 
+def test_compile_tells_as_json_what_was_quantised(llmc_command, tmp_path):
+    command = ("compile", EMBEDDED, "-o", tmp_path / "small.llmc", "--json")
+    assert "quantization" not in json.loads(llmc_command(*command).out)
+    options = ("--quantize", "int4", "--group", 64, "--calibrate", "never")
+    told = json.loads(llmc_command(*command, *options).out)["quantization"]
+    text = llmc_command(*command[:-1], *options).out
+    assert f"{told['matrices']} matrices quantised, " in text
+    assert f" {told['bits_per_weight']:.3f} bits a weight; {told['kept']} stay" in text
+    assert told["matrices"] == 36 and told["bytes"] * 8 < 5 * told["source_bytes"] / 4
+    assert (told["options"]["group"], told["options"]["calibrate"]) == (64, "never")
+    assert (told["calibrated"], told["calibration_seconds"], told["uncalibrated"]) == (0, 0, "")
+
+
+def test_compile_tells_as_json_why_nothing_was_calibrated(llmc_command, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmc.calibrate.LIMIT", 0)
+    made = llmc_command("compile", EMBEDDED, "-o", tmp_path / "small.llmc", "--json",
+                        "--quantize", "int4")
+    told = json.loads(made.out)["quantization"]
+    assert told["calibrated"] == 0 and "--calibrate always" in told["uncalibrated"]
+
+
 @pytest.mark.parametrize("shape", ["tokens=1:7,sequences=1", "tokens=1", "rows=0:1,tokens=1:3"])
 def test_compile_for_narrow_shapes(llmc_command, tmp_path, shape, embedded_goldens):
     """What does not fit one step is run in several."""
