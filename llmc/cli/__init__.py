@@ -83,8 +83,10 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
     group = add_target_options(parser)
     add_quantization_options(parser)
     group.add_argument("--max-context", type=int, default=knobs.positive("LLMC_MAX_CONTEXT"),
-                       metavar="N", help="longest sequence in tokens (default: the model's "
-                                         "limit) [LLMC_MAX_CONTEXT]")
+                       metavar="N",
+                       help="longest sequence in tokens (default: the model's limit); ONNX graphs "
+                            "that are given arrays take what the shapes of their inputs allow, "
+                            "whatever this says [LLMC_MAX_CONTEXT]")
     group.add_argument("--cache-dir", default=None, metavar="DIR",
                        help="where compiled models are kept (default: the platform's cache "
                             "directory) [LLMC_CACHE_DIR]")

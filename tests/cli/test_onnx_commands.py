@@ -39,6 +39,17 @@ def test_run_where_shapes_depend_on_data(tmp_path, llmc_command):
     np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), [[1, 3]])
 
 
+def test_run_limits_no_graph_and_says_so(tmp_path, llmc_command):
+    path = save(tmp_path / "model.onnx", [helper.make_node("Add", ["x", "x"], ["y"])],
+                [tensor("x", TensorProto.FLOAT, ["n"])], [tensor("y", TensorProto.FLOAT, ["n"])])
+    x = np.arange(5, dtype=np.float32)
+    result = llmc_command("run", path, *given(tmp_path, x=x), "--max-context", 2,
+                          "--output", tmp_path)
+    assert (result.status, result.out) == (0, "y: float32[5]\n"), result.err
+    said = " ".join(llmc_command("run", "--help").out.split())
+    assert "ONNX graphs that are given arrays take what the shapes of their inputs allow" in said
+
+
 def test_run_feeds_an_initializer(tmp_path, llmc_command):
     path = save(tmp_path / "model.onnx", [helper.make_node("Mul", ["x", "scale"], ["y"])],
                 [tensor(name, TensorProto.FLOAT, [3]) for name in ("x", "scale")],
