@@ -112,7 +112,8 @@ def add_quantization_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--group", type=int, choices=(32, 64, 128), default=None,
                        help="elements that share a scale (default: 128 for int8, 32 for int4)")
     group.add_argument("--asymmetric", action="store_true",
-                       help="groups have zero points too: more exact, slower, larger")
+                       help="groups have zero points too: slower and larger; more exact without "
+                            "calibration, with it for some models only")
     group.add_argument("--quantize-head", choices=("int8", "int4", "float"), default=None,
                        help="the matrix that makes logits, and an embedding tied to it (default: "
                             "int8)")
