@@ -61,12 +61,7 @@ class CodedMatmul(BlockedMatmul):
 
     def tile(self, e: Emitter, frame: Frame, worker: Worker, tile: ir.Value) -> None:
         """Every row block of a group past each piece of a panel in turn."""
-        blocks = self._blocks(e, frame)
-        size = e.ceildiv(blocks, self._row_groups(e, blocks))
-        row_group = e.b.udiv(tile, i64(self.panel_groups))
-        number = e.b.sub(tile, e.b.mul(row_group, i64(self.panel_groups)))
-        first = e.b.mul(row_group, size)
-        last = e.minimum(e.b.add(first, size), blocks)
+        number, first, last = self._groups_of(e, frame, tile)
         panel = self.product.weight.panel(e, frame, number)
         all_sums = e.offset(worker.scratch, self.piece_bytes)
         with e.loop(0, self.weight.pieces, name="piece") as index:

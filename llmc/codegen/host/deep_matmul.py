@@ -45,12 +45,7 @@ class DeepMatmul(BlockedMatmul):
 
     def tile(self, e: Emitter, frame: Frame, worker: Worker, tile: ir.Value) -> None:
         """Every row block of a group past each piece of a panel in turn."""
-        blocks = self._blocks(e, frame)
-        size = e.ceildiv(blocks, self._row_groups(e, blocks))
-        row_group = e.b.udiv(tile, i64(self.panel_groups))
-        panel = e.b.sub(tile, e.b.mul(row_group, i64(self.panel_groups)))
-        first = e.b.mul(row_group, size)
-        last = e.minimum(e.b.add(first, size), blocks)
+        panel, first, last = self._groups_of(e, frame, tile)
         piece_bytes = self.product.weight.panel_bytes // self.pieces
         columns = self.product.weight.panel(e, frame, panel)
         with (e.loop(0, self.pieces, name="piece") as piece,

@@ -243,12 +243,7 @@ class BlockedMatmul:
 
         Tiles count panel groups first: workers share the row group in L3 and split the weight.
         """
-        blocks = self._blocks(e, frame)
-        size = e.ceildiv(blocks, self._row_groups(e, blocks))
-        row_group = e.b.udiv(tile, i64(self.panel_groups))
-        panel_group = e.b.sub(tile, e.b.mul(row_group, i64(self.panel_groups)))
-        first_block = e.b.mul(row_group, size)
-        last_block = e.minimum(e.b.add(first_block, size), blocks)
+        panel_group, first_block, last_block = self._groups_of(e, frame, tile)
         first_panel = e.b.mul(panel_group, i64(self.panel_group))
         last_panel = e.minimum(e.b.add(first_panel, i64(self.panel_group)),
                                i64(self.product.weight.panels))
@@ -283,6 +278,16 @@ class BlockedMatmul:
         step = self.layout.rows * lane
         return LeftRows(tuple(e.offset(block, row * lane) for row in range(size)),
                         group_bytes=step * self.product.reader.steps, step_bytes=step)
+
+    def _groups_of(self, e: Emitter, frame: Frame, tile: ir.Value
+                   ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """A tile's panel group, and the first row block of its group and that behind the last."""
+        blocks = self._blocks(e, frame)
+        size = e.ceildiv(blocks, self._row_groups(e, blocks))
+        row_group = e.b.udiv(tile, i64(self.panel_groups))
+        panel_group = e.b.sub(tile, e.b.mul(row_group, i64(self.panel_groups)))
+        first = e.b.mul(row_group, size)
+        return panel_group, first, e.minimum(e.b.add(first, size), blocks)
 
     def _blocks(self, e: Emitter, frame: Frame) -> ir.Value:
         return e.ceildiv(frame.dim(self.product.rows), i64(self.layout.rows))
