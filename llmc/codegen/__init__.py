@@ -28,14 +28,10 @@ def generate(program: Program, target: Target) -> Code | DeviceCode:
 def generate_all(programs: Mapping[str, Program], target: Target,
                  done: Callable[[], None]) -> dict[str, Code] | dict[str, DeviceCode]:
     """`generate` of each, several at a time where that pays. done: called after each."""
-    if target.kind != "nvptx":
-        from llmc.codegen.host import generate_all as generate_all_host
+    if target.kind == "nvptx":
+        from llmc.codegen.nvptx import generate_all as generate_all_device
 
-        return generate_all_host(programs, target, done)
-    from llmc.codegen.nvptx import generate as generate_device
+        return generate_all_device(programs, target, done)
+    from llmc.codegen.host import generate_all as generate_all_host
 
-    codes = {}
-    for name, program in programs.items():
-        codes[name] = generate_device(program, target)
-        done()
-    return codes
+    return generate_all_host(programs, target, done)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -11,8 +10,7 @@ from typing import Any
 import llvmlite.binding as llvm
 import llvmlite.ir as ir
 
-from llmc import knobs
-from llmc.codegen.host.beside import LEAST, object_beside
+from llmc.codegen.beside import compile_all
 from llmc.codegen.host.driver import Driver
 from llmc.codegen.host.kernel import Kernel
 from llmc.codegen.llvm import emit_object
@@ -64,30 +62,23 @@ class Code:
 def generate(program: Program, target: Target) -> Code:
     """Machine code of a program; CompileError where no kernel can compute a stage."""
     text, scratch_bytes = _module(program, target)
-    return Code(*_object_here(text, target), scratch_bytes, target)
+    return Code(*emit_object(text, target.machine()), scratch_bytes, target)
 
 
 def generate_all(programs: Mapping[str, Program], target: Target,
                  done: Callable[[], None]) -> dict[str, Code]:
-    """`generate` of each; all but the last in processes of their own, where they are large and
-    there are cores for it. done: called when one is ready to be waited for."""
-    made: dict[str, tuple[Future[tuple[bytes, str]], Dim]] = {}
-    with ThreadPoolExecutor(len(programs)) as pool:
-        for left, (name, program) in zip(range(len(programs) - 1, -1, -1), programs.items(),
-                                         strict=True):
-            text, scratch_bytes = _module(program, target)
-            beside = left and len(text) >= LEAST and knobs.cores() > 1
-            made[name] = pool.submit(
-                object_beside if beside else _object_here, text, target), scratch_bytes
-            if not beside:
-                made[name][0].result()
+    """`generate` of each, side by side. done: called when one is ready to be waited for."""
+    scratch_bytes: dict[str, Dim] = {}
+
+    def modules() -> Iterator[tuple[str, Target, bool]]:
+        for name, program in programs.items():
+            text, scratch_bytes[name] = _module(program, target)
+            yield text, target, len(scratch_bytes) == len(programs)
             done()
-        return {name: Code(*future.result(), scratch_bytes, target)
-                for name, (future, scratch_bytes) in made.items()}
 
-
-def _object_here(text: str, target: Target) -> tuple[bytes, str]:
-    return emit_object(text, target.machine())
+    made = compile_all(modules())
+    return {name: Code(object, llvm, scratch_bytes[name], target)
+            for name, (object, llvm) in zip(programs, made, strict=True)}
 
 
 def _module(program: Program, target: Target) -> tuple[str, Dim]:

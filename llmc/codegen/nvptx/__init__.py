@@ -7,7 +7,7 @@ device memory. A step is a list of launches in order, which the runtime captures
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import import_module
@@ -16,6 +16,7 @@ from typing import Any
 import llvmlite.binding as llvm
 import llvmlite.ir as ir
 
+from llmc.codegen.beside import compile_all
 from llmc.codegen.llvm import I64, POINTER, VOID
 from llmc.codegen.nvptx import choose
 from llmc.codegen.nvptx.assemble import Assembled, assemble
@@ -112,17 +113,47 @@ class DeviceCode:
 
 def generate(program: Program, target: Target) -> DeviceCode:
     """Code of a program for each architecture; CompileError where no kernel computes a stage."""
-    _set_options()
-    assembled, steps, text = {}, {}, ""
+    made, steps = [], {}
     for single in target.architectures():
         module, steps[single.cpu] = emit_module(program, single)
-        machine = single.machine()
-        optimised = llvm.parse_assembly(str(module))
-        optimised.verify()
-        _optimise(optimised, machine)
-        text = str(optimised)
-        assembled[single.cpu] = assemble(machine.emit_assembly(optimised), single.cpu)
-    return DeviceCode(target, assembled, steps, text)
+        made.append(compile_module(str(module), single))
+    return _device_code(target, made, steps)
+
+
+def generate_all(programs: Mapping[str, Program], target: Target,
+                 done: Callable[[], None]) -> dict[str, DeviceCode]:
+    """`generate` of each, side by side. done: called when one is ready to be waited for."""
+    singles = target.architectures()
+    steps: dict[str, dict[str, tuple[Repeat, ...]]] = {name: {} for name in programs}
+
+    def modules() -> Iterator[tuple[str, Target, bool]]:
+        for name, program in programs.items():
+            for single in singles:
+                module, steps[name][single.cpu] = emit_module(program, single)
+                yield str(module), single, single is singles[-1] and name == [*programs][-1]
+            done()
+
+    made = iter(compile_all(modules()))
+    return {name: _device_code(target, [next(made) for _ in singles], steps[name])
+            for name in programs}
+
+
+def compile_module(text: str, target: Target, threads: int = 1) -> tuple[Assembled, str]:
+    """A module's text assembled for one architecture, and the optimised module's text. threads: of
+    the assembler."""
+    _set_options()
+    machine = target.machine()
+    module = llvm.parse_assembly(text)
+    module.verify()
+    _optimise(module, machine)
+    return assemble(machine.emit_assembly(module), target.cpu, threads), str(module)
+
+
+def _device_code(target: Target, made: Sequence[tuple[Assembled, str]],
+                 steps: dict[str, tuple[Repeat, ...]]) -> DeviceCode:
+    """made: what `compile_module` gives, in the order of steps."""
+    assembled = {name: each for name, (each, _) in zip(steps, made, strict=True)}
+    return DeviceCode(target, assembled, steps, made[-1][1])
 
 
 def emit_module(program: Program, target: Target) -> tuple[ir.Module, tuple[Repeat, ...]]:

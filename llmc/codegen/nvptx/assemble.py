@@ -6,6 +6,7 @@ Without the wheel there is no cubin and no report: the driver assembles when the
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 from llmc.errors import CompileError
 
 _FUNCTION = re.compile(r"Function properties for (\S+)\n.*?(\d+) bytes stack frame, "
-                       r"(\d+) bytes spill stores, (\d+) bytes spill loads")
-_USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
+                       r"(\d+) bytes spill stores, (\d+) bytes spill loads"
+                       r"(?:\n[^\n]*Used (\d+) registers(?:[^\n]*?(\d+) bytes smem)?)?")
+_KERNEL = re.compile(r"Compiling entry function '([^']+)'")
 # What says that the code is not what was asked for: serialised wgmma, ignored setmaxnreg, calls.
 _WARNING = re.compile(r"C7[56]\d\d[^\n]*")
 
@@ -46,13 +48,23 @@ class Assembled:
     warnings: tuple[str, ...] = ()
 
 
-def assemble(ptx: str, architecture: str) -> Assembled:
-    """Assemble PTX for an architecture such as sm_90a; CompileError where the assembler refuses."""
+def assemble(ptx: str, architecture: str, threads: int = 1) -> Assembled:
+    """Assemble PTX for an architecture such as sm_90a; CompileError where the assembler refuses.
+    threads: kernels that are assembled at the same time, if the assembler knows how."""
     linker = _linker()
     if linker is None:
         return Assembled(ptx, None)
+    splits = threads > 1 and _splits()
+    cubin, log = _link(linker, ptx, architecture,
+                       [f"-Xptxas=--split-compile={threads}"] if splits else [])
+    return Assembled(ptx, cubin, parse_report(log), tuple(_WARNING.findall(log)))
+
+
+def _link(linker: Any, ptx: str, architecture: str, options: Sequence[str]) -> tuple[bytes, str]:
+    """The cubin and what was said of it."""
     # nvJitLink's own cache gives the code of a kernel that it knows without the report.
-    handle = linker.create(4, [f"-arch={architecture}", "-verbose", "-O3", "-no-cache"])
+    options = [f"-arch={architecture}", "-verbose", "-O3", "-no-cache", *options]
+    handle = linker.create(len(options), options)
     try:
         data = ptx.encode()
         try:
@@ -64,22 +76,32 @@ def assemble(ptx: str, architecture: str) -> Assembled:
                                f"{' '.join(log.split())[:500]}") from None
         cubin = bytearray(linker.get_linked_cubin_size(handle))
         linker.get_linked_cubin(handle, cubin)
-        log = _text(linker.get_info_log_size, linker.get_info_log, handle)
+        return bytes(cubin), _text(linker.get_info_log_size, linker.get_info_log, handle)
     finally:
         linker.destroy(handle)
-    return Assembled(ptx, bytes(cubin), parse_report(log), tuple(_WARNING.findall(log)))
 
 
 def parse_report(log: str) -> tuple[KernelReport, ...]:
-    """The kernels of an assembler's verbose log, in order."""
-    reports = []
+    """The kernels of an assembler's verbose log, in order; and functions that kernels call, whose
+    registers are counted there."""
+    reports, kernels = [], set(_KERNEL.findall(log))
     for match in _FUNCTION.finditer(log):
-        used = _USED.search(log, match.end())
-        if used is None:
+        if match[5] is None and match[1] in kernels:
             raise CompileError(f"the assembler's report does not say what {match[1]} uses")
-        reports.append(KernelReport(match[1], int(used[1]), int(used[2] or 0), int(match[2]),
+        reports.append(KernelReport(match[1], int(match[5] or 0), int(match[6] or 0), int(match[2]),
                                     int(match[3]) + int(match[4])))
     return tuple(reports)
+
+
+@cache
+def _splits() -> bool:
+    """Whether the assembler has an option for several kernels at a time; older ones have not."""
+    empty = ".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry empty() { ret; }\n"
+    try:
+        _link(_linker(), empty, "sm_80", ["-Xptxas=--split-compile=2"])
+    except CompileError:
+        return False
+    return True
 
 
 @cache
