@@ -76,6 +76,8 @@ def check_request(kinds: Sequence[str], prefix: str) -> None:
 
 def make_interface(compiled: Compiled, prefix: str) -> Interface:
     """A compiled model as C will see it; CompileError where it cannot have a C ABI."""
+    if compiled.target.kind == "nvptx":
+        raise CompileError(f"{compiled.graph.name}: code for GPUs has no C ABI; compile for a host")
     offsets, size = weight_places(next(iter(compiled.programs.values())))
     config = compiled.model.config
     return Interface(

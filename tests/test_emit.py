@@ -80,7 +80,8 @@ def test_output_named_like_a_file_beside_it(compiled, tmp_path, output):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--emit", "exe"], "cannot emit exe"), (["--emit", "obj", "--prefix", "9"], "prefix '9'"),
-    (["--prefix", "x_"], "--prefix is for --emit")])
+    (["--prefix", "x_"], "--prefix is for --emit"),
+    (["--emit", "obj", "--target", "nvptx:sm_90a"], "does not go with --target nvptx")])
 def test_bad_requests_are_refused_before_compiling(tmp_path, capsys, arguments, message):
     """The model does not exist: that would be the error if it were looked at first."""
     command = ["compile", str(tmp_path / "none.onnx"), "-o", str(tmp_path / "x"), *arguments]

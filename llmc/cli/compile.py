@@ -95,6 +95,8 @@ def _emitter(arguments):
         return None
     from llmc.emit import check_request, emit
 
+    if _target(arguments).kind == "nvptx":
+        raise LlmcError("--emit writes host code for C: it does not go with --target nvptx")
     kinds = [kind.strip() for kind in arguments.emit.split(",")]
     prefix = "llmc_" if arguments.prefix is None else arguments.prefix
     check_request(kinds, prefix)

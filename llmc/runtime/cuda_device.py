@@ -33,7 +33,7 @@ def _driver() -> Any:
         from cuda.bindings import driver
     except ImportError:
         raise DeviceError("the CUDA bindings for Python are missing: install them with "
-                          "pip install '.[cuda]' in llmc's checkout, or run with "
+                          "pip install '.[cuda]' in llmc's checkout, or compile and run for "
                           "--target host") from None
     try:
         (status,) = driver.cuInit(0)
@@ -43,7 +43,7 @@ def _driver() -> Any:
                           "host") from None
     if status == driver.CUresult.CUDA_ERROR_NO_DEVICE:
         raise DeviceError("the NVIDIA driver finds no GPU on this machine: check nvidia-smi and "
-                          "CUDA_VISIBLE_DEVICES, or run with --target host")
+                          "CUDA_VISIBLE_DEVICES, or compile and run for --target host")
     if status != driver.CUresult.CUDA_SUCCESS:
         raise DeviceError(f"the NVIDIA driver does not start: {_describe(driver, status)}")
     return driver

@@ -42,10 +42,12 @@ def reduced_axes(call: Call, rank: int, since: int) -> list[int]:
 def reduce(call: Call) -> Result:
     op, since = REDUCTIONS[call.op_type]
     value, keep = call.value(0), bool(call.attribute("keepdims", 1))
-    if isinstance(value, ShapeArray) and len(value.shape) <= 1 and not keep and op != "reduce_mean":
-        return reduce_dims(call, value, op)
-    x = call.tensor(value)
-    return call.reduce(op, x, reduced_axes(call, x.rank, since), keep)
+    rank = len(value.shape)
+    axes = reduced_axes(call, rank, since)
+    if isinstance(value, ShapeArray) and rank == len(axes) <= 1 and op != "reduce_mean":
+        total = reduce_dims(call, value, op)
+        return ShapeArray(total.items.reshape((1,) * rank), total.dtype) if keep else total
+    return call.reduce(op, call.tensor(value), axes, keep)
 
 
 def reduce_dims(call: Call, value: ShapeArray, op: str) -> ShapeArray:

@@ -113,6 +113,18 @@ def test_shape_arithmetic(run):
     assert (y == X + np.arange(3, dtype=np.float32)[:, None]).all()
 
 
+@pytest.mark.parametrize("operator, size", [("ReduceProd", 48), ("ReduceSum", 13)])
+def test_shapes_are_reduced_to_shapes(run, operator, size):
+    """Of one item, as Reshape and Expand want them."""
+    body = f"""g (float[a, b, 8] x) => (float[] y) {{
+        shape = Shape(x)
+        size = {operator}(shape)
+        y = {'Reshape(x, size)' if operator == 'ReduceProd' else 'Expand(one, size)'}
+    }}"""
+    parameters = {} if operator == "ReduceProd" else {"one": np.ones(1, np.float32)}
+    assert run(body, {"x": X}, **parameters).shape == (size,)
+
+
 def test_gather_counts_from_the_end(run):
     index = np.array([[-1, 0], [1, -2]])
     body = "g (float[a, b, 8] x, int64[p, q] i) => (float[] y) { y = Gather <axis = 2> (x, i) }"
