@@ -50,7 +50,7 @@ class Region:
             self._places[name] = total
             total += -(-size // ALIGNMENT) * ALIGNMENT
         self._memory = Memory(device, total, "arguments")
-        self._hosts = [(PinnedMemory(total), event()) for _ in range(copies)]
+        self._hosts = [HostCopy(device, self._memory.address, total) for _ in range(copies)]
 
     def at(self, name: str) -> int:
         """Device address of a part."""
@@ -58,22 +58,34 @@ class Region:
 
     def copy(self, parts: Mapping[str, np.ndarray]) -> None:
         """Copy parts to the device, in the stream's order; the rest of the region is undefined."""
-        host, done = self._hosts[0]
+        host = self._hosts[0]
         self._hosts.append(self._hosts.pop(0))
-        call("cuEventSynchronize", done)
-        end = 0
+        host.wait()
         for name, array in parts.items():
             place = self._places[name]
-            host.array[place:place + array.nbytes] = array.reshape(-1).view(np.uint8)
-            end = max(end, place + array.nbytes)
-        call("cuMemcpyHtoDAsync", self._memory.address, host.address, end, self.device.stream)
-        call("cuEventRecord", done, self.device.stream)
+            host.memory.array[place:place + array.nbytes] = array.reshape(-1).view(np.uint8)
+        host.copy()
+        host.mark()
 
     def close(self) -> None:
         self._memory.close()
-        for host, done in self._hosts:
+        for host in self._hosts:
             host.close()
-            call("cuEventDestroy", done)
+
+
+class HostCopy:
+    """Pinned memory that goes to the device as a whole: `wait` until it may be filled again, `copy`
+    it, and `mark` the place in the stream behind that."""
+
+    def __init__(self, device: Device, target: int, size: int):
+        self.memory, self._done = PinnedMemory(size), event()
+        self.wait = prepared("cuEventSynchronize", self._done)
+        self.copy = prepared("cuMemcpyHtoDAsync", target, self.memory.address, size, device.stream)
+        self.mark = prepared("cuEventRecord", self._done, device.stream)
+
+    def close(self) -> None:
+        self.memory.close()
+        call("cuEventDestroy", self._done)
 
 
 @dataclass(eq=False)

@@ -64,8 +64,8 @@ def _function(name: str) -> Any:
 
 
 def prepared(name: str, *handles: Any) -> Callable[[], None]:
-    """A driver function that takes handles only, with these: a call that a decode step makes costs
-    a third of what it does through `call`."""
+    """A driver function that takes handles, addresses and sizes only, with these: a call that a
+    decode step makes costs a third of what it does through `call`."""
     function, arguments = _native(name, len(handles)), [ctypes.c_void_p(int(h)) for h in handles]
     bound = functools.partial(function, *arguments)
 
@@ -78,7 +78,7 @@ def prepared(name: str, *handles: Any) -> Callable[[], None]:
 
 @cache
 def _native(name: str, count: int) -> Any:
-    """The driver's own function, of `count` handles."""
+    """The driver's own function, of `count` arguments of 64 bits."""
     address, _ = call("cuGetProcAddress", name.encode(), OLDEST_DRIVER, 0)
     return ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * count)(address)
 

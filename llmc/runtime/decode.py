@@ -21,7 +21,7 @@ from llmc.runtime.step import Chunk, LanguageModel
 
 RING = 8  # steps whose tokens a decoder keeps
 AHEAD = 3  # of a GPU: steps begun and not read, the one that is waited for and two behind it
-PAGES_AHEAD = 1  # that a sequence reserves, so that its page table changes every other page
+PAGES_AHEAD = 3  # that a sequence reserves, so that its page table changes every fourth page
 
 
 @dataclass(frozen=True)

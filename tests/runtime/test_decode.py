@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import deque
+from functools import partial
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
@@ -272,14 +273,14 @@ def advance(device, function, blocks, threads, shared, choice, layer):
 
 @pytest.fixture
 def host_device(monkeypatch):
-    def call(name: str, *arguments: Any) -> Any:
+    def prepared(name: str, *arguments: Any) -> Any:
         if name == "cuMemcpyHtoDAsync":
-            ctypes.memmove(*arguments[:3])
-        return 0
+            return lambda: ctypes.memmove(*arguments[:3])
+        return lambda: None
 
     for name, fake in {"Memory": HostMemory, "PinnedMemory": HostMemory, "Graph": LateGraph,
-                       "launch": advance, "call": call, "event": lambda **_: 0,
-                       "prepared": lambda *_: lambda: None}.items():
+                       "launch": advance, "call": lambda *_: 0, "event": iter(range(100)).__next__,
+                       "prepared": prepared}.items():
         monkeypatch.setattr(cuda_decode, name, fake)
     LateGraph.recorded = 0
 
@@ -332,8 +333,10 @@ class TimedExecutor(MadeUpExecutor):
         self.dispatch.trial = SimpleNamespace(
             observe=lambda *each: self.observed.append(each))
         monkeypatch.setattr(cuda_decode.time, "perf_counter", lambda: self.now)
-        monkeypatch.setattr(cuda_decode, "prepared", lambda name, *_: (
-            self.wait if name == "cuEventSynchronize" else lambda: None))
+        copies = cuda_decode.prepared
+        monkeypatch.setattr(cuda_decode, "prepared", lambda name, *arguments: (
+            partial(self.wait, *arguments) if name == "cuEventSynchronize"
+            else copies(name, *arguments)))
 
     def choose(self, values):
         self.choices += 1
@@ -345,13 +348,15 @@ class TimedExecutor(MadeUpExecutor):
         super().launch_stages(variant, plan, arguments)
         self.device.kernels.append(lambda: self.pending.append(variant.cost))
 
-    def wait(self):
-        self.now += self.pending.popleft()
+    def wait(self, event):
+        if event in self.of_steps:  # the others are those of copies
+            self.now += self.pending.popleft()
 
 
 def test_trials_judge_the_steps_that_were_theirs(host_device, monkeypatch):
     executor = TimedExecutor(monkeypatch)
     decoder = cuda_decode.CudaDecoder(executor, 1, most_pages=4)
+    executor.of_steps = decoder._events
     decoder.start([Start(5, 0, Sampling())])
     for step in range(96):
         if step == 50:
