@@ -16,6 +16,7 @@ from llmc.codegen.host.matmul import (
     PANEL_GROUP_BYTES,
     BlockedMatmul,
     Product,
+    Turn,
     body_sizes,
     choose_body,
 )
@@ -53,21 +54,24 @@ class DeepMatmul(BlockedMatmul):
             number = e.b.sub(block, first)
             start = e.offset(columns.weights, e.b.mul(piece, i64(piece_bytes)))
             sums = e.offset(worker.scratch, e.b.mul(number, i64(self.sums_bytes)))
-            self._add_piece(e, frame, sums, block, piece, replace(columns, weights=start))
+            self._add_piece(e, frame, sums, Turn(block, first, last), piece,
+                            replace(columns, weights=start))
             with e.b.if_then(e.b.icmp_signed("==", piece, i64(self.pieces - 1))):
                 first_row, count = self._rows_of(e, frame, block)
                 self.epilogue.emit(e, frame, sums, first_row, count, panel)
 
-    def _add_piece(self, e: Emitter, frame: Frame, sums: ir.Value, block: ir.Value,
+    def _add_piece(self, e: Emitter, frame: Frame, sums: ir.Value, turn: Turn,
                    piece: ir.Value, part: Panel) -> None:
         """sums (+)= a row block @ a piece of the panel."""
-        product, rows = self.product, self.layout.rows
+        product, rows, block = self.product, self.layout.rows, turn.block
         start = e.offset(frame.pointer(self.blocks), e.b.mul(block, i64(self.block_bytes)))
         start = e.offset(start, e.b.mul(piece, i64(self.block_bytes // self.pieces)))
         _, count = self._rows_of(e, frame, block)
         depth = product.k // self.pieces
+        size = product.weight.panel_bytes // self.pieces
+        reading = self._reading(e, turn, part.weights, size, size)
         fresh = e.b.icmp_signed("==", piece, i64(0))
-        for size in choose_body(e, count, body_sizes(rows, product.rows)):
-            left = self._left(e, start, size)
+        for body in choose_body(e, count, body_sizes(rows, product.rows)):
+            left = self._left(e, start, body, reading)
             assert not isinstance(left, LeftCodes)
             product.weight.add_product(e, left, part, sums, depth, fresh)

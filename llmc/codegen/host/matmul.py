@@ -4,7 +4,8 @@ few rows    The left operand lies in rows; what comes before it (a norm, a conve
             by each worker into its scratch. A tile is one panel: the weight is streamed once, at
             memory bandwidth. Floor: bytes of the weight / read bandwidth.
 blocked     The left operand was packed into row blocks by an earlier stage. A tile is a group of
-            row blocks x a group of panels. Floor: 2 * rows * n * k flops / peak.
+            row blocks x a group of panels. Floor: 2 * rows * n * k flops / peak, while the
+            panels of the next tile come from memory.
 
 Both leave a register tile of sums in memory that fits the L1 cache, from where the epilogue takes
 it: one copy of the epilogue's code, whatever the tile's shape.
@@ -33,6 +34,7 @@ from llmc.codegen.host.microkernel import (
     FROM_CACHE,
     PREFETCH_BYTES,
     IntegerReader,
+    Later,
     LeftRows,
     PanelReader,
     Reading,
@@ -53,12 +55,18 @@ from llmc.ir.quantized import coded_rows, quantized, stored_operands
 if TYPE_CHECKING:
     from llmc.codegen.target import Target
 
-PANEL_GROUP_BYTES = 256 << 10  # panels of a group stay in half of an L2 cache of 512 KB
+# Of panels in a group. They stay in half of an L2 cache of 512 KB; or in a quarter of the 1 MB that
+# every CPU with vectors of 512 bits has, beside those of the next group, asked for meanwhile.
+PANEL_GROUP_BYTES = 256 << 10
+ASKING_LANES = 16  # f32 lanes of the vectors of a CPU that asks
 ROW_GROUP_BYTES = 4 << 20  # row blocks of a group stay in this worker's share of L3
 # Bits of codes -> bytes ahead of 1 row's reads by vectors of 256 bits. Best of 0 to 4096 on Zen 3:
 # 1.18 and 1.06 times as fast as PREFETCH_BYTES, which is best of 4 rows.
 CODES_AHEAD = {8: 1024, 4: 1536}
 WARMED_BYTES = 32 << 10  # of a worker's first panel, before the barrier ahead of its stage
+# Row blocks at the end of a tile that ask for the next tile's panels. Unasked, the first row block
+# of a tile waits for memory.
+ASKING_BLOCKS = 8
 LEAST_PANEL_GROUPS = 64  # so many tiles along n at least, where n allows it: balance
 
 
@@ -211,6 +219,15 @@ def body_sizes(most: int, rows: Dim) -> list[int]:
     return sorted(needed)
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A row block's turn in a tile, which has those from `first` to before `last`."""
+
+    block: ir.Value
+    first: ir.Value
+    last: ir.Value
+
+
 class BlockedMatmul:
     """Many rows: a tile of accumulators per (row block, panel); the left operand is packed."""
 
@@ -229,6 +246,8 @@ class BlockedMatmul:
                                       product.weight.panels // LEAST_PANEL_GROUPS))
         self.panel_groups = -(-product.weight.panels // self.panel_group)
         self.row_group = max(1, ROW_GROUP_BYTES // max(1, self.block_bytes))
+        self.asks = (type(product.weight) is PackedWeight
+                     and program.capabilities.vector_lanes >= ASKING_LANES)
         self.epilogue = Epilogue(product.stage, program, product.node, product.reader,
                                  self.layout.rows)
 
@@ -250,17 +269,36 @@ class BlockedMatmul:
         sums = self.epilogue.reserve(e)
         with (e.loop(first_block, last_block, name="block") as block,
               e.loop(first_panel, last_panel, name="panel") as panel):
-            self._block_panel(e, frame, sums, block, panel)
+            self._block_panel(e, frame, sums, Turn(block, first_block, last_block), panel)
 
-    def _block_panel(self, e: Emitter, frame: Frame, sums: ir.Value, block: ir.Value,
+    def _block_panel(self, e: Emitter, frame: Frame, sums: ir.Value, turn: Turn,
                      panel: ir.Value) -> None:
-        rows, product = self.layout.rows, self.product
+        rows, product, block = self.layout.rows, self.product, turn.block
         columns = product.weight.panel(e, frame, panel)
         start = e.offset(frame.pointer(self.blocks), e.b.mul(block, i64(self.block_bytes)))
         first_row, count = self._rows_of(e, frame, block)
-        for size in choose_body(e, count, body_sizes(rows, product.rows)):
-            product.weight.store_product(e, self._left(e, start, size), columns, sums)
+        size = product.weight.panel_bytes
+        reading = self._reading(e, turn, columns.weights, size, size * self.panel_group)
+        for body in choose_body(e, count, body_sizes(rows, product.rows)):
+            product.weight.store_product(e, self._left(e, start, body, reading), columns, sums)
         self.epilogue.emit(e, frame, sums, first_row, count, panel)
+
+    def _reading(self, e: Emitter, turn: Turn, panel: ir.Value, size: int,
+                 distance: int) -> Reading:
+        """How a row block reads a panel, or a piece of it, of `size` bytes. As many bytes,
+        `distance` further on, are what comes next: of these it asks for its share."""
+        if not self.asks:
+            return FROM_CACHE
+        group_bytes = self.product.reader.group_bytes
+        blocks = e.b.sub(turn.last, turn.first)
+        asking = e.minimum(i64(ASKING_BLOCKS), blocks)
+        stride = e.ceildiv(i64(group_bytes), asking)
+        number = e.b.sub(turn.block, e.b.sub(turn.last, asking))
+        share = e.b.mul(number, e.b.mul(stride, i64(size // group_bytes)))
+        asks = e.b.and_(e.b.icmp_signed(">", blocks, i64(1)),
+                        e.b.icmp_signed(">=", number, i64(0)))
+        start = e.b.select(asks, e.offset(e.offset(panel, distance), share), panel)
+        return Reading(1, PREFETCH_BYTES, later=Later(start, e.b.select(asks, stride, i64(0))))
 
     def _rows_of(self, e: Emitter, frame: Frame, block: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The first row of a block, and how many it has."""
@@ -269,7 +307,8 @@ class BlockedMatmul:
         first = e.b.mul(block, own)
         return first, e.minimum(own, e.b.sub(all_rows, first))
 
-    def _left(self, e: Emitter, block: ir.Value, size: int) -> LeftRows | LeftCodes:
+    def _left(self, e: Emitter, block: ir.Value, size: int, reading: Reading = FROM_CACHE
+              ) -> LeftRows | LeftCodes:
         """The first rows of a block, [k / interleave][rows][interleave]: f32 of one k, or pairs
         of bf16; or codes."""
         if isinstance(self.layout, CodedRows):
@@ -277,7 +316,8 @@ class BlockedMatmul:
         lane = self.layout.interleave * self.product.left_bytes
         step = self.layout.rows * lane
         return LeftRows(tuple(e.offset(block, row * lane) for row in range(size)),
-                        group_bytes=step * self.product.reader.steps, step_bytes=step)
+                        group_bytes=step * self.product.reader.steps, step_bytes=step,
+                        reading=reading)
 
     def _groups_of(self, e: Emitter, frame: Frame, tile: ir.Value
                    ) -> tuple[ir.Value, ir.Value, ir.Value]:

@@ -42,13 +42,27 @@ Tile = list[list[ir.Value]]  # [row][vector] -> <lanes x f32> (f64 for f64)
 
 
 @dataclass(frozen=True)
+class Later:
+    """What will be read behind a panel: asked for into L2 while it is read, `stride` bytes, at most
+    half a group, for each of its groups. Both are known at run time only; stride 0: nothing."""
+
+    start: ir.Value
+    stride: ir.Value
+
+    def prefetch(self, e: Emitter, group: ir.Value, count: int) -> None:
+        """Ask for what goes with the `count` bytes of groups from number `group` on."""
+        prefetch(e, e.offset(self.start, e.b.mul(group, self.stride)), -(-count // 2), FAR)
+
+
+@dataclass(frozen=True)
 class Reading:
     """How a panel is read. places: at once, in equal pieces of k; near, far: bytes ahead of each
-    place at which lines are asked for, into L1 and into L2 (0: not)."""
+    place at which lines are asked for, into L1 and into L2 (0: not); later: asked for besides."""
 
     places: int
     near: int
     far: int = 0
+    later: Later | None = None
 
     def prefetch(self, e: Emitter, pointer: ir.Value, offset: int, count: int) -> None:
         """Ask for what is read behind `count` bytes at pointer + offset."""
@@ -303,6 +317,8 @@ def _stream_pieces(e: Emitter, reader: PanelReader, left: LeftRows, panel: ir.Va
         for first in turn[:places]:
             left.reading.prefetch(e, columns_at, first * reader.group_bytes,
                                   each * reader.group_bytes)
+        if left.reading.later is not None:
+            left.reading.later.prefetch(e, group, unroll * reader.group_bytes)
         for number, u in enumerate(turn):
             for step, columns in enumerate(reader.group(e, columns_at, u * reader.group_bytes)):
                 tile = tiles[(number * reader.steps + step) % len(tiles)]
