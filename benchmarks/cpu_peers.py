@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -242,20 +242,33 @@ def words(text: str) -> list[str]:
     return [word for word in text.split(",") if word]
 
 
+def some_of(known: Iterable[str]) -> dict[str, Any]:
+    """An option that takes some of these words, all of them where it is left out."""
+    def parse_words(text: str) -> list[str]:
+        found = words(text)
+        if not found or (unknown := [word for word in found if word not in known]):
+            raise argparse.ArgumentTypeError(
+                f"{', '.join(unknown) if found else 'nothing'}: it must be some of "
+                f"{', '.join(known)}")
+        return found
+
+    return {"type": parse_words, "default": list(known), "help": f"some of {', '.join(known)}"}
+
+
 def numbers(text: str) -> list[int]:
     return [int(word) for word in words(text)]
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", type=words, default=list(GROUPS))
-    parser.add_argument("--engines", type=words, default=list(ENGINES))
-    parser.add_argument("--shapes", type=words, default=["1b", "110m"])
-    parser.add_argument("--dtypes", type=words, default=["bf16", "int8", "int4"])
+    parser.add_argument("--only", **some_of(GROUPS))
+    parser.add_argument("--engines", **some_of(ENGINES))
+    parser.add_argument("--shapes", **some_of(("1b", "110m")))
+    parser.add_argument("--dtypes", **some_of(("bf16", "int8", "int4")))
     parser.add_argument("--contexts", type=numbers, help="tokens in front of those decoded")
     parser.add_argument("--prompts", type=numbers, help="tokens of prompts")
-    parser.add_argument("--encoder-dtypes", type=words, default=["f32", "bf16", "int8"])
-    parser.add_argument("--matmul-dtypes", type=words, default=["f32", "bf16"])
+    parser.add_argument("--encoder-dtypes", **some_of(("f32", "bf16", "int8")))
+    parser.add_argument("--matmul-dtypes", **some_of(("f32", "bf16")))
     parser.add_argument("--threads", type=numbers, default=[4])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1800, help="stop after so long")

@@ -9,10 +9,9 @@ have one JSON object a line, as `cpu_peers.py --json` prints.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
@@ -143,8 +142,11 @@ def show_verdict(each: Line) -> str:
 
 
 def main() -> int:
-    lines = [json.loads(text) for path in sys.argv[1:] for text in Path(path).read_text().split(
-        "\n") if text.startswith("{")]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("files", nargs="+", type=argparse.FileType(),
+                        help="what cpu_peers.py --json printed")
+    lines = [json.loads(text) for file in parser.parse_args().files for text in file
+             if text.startswith("{")]
     for each in verdicts([line for line in lines if "group" in line]):
         print(show_verdict(each))
     return 0

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 
 import numpy as np
 
 import llmc
+from llmc.errors import LlmcError
 from llmc.server.engine import Engine
 from llmc.server.request import Request
 
@@ -80,7 +82,10 @@ def main() -> None:
     parser.add_argument("--output", type=int, default=128, help="tokens of each answer")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    found = measure(arguments)
+    try:
+        found = measure(arguments)
+    except LlmcError as error:
+        sys.exit(f"engine.py: {error}")
     if arguments.json:
         print(json.dumps(found))
         return

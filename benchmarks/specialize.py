@@ -40,6 +40,7 @@ from typing import Any
 import numpy as np
 
 import llmc
+from llmc.errors import LlmcError
 from llmc.runtime.cache import VariantCache
 from llmc.runtime.compiler import Compiler, Job
 from llmc.runtime.dispatch import Table
@@ -485,7 +486,10 @@ def main() -> None:
     if unknown := set(sections) - set(SECTIONS):
         parser.error(f"unknown section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
     with tempfile.TemporaryDirectory() as directory:
-        result = measure(arguments, sections, Path(directory))
+        try:
+            result = measure(arguments, sections, Path(directory))
+        except LlmcError as error:
+            sys.exit(f"specialize.py: {error}")
     print(json.dumps(result, indent=None if arguments.json else 1))
     sys.exit(not all(result["checks"].values()))
 
