@@ -73,8 +73,8 @@ def starts(model: Path, dtype: str, threads: int, rounds: int) -> dict[str, floa
             first, end = seconds(command, environment)
             if number:
                 taken[name].append(end)
-            if number and name == "llmc":
-                taken["llmc, first token"].append(first)
+                if name == "llmc":
+                    taken["llmc, first token"].append(first)
     return {name: round(median(samples), 3) for name, samples in taken.items()}
 
 

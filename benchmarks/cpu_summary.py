@@ -142,7 +142,7 @@ def show_verdict(each: Line) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=argparse.FileType(),
                         help="what cpu_peers.py --json printed")
     lines = [json.loads(text) for file in parser.parse_args().files for text in file

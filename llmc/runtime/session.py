@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from llmc import knobs
-from llmc.errors import LlmcError, ModelError, ShapeError
+from llmc.errors import DeviceError, LlmcError, ModelError, ShapeError
 from llmc.ir.graph import Graph
 from llmc.ir.quantization import Quantization, quantization
 from llmc.runtime.artifact import Artifact, check_quantization, is_artifact
@@ -177,7 +177,11 @@ class Runtime:
             return Executor(self.artifact, self.threads)
         from llmc.runtime.cuda_executor import CudaExecutor
 
-        return CudaExecutor(self.artifact, self.options.device)
+        try:
+            return CudaExecutor(self.artifact, self.options.device)
+        except DeviceError as error:
+            raise DeviceError(f"{self.artifact.directory.name} was compiled for "
+                              f"{self.manifest.target}: {error}") from None
 
     def _specialize(self) -> Specializer | None:
         options = self.options

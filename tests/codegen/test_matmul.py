@@ -289,7 +289,7 @@ def test_no_loop_of_any_tile_spills(target, dtype_name, k):
     loops = [piece for piece in straight_pieces(text) if multiply_adds(piece) >= 24]
     assert len(loops) >= 4
     for loop in loops:
-        # of the next tile's panels
+        # the next tile's panels are asked for into L2, where the CPU does that
         assert ("prefetcht1" in loop) == (where.capabilities().vector_lanes >= ASKING_LANES)
         assert not on_stack(text, loop), loop
 

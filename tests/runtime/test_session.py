@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import llmc
 from llmc.errors import DeviceError, LlmcError, ModelError, ShapeError
 from llmc.runtime import session
+from llmc.runtime.artifact import Artifact
 from llmc.runtime.pages import PAGE, Sequence
 from llmc.runtime.step import Chunk
 from tests.conftest import GOLDENS
@@ -320,6 +322,21 @@ def test_bad_arrays_are_shape_errors(embedded_runtime, arrays):
 def test_bad_options(embedded_artifact, options, error, message):
     with pytest.raises(error, match=message):
         llmc.Runtime(embedded_artifact, **options)
+
+
+def test_errors_of_a_device_say_what_wanted_it(embedded_artifact, monkeypatch):
+    class ForGpu(Artifact):
+        def __init__(self, directory):
+            super().__init__(directory)
+            self.manifest = replace(self.manifest, target="nvptx:sm_80")
+
+    def fail(*_):
+        raise DeviceError("there is no driver")
+
+    monkeypatch.setattr("llmc.runtime.session.Artifact", ForGpu)
+    monkeypatch.setattr("llmc.runtime.cuda_executor.CudaExecutor", fail)
+    with pytest.raises(DeviceError, match="llmc was compiled for nvptx:sm_80: there is no driver"):
+        llmc.Runtime(embedded_artifact)
 
 
 def test_no_such_model(tmp_path):

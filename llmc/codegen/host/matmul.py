@@ -65,7 +65,8 @@ ROW_GROUP_BYTES = 4 << 20  # row blocks of a group stay in this worker's share o
 CODES_AHEAD = {8: 1024, 4: 1536}
 WARMED_BYTES = 32 << 10  # of a worker's first panel, before the barrier ahead of its stage
 # Row blocks at the end of a tile that ask for the next tile's panels. Unasked, the first row block
-# of a tile waits for memory.
+# of a tile waits for memory: on Emerald Rapids 16 rows take 1.08 to 1.15 times as long, many rows
+# no longer. Groups of 512 KB and 1 MB there are no better. On Zen 3 f32 gains, some bf16 loses.
 ASKING_BLOCKS = 8
 LEAST_PANEL_GROUPS = 64  # so many tiles along n at least, where n allows it: balance
 
