@@ -22,13 +22,17 @@ from llmc.codegen.nvptx.attention_places import (
     PagedSource,
     geometry_of,
 )
-from llmc.codegen.nvptx.attention_prefill import PrefillKernel, choose_shape
+from llmc.codegen.nvptx.attention_prefill import (
+    PrefillKernel,
+    choose_low_shape,
+    choose_shape,
+)
 from llmc.codegen.nvptx.attention_store import stores_pairs
 from llmc.codegen.nvptx.attention_tensor import BAND, Softmax
 from llmc.codegen.nvptx.kernel import Kernel
 from llmc.codegen.target import Target
 from llmc.errors import CompileError
-from llmc.ir.dims import bounds, known_multiple
+from llmc.ir.dims import bounds, known_multiple, maximum, minimum
 from llmc.ir.dtypes import DType
 from llmc.ir.graph import Node
 from llmc.ir.program import Program, Stage, unsupported
@@ -39,6 +43,7 @@ _LARGEST_BEFORE = 128  # and before it, where the assembler needs more of them
 # Multiprocessors of the largest common part of each architecture.
 _PROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_90a": 132, "sm_100": 148}
 _OTHER_PROCESSORS = 108
+_BLOCKS_EACH = 2  # blocks of many queries that a multiprocessor holds at a time
 _OPS = ("paged_attention", "packed_attention", "attention")
 
 
@@ -108,9 +113,8 @@ class FlashAttention:
         if not isinstance(source, PagedSource):
             return self._many(source, softmax)
         few = self.has_few_queries
-        processors = _PROCESSORS.get(self.target.cpu, _OTHER_PROCESSORS)
         clusters = few and self._is_hopper
-        given = (source, geometry, softmax, source.query.dtype, self.result, few, processors)
+        given = (source, geometry, softmax, source.query.dtype, self.result, few, self._processors)
         decode = DecodeKernel(*given, clusters_first=clusters)
         if clusters:
             return [ClusterDecodeKernel(*given), decode]
@@ -119,10 +123,21 @@ class FlashAttention:
         return [*self._many(self._source(skip_single=True), softmax), decode]
 
     def _many(self, source: _AnySource, softmax: Softmax) -> list[Kernel]:
-        """The kernel for many queries."""
-        shape = choose_shape(self.geometry, self._is_hopper)
-        return [PrefillKernel(source, self.geometry, softmax, source.query.dtype, self.result,
-                              shape)]
+        """The kernels for many queries: where tiles are few, low ones instead."""
+        given = (source, self.geometry, softmax, source.query.dtype, self.result)
+        kernel = PrefillKernel(*given, choose_shape(self.geometry, self._is_hopper))
+        low = choose_low_shape(self.geometry, self._is_hopper)
+        if low is None:
+            return [kernel]
+        # Whether more blocks than multiprocessors hold at a time: 1 or 0.
+        many = minimum(1, maximum(0, kernel.blocks() - _BLOCKS_EACH * self._processors))
+        kernels = [PrefillKernel(*given, low, 1 - many),
+                   PrefillKernel(*given, kernel.shape, many)]
+        return [each for each in kernels if bounds(each.wanted) != (0, 0)]
+
+    @property
+    def _processors(self) -> int:
+        return _PROCESSORS.get(self.target.cpu, _OTHER_PROCESSORS)
 
     @property
     def _is_hopper(self) -> bool:

@@ -102,6 +102,15 @@ def cases():
             yield (f"paged {dtype} {attributes} {len(sequences)}", dtype,
                    lambda device, a=attributes, t=dtype, s=sequences:
                    check_paged(device, s, 8, 2, 64, t, **a))
+    for size in (64, 128):  # so many heads that tiles are of the greater height
+        for attributes in ({}, {"window": 40, "softcap": 50.0}):
+            yield (f"paged high bf16 64/64 x {size} {attributes}", "bf16",
+                   lambda device, d=size, a=attributes: check_paged(device, MIX, 64, 64, d, "bf16",
+                                                                    **a))
+        yield (f"packed high bf16 80/80 x {size} lengths", "bf16", lambda device, d=size:
+               check_packed(device, [5, 70, 1, 129], 80, 80, d, "bf16", seen=[3, 70, 0, 100]))
+        yield (f"dense high bf16 80/80 x {size}", "bf16", lambda device, d=size:
+               check_dense(device, 4, 80, 80, 33, 71, d, "bf16", causal=True, window=30))
     for dtype, size in (("bf16", 64), ("f32", 64), ("f16", 24)):
         for causal in (False, True):
             yield (f"packed {dtype} x {size} causal {causal}", dtype,

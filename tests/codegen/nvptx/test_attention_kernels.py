@@ -17,6 +17,7 @@ pytest.importorskip("cuda.bindings.nvjitlink")
 
 ARCHITECTURES = ["sm_80", "sm_90a"]
 PREFILL, GENERAL = [PrefillKernel, DecodeKernel], [GeneralKernel]
+BOTH_HEIGHTS = [PrefillKernel, *PREFILL]
 SYMBOLS = {"tokens": (1, 8192), "sequences": (1, 256), "table_width": (1, 4096),
            "pool_pages": (1, 1 << 20)}
 
@@ -55,7 +56,8 @@ def test_tensor_kernels_do_not_spill(architecture, size, attributes):
     if architecture == "sm_80" and size > 128:  # the sums do not fit there
         assert kinds(stage) == GENERAL
     else:
-        assert kinds(stage) == PREFILL
+        low = architecture == "sm_90a" and size <= 128
+        assert kinds(stage) == (BOTH_HEIGHTS if low else PREFILL)
         assert "mma.sync.aligned.m16n8k16" in stage.ptx and "cp.async.cg" in stage.ptx
 
 
@@ -92,11 +94,21 @@ def test_launches_that_a_shape_has_no_use_for_are_empty():
         dims = {"tokens": tokens, "sequences": sequences, "table_width": 64, "pool_pages": 1}
         return [launch[0] for launch in stage.launches(dims)]
 
-    prefill, decode = blocks(2048, 1)
-    assert prefill and not decode
-    prefill, decode = blocks(32, 32)
-    assert decode and not prefill
-    assert all(blocks(40, 32)) and blocks(1, 1)[1]
+    assert blocks(512, 1) == [8 * (512 * 4 // 64 + 1), 0, 0]
+    assert blocks(2048, 1) == [0, 8 * (2048 * 4 // 128 + 1), 0]
+    low, high, decode = blocks(32, 32)
+    assert decode and not low and not high
+    low, high, decode = blocks(40, 32)
+    assert bool(low) != bool(high) and decode
+    assert blocks(1, 1)[-1]
+
+
+@pytest.mark.parametrize("tokens, rows", [(512, 64), (1024, 64), (1100, 128)])
+def test_a_height_that_a_shape_has_no_use_for_is_left_out(tokens, rows):
+    inputs, result, *_ = reference.paged_case([(tokens, 0)], 32, 8, 128, "bf16")
+    stage = DeviceStage(inputs, result, layouts=LAYOUTS, architecture="sm_90a")
+    assert [launch.shape.rows for launch in stage.kernel.launches
+            if isinstance(launch, PrefillKernel)] == [rows]
 
 
 @pytest.fixture(scope="module")
