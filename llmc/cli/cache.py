@@ -22,7 +22,7 @@ def add(subparsers) -> None:
         "List or clear the cache: compiled models, variants of hot shapes, profiles.",
         "llmc cache ls --json")
     parser.add_argument("action", nargs="?", choices=("ls", "clear"), default="ls")
-    parser.add_argument("--json", action="store_true", help="with ls: one JSON list")
+    parser.add_argument("--json", action="store_true", help="print JSON: all entries, or what was freed")
 
 
 def run(arguments) -> int:
@@ -36,7 +36,8 @@ def run(arguments) -> int:
         for entry in profile_entries(directory):
             entry.path.unlink(missing_ok=True)
         (directory / "sources.json").unlink(missing_ok=True)
-        print(f"freed {freed / 1e6:.1f} MB of {directory}")
+        print(json.dumps({"freed_bytes": freed, "directory": str(directory)}) if arguments.json
+              else f"freed {freed / 1e6:.1f} MB of {directory}")
         return 0
     entries = [*(entry for cache in caches for entry in cache.entries()),
                *profile_entries(directory)]

@@ -22,7 +22,7 @@ def add(subparsers) -> None:
     parser.add_argument("--target", default="host",
                         help="host, nvptx, or CPU such as x86_64:znver5, x86_64:x86-64-v3, "
                              "aarch64:neoverse-v2 (default: this machine)")
-    parser.add_argument("--arch", default="", metavar="ARCH,...",
+    parser.add_argument("--arch", default=None, metavar="ARCH,...",
                         help="with --target nvptx: the GPUs to compile for; needs no GPU "
                              "(default: sm_80,sm_90a)")
     parser.add_argument("--dtype", default=None, help="compute dtype (default: the checkpoint's)")
@@ -79,10 +79,12 @@ def _target(arguments):
     """The target of --target and --arch."""
     from llmc.codegen.target import Target
 
-    if not arguments.arch:
+    if arguments.arch is None:
         return Target.parse(arguments.target)
     if arguments.target != "nvptx":
         raise LlmcError("--arch names GPUs: it goes with --target nvptx")
+    if not arguments.arch.strip(", "):
+        raise LlmcError("--arch names no GPU: as in --arch sm_80,sm_90a")
     return Target.parse(f"nvptx:{arguments.arch}")
 
 
@@ -132,10 +134,20 @@ def _report(path: Path, compiled, seconds: float, as_json: bool) -> None:
     print(f"{path}: compiled in {compile_seconds:.2f} s "
           f"({', '.join(f'{n} {s / 1024:.0f} KiB' for n, s in sizes.items())}), "
           f"{weights / 1e6:.1f} MB of weights packed at {_rate(rate)}")
+    if compiled.target.kind == "nvptx":
+        _tell_of_missing_assembler()
     if compiled.report is not None:
         from llmc.cli.inspect_quantization import summary
 
         print(*summary(compiled.report), sep="\n")
+
+
+def _tell_of_missing_assembler() -> None:
+    from llmc.codegen.nvptx.assemble import is_available
+
+    if not is_available():
+        print("PTX only: machine code for GPUs needs nvJitLink (pip install 'llmc[cuda]'); without "
+              "it the driver assembles the PTX at every start")
 
 
 def _quantization(compiled) -> dict[str, Any]:

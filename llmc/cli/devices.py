@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 
 from llmc.cli import add_command
 
@@ -43,6 +44,8 @@ def run(arguments) -> int:
     gpus, reason = _gpus()
     if arguments.json:
         print(json.dumps([host, *gpus]))
+        if reason:
+            print(f"nvptx  none: {reason}", file=sys.stderr)
     else:
         print(f"host   {host['cpu']}, {host['cores']} cores, "
               f"{host['memory_bytes'] / 2**30:.1f} GiB, {' '.join(host['features'])}")

@@ -34,8 +34,8 @@ def add(subparsers) -> None:
                              "fusion, and bytes, flops and arena stage by stage")
     parser.add_argument("--verify", action="store_true",
                         help="artifact: check every file against its full hash")
-    parser.add_argument("--target", default="host")
-    parser.add_argument("--dtype", default=None)
+    parser.add_argument("--target", default=None, help="of a model: what for (default: host)")
+    parser.add_argument("--dtype", default=None, help="of a model: compute dtype")
     parser.add_argument("--json", action="store_true", help="artifact: print its manifest")
     add_quantization_options(parser)
 
@@ -46,6 +46,7 @@ def run(arguments) -> int:
     if is_artifact(arguments.model):
         return _inspect_artifact(arguments)
     require_model(arguments.model)
+    arguments.target = arguments.target or "host"
     if arguments.verify:
         raise LlmcError(f"{arguments.model} is no artifact: --verify checks artifacts")
     if arguments.json:
@@ -123,11 +124,16 @@ def _print_program(program, whole: bool) -> None:
 
 def _inspect_artifact(arguments) -> int:
     from llmc.runtime.artifact import Artifact
+    from llmc.runtime.targets import short_target
 
     artifact = Artifact(arguments.model)
     if quantization_of(arguments) is not None:
         raise LlmcError(f"{arguments.model} is an artifact: options of quantisation are for the "
                         "model it was made from")
+    if arguments.target is not None or arguments.dtype is not None:
+        raise LlmcError(f"{arguments.model} is an artifact, compiled for "
+                        f"{short_target(artifact.manifest.target)}: --target and --dtype are for "
+                        "the model it was made from")
     if arguments.html:
         raise LlmcError(f"{arguments.model} is an artifact: --html inspects the model it was made "
                         "from")

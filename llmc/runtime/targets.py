@@ -32,12 +32,17 @@ def resolve_target(target: str, device: int = 0) -> str:
     return f"nvptx:{found.architecture}"
 
 
+def short_target(target: str) -> str:
+    """A target's text without the list of a CPU's features."""
+    return ":".join(target.split(":")[:2])
+
+
 def check_target(compiled: str, target: str) -> None:
     """DeviceError if an artifact for `compiled` cannot serve who asked for `target`: the default
     "host" and "auto" take an artifact as it is."""
     if target == "nvptx" and not compiled.startswith("nvptx"):
-        raise DeviceError(f"target nvptx was asked for, the artifact was compiled for {compiled}: "
-                          "compile the model with --target nvptx")
+        raise DeviceError(f"target nvptx was asked for, the artifact was compiled for "
+                          f"{short_target(compiled)}: compile the model with --target nvptx")
     if target not in ("host", "nvptx", "auto"):
         raise DeviceError(f"target {target!r} is not available; a Runtime runs on 'host', 'nvptx' "
                           "or 'auto'")

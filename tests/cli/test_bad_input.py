@@ -217,6 +217,20 @@ def test_inspect_of_nothing_says_so(llmc_command, options):
 
 def test_inspect_says_what_an_artifact_does_not_hold(llmc_command, embedded_artifact):
     refused(llmc_command("inspect", embedded_artifact, "--stage", "llvm"), "--stage llvm")
+    for option in (("--target", "nvptx"), ("--dtype", "bf16")):
+        refused(llmc_command("inspect", embedded_artifact, *option), "compiled for", *option[:1])
+
+
+@pytest.mark.parametrize("architectures", ["", " ", ","])
+def test_an_empty_list_of_gpus(llmc_command, tmp_path, architectures):
+    refused(llmc_command("compile", EMBEDDED, "-o", tmp_path / "a.llmc", "--target", "nvptx",
+                         "--arch", architectures), "--arch names no GPU")
+
+
+def test_a_host_artifact_does_not_run_on_a_gpu(llmc_command, embedded_artifact):
+    result = llmc_command("generate", embedded_artifact, *PROMPT, "--target", "nvptx")
+    refused(result, "was compiled for", "compile the model with --target nvptx")
+    assert len(result.err) < 250  # without the list of a CPU's features
 
 
 @pytest.mark.parametrize("damage", ["weights", "manifest", "code"])

@@ -230,6 +230,8 @@ def test_cache(llmc_command, tmp_path, monkeypatch):
     llmc_command("generate", "--max-tokens", 1)
     assert "llama" in llmc_command("cache", "ls").out
     assert llmc_command("cache", "clear").out.startswith("freed 1.")
+    freed = json.loads(llmc_command("cache", "clear", "--json").out)
+    assert freed == {"freed_bytes": 0, "directory": str(tmp_path)}
     assert llmc_command("cache").out == ""
 
 
