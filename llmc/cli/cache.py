@@ -22,7 +22,8 @@ def add(subparsers) -> None:
         "List or clear the cache: compiled models, variants of hot shapes, profiles.",
         "llmc cache ls --json")
     parser.add_argument("action", nargs="?", choices=("ls", "clear"), default="ls")
-    parser.add_argument("--json", action="store_true", help="print JSON: all entries, or what was freed")
+    parser.add_argument("--json", action="store_true",
+                        help="print JSON: all entries, or what was freed")
 
 
 def run(arguments) -> int:
