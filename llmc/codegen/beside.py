@@ -35,34 +35,64 @@ def compile_text(text: str, target: Target) -> Any:
     return emit_object(text, target.machine())
 
 
-def compile_beside(text: str, target: Target) -> Any:
-    """`compile_text` by another process; by this one should that die."""
+def start() -> subprocess.Popen | None:
+    """A process that waits for a module; None where none can be started."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     try:
-        done = subprocess.run(
-            (sys.executable, "-m", "llmc.codegen.beside"), check=True, capture_output=True,
-            input=f"{target.text()}\n{text}".encode(), env=os.environ | {"PYTHONPATH": path})
-    except (OSError, subprocess.CalledProcessError):
-        return compile_text(text, target)
-    return pickle.loads(done.stdout)
+        return subprocess.Popen(
+            (sys.executable, "-m", "llmc.codegen.beside"), stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path})
+    except OSError:
+        return None
 
 
-def compile_all(modules: Iterable[tuple[str, Target, bool]]) -> list[Any]:
-    """`compile_text` of (text, target, whether it is the last): all large ones but the last in
-    processes of their own, where there are cores for it. The next module is asked for when this one
-    is ready to be waited for."""
+def compile_beside(text: str, target: Target, process: subprocess.Popen | None) -> Any:
+    """`compile_text` by a process of `start`; by this one where there is none or it dies."""
+    if process is not None:
+        reply, _ = process.communicate(f"{target.text()}\n{text}".encode())
+        if process.returncode == 0:
+            return pickle.loads(reply)
+    return compile_text(text, target)
+
+
+def compile_all(modules: Iterable[tuple[str, Target]], count: int) -> list[Any]:
+    """`compile_text` of `count` modules: all large ones but the last in processes of their own,
+    where there are cores for it. The next module is asked for when this one is ready to be waited
+    for; its process starts while its text is made."""
     results: list[Future[Any]] = []
-    with ThreadPoolExecutor() as pool:
-        for text, target, last in modules:
-            beside = not last and len(text) >= LEAST and knobs.cores() > 1
-            results.append(pool.submit(compile_beside if beside else compile_text, text, target))
-            if not beside:
-                results[-1].result()
+    processes: list[subprocess.Popen | None] = []
+
+    def prepare(number: int) -> None:
+        processes.append(start() if number < count - 1 and knobs.cores() > 1 else None)
+
+    prepare(0)
+    try:
+        with ThreadPoolExecutor() as pool:
+            for number, (text, target) in enumerate(modules):
+                process = processes[number]
+                if process is not None and len(text) >= LEAST:
+                    results.append(pool.submit(compile_beside, text, target, process))
+                else:
+                    results.append(pool.submit(compile_text, text, target))
+                    results[-1].result()
+                prepare(number + 1)
         return [each.result() for each in results]
+    finally:
+        _end(processes)
+
+
+def _end(processes: list[subprocess.Popen | None]) -> None:
+    """Ends those that have got no module, or whose reply nobody waits for."""
+    for process in processes:
+        if process is not None and process.returncode is None:
+            process.kill()
+            process.communicate()
 
 
 def main() -> None:
     """Entry of the process."""
+    import llmc.codegen.llvm  # noqa: F401  while there is nothing else to do yet
+
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print must not get into the reply
     target, _, text = sys.stdin.buffer.read().decode().partition("\n")

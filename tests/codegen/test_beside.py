@@ -1,6 +1,6 @@
 """What is compiled beside, in other processes, is what this one makes."""
 
-import subprocess
+import sys
 
 import pytest
 
@@ -8,6 +8,7 @@ from llmc import knobs
 from llmc.codegen import beside, generate, generate_all
 from llmc.codegen.target import Target
 from llmc.driver import compile_model
+from llmc.errors import CompileError
 from tests.conftest import EMBEDDED
 
 MODULE = 'define i32 @f(i32 %x) {\n  %y = mul i32 %x, 3\n  ret i32 %y\n}\n'
@@ -24,27 +25,58 @@ CASES = {"host": MODULE, "x86_64:znver5": MODULE, "aarch64:neoverse-v2": MODULE,
 @pytest.mark.parametrize("target", CASES)
 def test_another_process_makes_the_same(target):
     text, target = CASES[target], Target.parse(target)
-    assert beside.compile_beside(text, target) == beside.compile_text(text, target)
+    process = beside.start()
+    assert process is not None
+    assert beside.compile_beside(text, target, process) == beside.compile_text(text, target)
+    assert process.returncode == 0
 
 
-@pytest.mark.parametrize("error", [OSError("no such file"),
-                                   subprocess.CalledProcessError(-9, "python")])
-def test_without_another_process_this_one_does_it(error, monkeypatch):
-    def fail(*_, **__):
-        raise error
-
-    monkeypatch.setattr(subprocess, "run", fail)
+def test_without_another_process_this_one_does_it(monkeypatch):
     target = Target.host()
-    assert beside.compile_beside(MODULE, target) == beside.compile_text(MODULE, target)
+    dead = beside.start()
+    assert dead is not None
+    dead.kill()
+    made = beside.compile_text(MODULE, target)
+    assert beside.compile_beside(MODULE, target, dead) == made
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    assert beside.start() is None
+    assert beside.compile_beside(MODULE, target, None) == made
+
+
+@pytest.mark.parametrize("least", [0, 1 << 20])
+def test_no_process_is_left_behind(least, monkeypatch):
+    """Neither where texts are too small for one, nor after an error."""
+    processes = []
+    start = beside.start
+
+    def counted():
+        processes.append(start())
+        return processes[-1]
+
+    def modules(texts):
+        for text in texts:
+            if text is None:
+                raise CompileError("no kernel")
+            yield text, Target.host()
+
+    monkeypatch.setattr(beside, "start", counted)
+    monkeypatch.setattr(beside, "LEAST", least)
+    monkeypatch.setattr(knobs, "cores", lambda: 2)
+    one, two = beside.compile_all(modules([MODULE, MODULE]), 2)
+    assert one == two
+    with pytest.raises(CompileError):
+        beside.compile_all(modules([MODULE, None]), 3)
+    assert len(processes) == 3
+    assert all(process.returncode is not None for process in processes)
 
 
 @pytest.mark.parametrize("target", ["host", "nvptx:sm_80,sm_90a"])
 def test_all_programs_of_a_model(target, monkeypatch):
     used, steps = [], []
 
-    def counted(text, single):
+    def counted(text, single, process):
         used.append(len(text))
-        return compile_beside(text, single)
+        return compile_beside(text, single, process)
 
     compile_beside = beside.compile_beside
     monkeypatch.setattr(beside, "LEAST", 0)

@@ -13,7 +13,7 @@ import llvmlite.ir as ir
 from llmc.codegen.beside import compile_all
 from llmc.codegen.host.driver import Driver
 from llmc.codegen.host.kernel import Kernel
-from llmc.codegen.llvm import emit_object
+from llmc.codegen.llvm import emit_object, uncollected
 from llmc.codegen.target import Target
 from llmc.ir.dims import Dim
 from llmc.ir.program import Program, Stage, unsupported
@@ -70,17 +70,18 @@ def generate_all(programs: Mapping[str, Program], target: Target,
     """`generate` of each, side by side. done: called when one is ready to be waited for."""
     scratch_bytes: dict[str, Dim] = {}
 
-    def modules() -> Iterator[tuple[str, Target, bool]]:
+    def modules() -> Iterator[tuple[str, Target]]:
         for name, program in programs.items():
             text, scratch_bytes[name] = _module(program, target)
-            yield text, target, len(scratch_bytes) == len(programs)
+            yield text, target
             done()
 
-    made = compile_all(modules())
+    made = compile_all(modules(), len(programs))
     return {name: Code(object, llvm, scratch_bytes[name], target)
             for name, (object, llvm) in zip(programs, made, strict=True)}
 
 
+@uncollected()
 def _module(program: Program, target: Target) -> tuple[str, Dim]:
     """The text of a program's module, and `Code.scratch_bytes`."""
     module = ir.Module(program.name)

@@ -17,7 +17,7 @@ import llvmlite.binding as llvm
 import llvmlite.ir as ir
 
 from llmc.codegen.beside import compile_all
-from llmc.codegen.llvm import I64, POINTER, VOID
+from llmc.codegen.llvm import I64, POINTER, VOID, uncollected
 from llmc.codegen.nvptx import choose
 from llmc.codegen.nvptx.assemble import Assembled, assemble
 from llmc.codegen.nvptx.attention_instructions import shared_memory
@@ -126,14 +126,14 @@ def generate_all(programs: Mapping[str, Program], target: Target,
     singles = target.architectures()
     steps: dict[str, dict[str, tuple[Repeat, ...]]] = {name: {} for name in programs}
 
-    def modules() -> Iterator[tuple[str, Target, bool]]:
+    def modules() -> Iterator[tuple[str, Target]]:
         for name, program in programs.items():
             for single in singles:
                 module, steps[name][single.cpu] = emit_module(program, single)
-                yield str(module), single, single is singles[-1] and name == [*programs][-1]
+                yield str(module), single
             done()
 
-    made = iter(compile_all(modules()))
+    made = iter(compile_all(modules(), len(programs) * len(singles)))
     return {name: _device_code(target, [next(made) for _ in singles], steps[name])
             for name in programs}
 
@@ -156,6 +156,7 @@ def _device_code(target: Target, made: Sequence[tuple[Assembled, str]],
     return DeviceCode(target, assembled, steps, made[-1][1])
 
 
+@uncollected()
 def emit_module(program: Program, target: Target) -> tuple[ir.Module, tuple[Repeat, ...]]:
     """Every stage's kernel, and the launches of a step. target: of one architecture."""
     module = ir.Module(program.name)
