@@ -8,7 +8,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from llmc.codegen import generate, generate_all
+from llmc.codegen.beside import pool
 from llmc.codegen.host import Code
 from llmc.codegen.target import Target
 from llmc.errors import CompileError, LlmcError, ValueNeeded
@@ -119,7 +119,7 @@ class Compiled:
         program = next(iter(self.programs.values()))
         maker = WeightMaker(self.model, self.calibration.limit - self.calibration.seconds)
         maker.prepare(program)
-        with ThreadPoolExecutor(1) as beside:
+        with pool(1) as beside:
             code = beside.submit(self._write_code, directory / "variants")
             with timed(self.timings, "weights"), open(directory / WEIGHTS, "wb") as stream:
                 file = WeightFile(stream)
@@ -393,13 +393,21 @@ class timed:
         self.timings[self.name] = self.timings.get(self.name, 0.0) + spent
 
 
+def check_replaceable(target: Path) -> None:
+    """LlmcError unless an artifact may be written there: nothing, an artifact, or an empty
+    directory is there now."""
+    if target.is_dir() and ((target / "manifest.json").is_file() or not any(target.iterdir())):
+        return
+    if target.exists():
+        raise LlmcError(f"{target} exists and is no artifact: choose another output")
+
+
 def _replace_directory(source: Path, target: Path) -> None:
     """Move a finished directory into place; the old one goes only when the new one is there."""
+    check_replaceable(target)
     if not target.exists():
         source.rename(target)
         return
-    if not (target / "manifest.json").is_file() and any(target.iterdir()):
-        raise LlmcError(f"{target} exists and is no artifact: choose another output")
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
     target.rename(old / "previous")
     source.rename(target)

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,9 @@ COMMANDS = ("generate", "compile", "run", "bench", "inspect", "capture", "compar
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Exit status: 0, or 1 with one line on stderr, or 2 for a wrong command line."""
     argv = sys.argv[1:] if argv is None else argv
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for as long as it runs)
     try:
         arguments = make_parser(argv[0] if argv else "").parse_args(argv)
         status = arguments.run(arguments) or 0
@@ -35,8 +39,10 @@ def main(argv: list[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(f"llmc: {where}{error.strerror or error}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("llmc: interrupted", file=sys.stderr)
-        return 130
+        print("llmc: interrupted", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(130)  # without waiting for threads: LLVM cannot be interrupted
     return 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ def add(subparsers) -> None:
 def run(arguments) -> int:
     from llmc.cli.progress import progress_bar
     emit, quantization = _emitter(arguments), quantization_of(arguments)
-    _check_output(Path(arguments.output))
+    _check_output(Path(arguments.output), artifact=emit is None)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is half written goes
     started = time.perf_counter()
     with progress_bar() as progress:
         compiled = _compile(arguments, quantization, progress)
@@ -53,11 +55,17 @@ def run(arguments) -> int:
     return 0
 
 
-def _check_output(output: Path) -> None:
-    """LlmcError before anything is compiled, where the parent of the output is no directory: more
-    likely a slip than a wish for one."""
+def _check_output(output: Path, artifact: bool) -> None:
+    """LlmcError before anything is compiled, where the parent of the output is no directory (more
+    likely a slip than a wish for one), or where something else than an artifact is in its place."""
+    if not output.name:
+        raise LlmcError(f"cannot write {output}: --output must end in a name, such as model.llmc")
     if not output.parent.is_dir():
         raise LlmcError(f"cannot write {output}: {output.parent} is no directory")
+    if artifact:
+        from llmc.driver import check_replaceable
+
+        check_replaceable(output)
 
 
 def _compile(arguments, quantization, progress):

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 from llmc import knobs
 from llmc.codegen.target import Target
+from llmc.processes import python
 
 LEAST = 1 << 20  # characters of a module: a smaller one is compiled before a process has started
-ROOT = Path(__file__).parents[2]
 
 
 def compile_text(text: str, target: Target) -> Any:
@@ -37,13 +38,24 @@ def compile_text(text: str, target: Target) -> Any:
 
 def start() -> subprocess.Popen | None:
     """A process that waits for a module; None where none can be started."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     try:
-        return subprocess.Popen(
-            (sys.executable, "-m", "llmc.codegen.beside"), stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path})
+        return subprocess.Popen(python("llmc.codegen.beside"), stdin=subprocess.PIPE,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     except OSError:
         return None
+
+
+@contextmanager
+def pool(threads: int | None = None) -> Iterator[ThreadPoolExecutor]:
+    """Threads that are waited for at the end, but not by who is interrupted: LLVM cannot be."""
+    executor, wait = ThreadPoolExecutor(threads), True
+    try:
+        yield executor
+    except KeyboardInterrupt:
+        wait = False
+        raise
+    finally:
+        executor.shutdown(wait, cancel_futures=not wait)
 
 
 def compile_beside(text: str, target: Target, process: subprocess.Popen | None) -> Any:
@@ -67,13 +79,13 @@ def compile_all(modules: Iterable[tuple[str, Target]], count: int) -> list[Any]:
 
     prepare(0)
     try:
-        with ThreadPoolExecutor() as pool:
+        with pool() as threads:
             for number, (text, target) in enumerate(modules):
                 process = processes[number]
                 if process is not None and len(text) >= LEAST:
-                    results.append(pool.submit(compile_beside, text, target, process))
+                    results.append(threads.submit(compile_beside, text, target, process))
                 else:
-                    results.append(pool.submit(compile_text, text, target))
+                    results.append(threads.submit(compile_text, text, target))
                     results[-1].result()
                 prepare(number + 1)
         return [each.result() for each in results]
@@ -91,6 +103,7 @@ def _end(processes: list[subprocess.Popen | None]) -> None:
 
 def main() -> None:
     """Entry of the process."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # interrupted in LLVM, too
     import llmc.codegen.llvm  # noqa: F401  while there is nothing else to do yet
 
     replies = os.fdopen(os.dup(1), "wb")
@@ -99,6 +112,3 @@ def main() -> None:
     with replies:
         pickle.dump(compile_text(text, Target.parse(target)), replies)
 
-
-if __name__ == "__main__":
-    main()

@@ -15,7 +15,6 @@ import select
 import signal
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -23,10 +22,10 @@ from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from llmc.errors import CompileError, LlmcError
+from llmc.processes import python
 from llmc.runtime.cache import StoredVariant, VariantCache, short_target, variant_info
 from llmc.runtime.sources import text_key
 
@@ -34,7 +33,7 @@ TIMEOUT = 600.0  # seconds that one variant may take; at the lowest priority, th
 IDLE = 30.0  # seconds after which a worker without work is let go
 QUEUE = 16  # jobs that may wait
 KILLED = (-signal.SIGKILL, -signal.SIGTERM)
-COMMAND = (sys.executable, "-m", "llmc.runtime.jit")
+COMMAND = python("llmc.runtime.jit")
 
 
 @dataclass(frozen=True)
@@ -146,13 +145,11 @@ class Worker:
         if self._process is not None and self._process.poll() is None:
             return self._process
         self.stop()
-        root = str(Path(__file__).parent.parent.parent)
-        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         self._errors.seek(0)
         self._errors.truncate()
         self._process = subprocess.Popen(
             self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-            env=os.environ | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"})
+            env=os.environ | {"OPENBLAS_NUM_THREADS": "1"})
         return self._process
 
     def _read(self, process: subprocess.Popen[bytes], size: int, deadline: float) -> bytes:

@@ -192,6 +192,3 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print must not get between the replies
     serve(sys.stdin.buffer, replies)
 
-
-if __name__ == "__main__":
-    main()

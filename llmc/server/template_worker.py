@@ -58,6 +58,3 @@ def _limit_memory(limit: int) -> None:
         return
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

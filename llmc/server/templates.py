@@ -6,12 +6,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from llmc.processes import python
 from llmc.server.http_errors import ApiError
 from llmc.server.logs import log
 
@@ -47,7 +47,7 @@ class ChatTemplate:
         seconds = self._seconds
         if self._process is None:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "llmc.server.template_worker", *self._arguments,
+                *python("llmc.server.template_worker", *self._arguments),
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.DEVNULL, limit=LONGEST)
             seconds = START_SECONDS

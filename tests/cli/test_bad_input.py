@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -219,6 +221,42 @@ def test_inspect_says_what_an_artifact_does_not_hold(llmc_command, embedded_arti
     refused(llmc_command("inspect", embedded_artifact, "--stage", "llvm"), "--stage llvm")
     for option in (("--target", "nvptx"), ("--dtype", "bf16")):
         refused(llmc_command("inspect", embedded_artifact, *option), "compiled for", *option[:1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_compile_leaves_nothing(tmp_path, number):
+    """The signal goes to all processes of the group, as a terminal sends it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llmc", "compile", str(EMBEDDED), "-o", str(tmp_path / "a.llmc")],
+        stderr=subprocess.PIPE, text=True, start_new_session=True)
+    for _ in range(3000):
+        if list(tmp_path.iterdir()):
+            break
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, "llmc: interrupted\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
+def test_closed_streams(tmp_path, closed):
+    command = f"{sys.executable} -m llmc compile {EMBEDDED} -o {tmp_path / 'a.llmc'} {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "a.llmc" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_an_output_that_cannot_be_replaced_is_refused_before_compiling(
+        llmc_command, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("llmc.cli.compile._compile", lambda *_: pytest.fail("compiled"))
+    output = tmp_path / "out"
+    if kind == "directory":
+        output.mkdir()
+    (output / "mine" if kind == "directory" else output).write_text("of somebody else")
+    refused(llmc_command("compile", EMBEDDED, "-o", output), "exists and is no artifact")
+    refused(llmc_command("compile", EMBEDDED, "-o", ""), "must end in a name")
 
 
 @pytest.mark.parametrize("architectures", ["", " ", ","])
