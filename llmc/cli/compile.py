@@ -148,6 +148,9 @@ def _report(path: Path, compiled, seconds: float, as_json: bool) -> None:
         from llmc.cli.inspect_quantization import summary
 
         print(*summary(compiled.report), sep="\n")
+        if compiled.target.kind == "nvptx":
+            print("a GPU multiplies floats: what these codes stand for takes the room of floats "
+                  "there, in the artifact too")
 
 
 def _tell_of_missing_assembler() -> None:

@@ -151,20 +151,33 @@ class _Query:
         """The query times a key, capped and masked."""
         x, e, kernel = self.x, self.e, self.kernel
         node = kernel.node
-        place, width = x.index(key), _vector(kernel.size, 1)
-        totals = [f32(0.0)] * 4
-        for number, start in enumerate(range(0, kernel.size, width)):
-            a = e.load(e.offset(self.query, start, F32), _vector_type(width), min(16, 4 * width))
-            b = self.keys.key(place, start, width)
-            total = totals[number % 4]
-            for lane in range(width):
-                total = e.fma(_lane(e, a, lane), _lane(e, b, lane), total)
-            totals[number % 4] = total
+        place, totals = x.index(key), [f32(0.0)] * 4
+        count = _most_at_once(kernel.size, node.inputs[1].dtype.bits)
+        if count == kernel.size:
+            totals = self._multiply(place, 0, count, totals)
+        else:
+            stop = x.index(_unknown(e, kernel.size))
+            with x.fold(x.index(i64(0)), stop, totals, count) as (start, carried, finish):
+                finish(self._multiply(place, start, count, carried))
+            totals = finish.results
         score = e.b.fadd(e.b.fadd(totals[0], totals[1]), e.b.fadd(totals[2], totals[3]))
         if node["softcap"]:
             ratio = e.b.fdiv(score, f32(node["softcap"]))
             score = e.b.fmul(codegen_math.tanh(e, ratio), f32(node["softcap"]))
         return self._masked(score, place)
+
+    def _multiply(self, key: Index, start: Index, count: int, totals: Sequence[ir.Value]
+                  ) -> list[ir.Value]:
+        """`count` components of the query times those of a key, added to four totals in turn."""
+        e, totals, width = self.e, list(totals), _vector(count, 1)
+        query = e.offset(self.query, self.x.emit_index(start), F32)
+        for number, place in enumerate(range(0, count, width)):
+            a = e.load(e.offset(query, place, F32), _vector_type(width), min(16, 4 * width))
+            b = self.keys.key(key, start + place, width)
+            for lane in range(width):
+                totals[number % 4] = e.fma(_lane(e, a, lane), _lane(e, b, lane),
+                                           totals[number % 4])
+        return totals
 
     def _masked(self, score: ir.Value, key: Index) -> ir.Value:
         x, e, node = self.x, self.e, self.kernel.node
@@ -276,6 +289,19 @@ def _vector(size: int, threads: int) -> int:
     while size % width or (width > 1 and width * threads > max(size, threads)):
         width //= 2
     return width
+
+
+def _most_at_once(size: int, bits: int) -> int:
+    """Components of a key that are loaded at once, without a rest: more, and the assembler spills
+    (before Hopper; f32 of more than 128, whose values take twice the registers, needs most)."""
+    most = 16 if bits == 32 and size > 128 else 64
+    return max(count for count in range(1, min(size, most) + 1) if size % count == 0)
+
+
+def _unknown(e: DeviceEmitter, number: int) -> ir.Value:
+    """A number that LLVM does not know: it would unroll a loop of so few turns."""
+    code = ir.InlineAsm(ir.FunctionType(i64(0).type, []), f"mov.b64 $0, {number};", "=l", False)
+    return e.b.call(code, [])
 
 
 def _vector_type(width: int) -> ir.Type:

@@ -6,6 +6,8 @@ import attention_harness as reference
 import numpy as np
 from attention_on_device import DeviceStage, run_once
 
+from llmc.codegen.nvptx.attention import attention
+from llmc.codegen.nvptx.attention_flash import FlashAttention
 from llmc.ir.layouts import KeyPages, ValuePages, pack, unpack
 from llmc.ir.ops import make
 
@@ -30,11 +32,12 @@ def relative_error(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
-def check_paged(device, sequences, heads, kv_heads, size, dtype_name, **attributes) -> float:
+def check_paged(device, sequences, heads, kv_heads, size, dtype_name, kernel=FlashAttention,
+                **attributes) -> float:
     inputs, result, _, arrays, dense = reference.paged_case(
         sequences, heads, kv_heads, size, dtype_name, **attributes)
     output = make("reshape", result, shape=(result.shape[0], heads * size))
-    stage = DeviceStage(inputs, output, layouts=LAYOUTS)
+    stage = DeviceStage(inputs, output, layouts=LAYOUTS, make=kernel)
     got = run_once(device, stage, device_arrays(arrays, inputs))
     starts = arrays["offsets"]
     want = np.concatenate([
@@ -102,6 +105,9 @@ def cases():
             yield (f"paged {dtype} {attributes} {len(sequences)}", dtype,
                    lambda device, a=attributes, t=dtype, s=sequences:
                    check_paged(device, s, 8, 2, 64, t, **a))
+    for size in (7, 64, 80, 96, 128, 192, 256):  # of few queries, in f32
+        yield (f"one query a block f32 8/2 x {size}", "f32", lambda device, d=size:
+               check_paged(device, FEW, 8, 2, d, "f32", attention))
     for size in (64, 128):  # so many heads that tiles are of the greater height
         for attributes in ({}, {"window": 40, "softcap": 50.0}):
             yield (f"paged high bf16 64/64 x {size} {attributes}", "bf16",

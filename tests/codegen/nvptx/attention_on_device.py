@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import llvmlite.binding as llvm
 import llvmlite.ir as ir
@@ -102,14 +103,18 @@ def reports(log: str) -> dict[str, Report]:
 
 
 class DeviceStage:
-    """One attention stage for one architecture."""
+    """One attention stage for one architecture. make: what makes its kernels, `attention` as the
+    compiler does."""
 
-    def __init__(self, inputs, result, symbols=None, layouts=None, architecture="sm_90a"):
+    def __init__(self, inputs, result, symbols=None, layouts=None, architecture="sm_90a",
+                 make=FlashAttention):
         self.symbols = symbols or {}
         self.result = result
         self.target = Target.parse(f"nvptx:{architecture}")
         stage, self.program = make_stage(inputs, result, self.symbols, layouts or {})
-        self.kernel = FlashAttention(stage, self.program, self.target)
+        kernel = make(stage, self.program, self.target)
+        self.kernel = kernel if make is FlashAttention else SimpleNamespace(
+            launches=getattr(kernel, "launches", [kernel]))
         self.ptx = make_ptx(self.kernel, self.program, self.target)
         self.cubin, self.reports = assemble(self.ptx, architecture)
 

@@ -6,8 +6,10 @@ import pytest
 from attention_cases import LAYOUTS, TOLERANCE, cases, device_arrays
 from attention_on_device import Device, DeviceStage, run_once
 
+from llmc.codegen.nvptx.attention import AttentionKernel, attention
 from llmc.codegen.nvptx.attention_cluster import ClusterDecodeKernel
 from llmc.codegen.nvptx.attention_decode import DecodeKernel
+from llmc.codegen.nvptx.attention_flash import FlashAttention
 from llmc.codegen.nvptx.attention_general import GeneralKernel
 from llmc.codegen.nvptx.attention_prefill import PrefillKernel
 from llmc.ir.dims import symbol
@@ -22,7 +24,8 @@ SYMBOLS = {"tokens": (1, 8192), "sequences": (1, 256), "table_width": (1, 4096),
            "pool_pages": (1, 1 << 20)}
 
 
-def paged_stage(architecture, dtype, heads, kv_heads, size, most=8192, **attributes):
+def paged_stage(architecture, dtype, heads, kv_heads, size, most=8192, make_kernel=FlashAttention,
+                **attributes):
     """paged_attention of up to `most` tokens; all other dims are symbols."""
     tokens, sequences = symbol("tokens", 1, most), symbol("sequences", 1, 256)
     width, pool = symbol("table_width", 1), symbol("pool_pages", 1)
@@ -32,7 +35,7 @@ def paged_stage(architecture, dtype, heads, kv_heads, size, most=8192, **attribu
               leaf("page_table", "i32", sequences, width), leaf("sequence", "i32", tokens),
               leaf("positions", "i32", tokens), leaf("offsets", "i32", sequences + 1)]
     return DeviceStage(inputs, make("paged_attention", *inputs, **attributes),
-                       {**SYMBOLS, "tokens": (1, most)}, LAYOUTS, architecture)
+                       {**SYMBOLS, "tokens": (1, most)}, LAYOUTS, architecture, make_kernel)
 
 
 def kinds(stage):
@@ -85,6 +88,17 @@ def test_few_tokens_are_split_over_blocks(architecture, kernels, counts):
         return [launch[0] for launch in stage.launches(dims)]
 
     assert [blocks(1, 1), blocks(1, 4096), blocks(8, 4096)] == counts
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype, size", [
+    *(("f32", size) for size in (7, 64, 80, 96, 100, 112, 128, 192, 256)), ("bf16", 256),
+    ("bf16", 100)])
+def test_few_queries_of_any_size_do_not_spill(architecture, dtype, size):
+    stage = paged_stage(architecture, dtype, 4, 2, size, most=8, make_kernel=attention)
+    tensor = (architecture, dtype, size) == ("sm_90a", "bf16", 256)
+    assert kinds(stage) == ([ClusterDecodeKernel, DecodeKernel] if tensor else [AttentionKernel])
+    assert_no_spills(stage)
 
 
 def test_launches_that_a_shape_has_no_use_for_are_empty():
