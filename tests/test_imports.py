@@ -18,7 +18,7 @@ import llmc
 
 PACKAGE = Path(llmc.__file__).parent
 ANYTHING = {""}
-# unit -> prefixes of what it may import besides itself; errors and knobs are free to all
+# unit -> prefixes of what it may import besides itself; errors, knobs and processes are free to all
 EDGES = {
     "errors": set(),
     "knobs": set(),
