@@ -72,33 +72,23 @@ def compile_all(modules: Iterable[tuple[str, Target]], count: int) -> list[Any]:
     where there are cores for it. The next module is asked for when this one is ready to be waited
     for; its process starts while its text is made."""
     results: list[Future[Any]] = []
-    processes: list[subprocess.Popen | None] = []
-
-    def prepare(number: int) -> None:
-        processes.append(start() if number < count - 1 and knobs.cores() > 1 else None)
-
-    prepare(0)
+    last = count - 1
+    spare = start() if last > 0 and knobs.cores() > 1 else None  # has got no module yet
     try:
         with pool() as threads:
             for number, (text, target) in enumerate(modules):
-                process = processes[number]
-                if process is not None and len(text) >= LEAST:
+                if spare is not None and number < last and len(text) >= LEAST:
+                    process, spare = spare, None
                     results.append(threads.submit(compile_beside, text, target, process))
+                    spare = start() if number + 1 < last else None
                 else:
                     results.append(threads.submit(compile_text, text, target))
                     results[-1].result()
-                prepare(number + 1)
         return [each.result() for each in results]
     finally:
-        _end(processes)
-
-
-def _end(processes: list[subprocess.Popen | None]) -> None:
-    """Ends those that have got no module, or whose reply nobody waits for."""
-    for process in processes:
-        if process is not None and process.returncode is None:
-            process.kill()
-            process.communicate()
+        if spare is not None:
+            spare.kill()
+            spare.communicate()
 
 
 def main() -> None:
@@ -111,4 +101,3 @@ def main() -> None:
     target, _, text = sys.stdin.buffer.read().decode().partition("\n")
     with replies:
         pickle.dump(compile_text(text, Target.parse(target)), replies)
-

@@ -29,6 +29,7 @@ from llmc.runtime.artifact import (
 )
 from llmc.runtime.locate import MANIFEST, artifact_directory
 from llmc.runtime.sources import SMALL, Memory, stamp
+from llmc.runtime.targets import short_target
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -57,11 +58,6 @@ def describe(manifest: Manifest) -> str:
     layers, width = (manifest.config.get(name) for name in ("layers", "hidden_size"))
     size = f" {layers}x{width}" if layers and width else ""
     return f"{manifest.name}{size} {manifest.dtype}"
-
-
-def short_target(target: str) -> str:
-    """A target without its features."""
-    return ":".join(target.split(":")[:2])
 
 
 class Cache:

@@ -26,8 +26,9 @@ from typing import Any
 
 from llmc.errors import CompileError, LlmcError
 from llmc.processes import python
-from llmc.runtime.cache import StoredVariant, VariantCache, short_target, variant_info
+from llmc.runtime.cache import StoredVariant, VariantCache, variant_info
 from llmc.runtime.sources import text_key
+from llmc.runtime.targets import short_target
 
 TIMEOUT = 600.0  # seconds that one variant may take; at the lowest priority, that is not much
 IDLE = 30.0  # seconds after which a worker without work is let go

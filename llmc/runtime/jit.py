@@ -191,4 +191,3 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print must not get between the replies
     serve(sys.stdin.buffer, replies)
-

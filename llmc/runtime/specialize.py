@@ -22,12 +22,13 @@ from typing import Any, Protocol
 from llmc import knobs
 from llmc.errors import LlmcError
 from llmc.runtime.artifact import Artifact, VariantInfo
-from llmc.runtime.cache import StoredVariant, VariantCache, describe, short_target
+from llmc.runtime.cache import StoredVariant, VariantCache, describe
 from llmc.runtime.compiler import Compiler, Job, Outcome, Source
 from llmc.runtime.dispatch import Dispatch
 from llmc.runtime.events import EventFeed
 from llmc.runtime.executor import Executor
 from llmc.runtime.profile import Profile, Verdict
+from llmc.runtime.targets import short_target
 from llmc.runtime.tiers import Schedule, compile_cost
 from llmc.runtime.traffic import Own, Range, Traffic
 from llmc.runtime.trials import LEAST_GAIN, Code, Gain, Pairs

@@ -57,4 +57,3 @@ def _limit_memory(limit: int) -> None:
     except ImportError:  # Windows: the time limit has to do
         return
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-

@@ -43,8 +43,16 @@ def test_without_another_process_this_one_does_it(monkeypatch):
     assert beside.compile_beside(MODULE, target, None) == made
 
 
-@pytest.mark.parametrize("least", [0, 1 << 20])
-def test_no_process_is_left_behind(least, monkeypatch):
+def modules(*texts):
+    """For `compile_all`; an error stands for a module that there is no kernel for."""
+    for text in texts:
+        if isinstance(text, BaseException):
+            raise text
+        yield text, Target.host()
+
+
+@pytest.mark.parametrize("least, started", [(0, 3), (1 << 20, 2)])
+def test_no_process_is_left_behind(least, started, monkeypatch):
     """Neither where texts are too small for one, nor after an error."""
     processes = []
     start = beside.start
@@ -53,21 +61,23 @@ def test_no_process_is_left_behind(least, monkeypatch):
         processes.append(start())
         return processes[-1]
 
-    def modules(texts):
-        for text in texts:
-            if text is None:
-                raise CompileError("no kernel")
-            yield text, Target.host()
-
     monkeypatch.setattr(beside, "start", counted)
     monkeypatch.setattr(beside, "LEAST", least)
     monkeypatch.setattr(knobs, "cores", lambda: 2)
-    one, two = beside.compile_all(modules([MODULE, MODULE]), 2)
+    one, two = beside.compile_all(modules(MODULE, MODULE), 2)
     assert one == two
     with pytest.raises(CompileError):
-        beside.compile_all(modules([MODULE, None]), 3)
-    assert len(processes) == 3
+        beside.compile_all(modules(MODULE, CompileError("no kernel")), 3)
+    assert len(processes) == started
     assert all(process.returncode is not None for process in processes)
+
+
+def test_an_interruption_is_what_it_ends_with(monkeypatch):
+    """While another process is still compiling, which nobody waits for."""
+    monkeypatch.setattr(beside, "LEAST", 0)
+    monkeypatch.setattr(knobs, "cores", lambda: 2)
+    with pytest.raises(KeyboardInterrupt):
+        beside.compile_all(modules(MODULE, KeyboardInterrupt()), 3)
 
 
 @pytest.mark.parametrize("target", ["host", "nvptx:sm_80,sm_90a"])

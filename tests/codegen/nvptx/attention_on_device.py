@@ -113,8 +113,8 @@ class DeviceStage:
         self.target = Target.parse(f"nvptx:{architecture}")
         stage, self.program = make_stage(inputs, result, self.symbols, layouts or {})
         kernel = make(stage, self.program, self.target)
-        self.kernel = kernel if make is FlashAttention else SimpleNamespace(
-            launches=getattr(kernel, "launches", [kernel]))
+        self.kernel = kernel if hasattr(kernel, "launches") else SimpleNamespace(
+            launches=[kernel])
         self.ptx = make_ptx(self.kernel, self.program, self.target)
         self.cubin, self.reports = assemble(self.ptx, architecture)
 
