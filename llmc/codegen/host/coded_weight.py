@@ -192,7 +192,8 @@ class CodedWeight(QuantizedWeight):
         sums.begin(e)
         distance = e.b.mul(block, i64(self.lanes_of(self.block) * self.reader.group_bytes))
         codes = _Codes(block, e.offset(panel.weights, distance))
-        width = self.dot.vectors_at_once(self.reader.vectors, -(-size // 4))
+        rows, steps = len(left.pointers), -(-size // 4)
+        width = self.dot.vectors_at_once(self.reader.vectors, steps, rows)
         for first in range(0, self.reader.vectors, width):
             columns = range(first, first + width)
             tile = self._integers(e, left, codes, size, columns)
