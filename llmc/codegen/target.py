@@ -46,8 +46,8 @@ declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
 # multiply-adds of f32 in each: widened, bf16 is multiplied twice as fast (measured on Emerald
 # Rapids; the others have the same vector units).
 _SLOW_BF16_DOT = frozenset({"sapphirerapids", "emeraldrapids", "graniterapids", "graniterapids-d"})
-# CPUs that stream memory fastest if lines are asked for far ahead into L2, then near into L1.
-_PREFETCH_TWICE = _SLOW_BF16_DOT
+# CPUs whose cores stream memory fastest if they ask for more than their own prefetchers do.
+_FAR_MEMORY = _SLOW_BF16_DOT
 
 _PROBE_BF16 = """
 define void @f(ptr %a, ptr %b) {
@@ -183,9 +183,10 @@ class Target:
         return self.has_bf16 and self.cpu not in _SLOW_BF16_DOT
 
     @property
-    def prefetches_twice(self) -> bool:
-        """Whether what comes from memory is best asked for twice: into L2, then into L1."""
-        return self.cpu in _PREFETCH_TWICE
+    def far_memory(self) -> bool:
+        """Whether memory takes so long to answer that reads of more places at once, or lines asked
+        for both far ahead and near, are faster."""
+        return self.cpu in _FAR_MEMORY
 
     @cached_property
     def byte_dot(self) -> str:

@@ -239,6 +239,22 @@ def test_inner_loop_is_dot_products_with_few_spills(target, instruction, least, 
     assert not re.search("vcvtdq2ps|scvtf", loop)
 
 
+@pytest.mark.parametrize("target, instruction, hints", [
+    ("x86_64:znver3", "vpmaddubsw", {"t0"}), ("x86_64:znver5", "vpdpbusd", {"t0"}),
+    ("x86_64:emeraldrapids", "vpdpbusd", {"t0", "t1"})])
+@pytest.mark.parametrize("codes, rows", [("i4", 1), ("i8", 1), ("i8", 2)])
+def test_few_rows_stream_codes_without_spills(target, instruction, hints, codes, rows):
+    """All vectors of a panel together."""
+    where = Target.parse(target)
+    capabilities = where.capabilities()
+    graph = graph_of(rows, 2048, 256, codes, None, 128, scales="f16")
+    program = lower(optimize(graph, capabilities), capabilities, {})
+    loop = inner_loop(generate(program, where).asm(), instruction)
+    assert len(re.findall(instruction, loop)) >= 16 * rows
+    assert set(re.findall(r"prefetch(t\d)", loop)) == hints
+    assert not re.search(r"%rsp", loop), loop
+
+
 def test_integers_start_as_floats_where_scales_are_short():
     capabilities = HOST.capabilities()
     starts = {}

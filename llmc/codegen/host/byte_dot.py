@@ -19,10 +19,10 @@ from llmc.codegen.host.microkernel import PanelReader, Tile
 from llmc.codegen.llvm import I1, I8, I16, I32, Emitter, splat_constant, vector
 
 STEPS = 8  # sums of so many products of codes below 8 bits stay within 16 bits
-# So few rows leave registers for all vectors at once, and then lines of weights are read once, in
-# order: 1 row by 8 bits, blocks of 128 k, takes 0.89 of the time with one or two threads of Zen 3,
-# 0.97 with four; by 4 bits 0.87 and 0.93. 3 rows and more spill.
-ROWS_TOGETHER = 2
+# Bits of weights -> so few rows leave registers for all vectors at once, and then lines of weights
+# are read once, in order: 1 row by 8 bits, blocks of 128 k, takes 0.89 of the time with one or two
+# threads of Zen 3, 0.97 with four; by 4 bits 0.87 and 0.93. More rows spill.
+ROWS_TOGETHER = {8: 2, 4: 1}
 _MASKS = {4: 0x0F0F0F0F, 2: 0x03030303}
 _TOP_BITS = {8: 0x80808080, 4: 0x88888888, 2: 0xAAAAAAAA}
 
@@ -95,7 +95,7 @@ class ByteDot:
     def vectors_at_once(self, vectors: int, steps: int, rows: int) -> int:
         """Vectors of a tile whose sums over `steps` steps fit the registers together."""
         apart = self.name == "maddubs" and (self.bits == 8 or self.lanes == 8 or steps > STEPS)
-        return 1 if apart and rows > ROWS_TOGETHER else vectors
+        return 1 if apart and rows > ROWS_TOGETHER.get(self.bits, 0) else vectors
 
     def add(self, e: Emitter, tile: Tile, steps: Sequence[Sequence[ir.Value]],
             factor: Factor) -> Tile:

@@ -38,6 +38,7 @@ from llmc.codegen.host.microkernel import (
     LeftRows,
     PanelReader,
     Reading,
+    many_places,
     prefetch,
     several_places,
 )
@@ -399,11 +400,11 @@ class FewRowsMatmul:
 
     def _reading(self, rows: int) -> Reading:
         """Of panels that come from memory; groups of codes are too short for several places."""
-        if self.target.prefetches_twice:
-            return ASKED_TWICE
-        weight, reader = self.product.weight, self.product.reader
+        weight, reader, far = self.product.weight, self.product.reader, self.target.far_memory
         if type(weight) is PackedWeight:
-            return several_places(reader, rows)
+            return many_places(rows) if far else several_places(reader, rows)
+        if far:
+            return ASKED_TWICE
         if isinstance(weight, CodedWeight) and rows == 1 and reader.lanes == 8:
             return Reading(1, CODES_AHEAD.get(reader.dtype.bits, PREFETCH_BYTES))
         return FROM_CACHE
