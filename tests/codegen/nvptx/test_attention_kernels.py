@@ -91,6 +91,17 @@ def test_few_tokens_are_split_over_blocks(architecture, kernels, counts):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("size", [80, 96])
+@pytest.mark.parametrize("heads, groups", [(32, 32), (6, 2)])
+@pytest.mark.parametrize("attributes", [{}, {"window": 100, "softcap": 30.0}])
+def test_decoding_of_any_division_of_heads_does_not_spill(architecture, size, heads, groups,
+                                                          attributes):
+    stage = paged_stage(architecture, "bf16", heads, groups, size, most=8, **attributes)
+    assert DecodeKernel in kinds(stage)
+    assert_no_spills(stage)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype, size", [
     *(("f32", size) for size in (7, 64, 80, 96, 100, 112, 128, 192, 256)), ("bf16", 256),
     ("bf16", 100)])
