@@ -137,12 +137,15 @@ def _report(path: Path, compiled, seconds: float, as_json: bool) -> None:
         report = {"artifact": str(path), "seconds": seconds, "compile_seconds": compile_seconds,
                   "timings": compiled.timings, "object_bytes": sizes, "weight_bytes": weights,
                   "weight_gb_per_second": rate}
-        print(json.dumps(report | _quantization(compiled)))
+        print(json.dumps(report | _kernels(compiled) | _quantization(compiled)))
         return
     print(f"{path}: compiled in {compile_seconds:.2f} s "
           f"({', '.join(f'{n} {s / 1024:.0f} KiB' for n, s in sizes.items())}), "
           f"{weights / 1e6:.1f} MB of weights packed at {_rate(rate)}")
     if compiled.target.kind == "nvptx":
+        for architecture, found in _kernels(compiled).get("kernels", {}).items():
+            print(f"{architecture}: {found['count']} kernels of at most {found['most_registers']} "
+                  f"registers, {found['spill_bytes']} bytes of registers spilled")
         _tell_of_missing_assembler()
     if compiled.report is not None:
         from llmc.cli.inspect_quantization import summary
@@ -157,8 +160,23 @@ def _tell_of_missing_assembler() -> None:
     from llmc.codegen.nvptx.assemble import is_available
 
     if not is_available():
-        print("PTX only: machine code for GPUs needs nvJitLink (pip install 'llmc[cuda]'); without "
-              "it the driver assembles the PTX at every start")
+        print("PTX only: machine code for GPUs needs nvJitLink (pip install '.[cuda]' in llmc's "
+              "checkout); without it the driver assembles the PTX at every start")
+
+
+def _kernels(compiled) -> dict[str, Any]:
+    """What JSON has about the assembled kernels, by architecture: nothing for a host, or where the
+    driver assembles."""
+    if compiled.target.kind != "nvptx":
+        return {}
+    kernels: dict[str, list] = {}
+    for code in compiled.codes.values():
+        for architecture, assembled in code.assembled.items():
+            kernels.setdefault(architecture, []).extend(assembled.report)
+    return {"kernels": {architecture: {
+        "count": len(found), "most_registers": max(kernel.registers for kernel in found),
+        "spill_bytes": sum(kernel.spill_bytes for kernel in found)}
+        for architecture, found in kernels.items() if found}}
 
 
 def _quantization(compiled) -> dict[str, Any]:

@@ -22,6 +22,7 @@ import mmap
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -226,8 +227,13 @@ class Artifact:
     def program_text(self, variant: VariantInfo) -> str:
         return self._read(f"{variant.name}.txt").decode()
 
+    @cached_property
     def files(self) -> Path:
-        """Directory of the model's own small files (tokenizer.json, ...)."""
+        """Directory of the model's own small files (tokenizer.json, ...), which are what was
+        written: ModelError names one that is not."""
+        for name in self.manifest.hashes:
+            if name.startswith("files/"):
+                self._read_file(name)
         return self.directory / "files"
 
     def weight_addresses(self) -> list[int]:

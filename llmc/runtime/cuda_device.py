@@ -32,9 +32,7 @@ def _driver() -> Any:
     try:
         from cuda.bindings import driver
     except ImportError:
-        raise DeviceError("the CUDA bindings for Python are missing: install them with "
-                          "pip install '.[cuda]' in llmc's checkout, or compile and run for "
-                          "--target host") from None
+        raise DeviceError(_without_bindings()) from None
     try:
         (status,) = driver.cuInit(0)
     except RuntimeError:
@@ -47,6 +45,19 @@ def _driver() -> Any:
     if status != driver.CUresult.CUDA_SUCCESS:
         raise DeviceError(f"the NVIDIA driver does not start: {_describe(driver, status)}")
     return driver
+
+
+def _without_bindings() -> str:
+    """What to say where the bindings are missing, and of the driver if it is missing too."""
+    install = "pip install '.[cuda]' in llmc's checkout"
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return ("no NVIDIA driver on this machine (libcuda.so.1 was not found), nor the CUDA "
+                "bindings for Python: install the driver, version 525 or newer, and the bindings "
+                f"with {install}, or compile and run for --target host")
+    return (f"the CUDA bindings for Python are missing: install them with {install}, or compile "
+            "and run for --target host")
 
 
 def call(name: str, *arguments: Any) -> Any:

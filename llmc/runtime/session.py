@@ -440,10 +440,10 @@ class Runtime:
         if self._tokenizer is None:
             from llmc.frontend.tokenizer import Tokenizer
 
-            if not (self.artifact.files() / "tokenizer.json").is_file():
+            if not (self.artifact.files / "tokenizer.json").is_file():
                 raise ModelError(f"{self.manifest.name} has no tokenizer.json beside its weights: "
                                  "give token ids, or put the file there and compile again")
-            self._tokenizer = Tokenizer.load(self.artifact.files(), trusted=True)
+            self._tokenizer = Tokenizer.load(self.artifact.files, trusted=True)
         return self._tokenizer
 
     def encode(self, text: str) -> list[int]:

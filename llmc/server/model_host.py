@@ -117,7 +117,7 @@ class ModelHost:
 
     def _open_text(self, runtime: Runtime) -> None:
         """Everything about text; ModelError for a model without a tokenizer."""
-        files = runtime.artifact.files()
+        files = runtime.artifact.files
         self.vocabulary = Vocabulary(files, runtime.tokenizer)
         self.template = ChatTemplate(files, self.options.chat_template)
         self.grammars = Grammars(files / "tokenizer.json", runtime.config["vocab_size"],

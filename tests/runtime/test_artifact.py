@@ -101,6 +101,14 @@ def test_changed_code_is_refused_before_it_is_loaded(copy: Path, contents: bytes
         llmc.Runtime(copy)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("change", [lambda path: path.unlink(), lambda path: path.write_text("{}")])
+def test_changed_files_of_the_model_are_refused(copy: Path, name: str, change):
+    change(copy / "files" / name)
+    with llmc.Runtime(copy) as runtime, pytest.raises(ModelError, match=name):
+        _ = runtime.tokenizer
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"format": 99}', '{"format": 1}',
                                   "\x00\xff"])
 def test_damaged_manifests_are_refused(copy: Path, text: str):

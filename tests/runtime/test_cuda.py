@@ -3,6 +3,8 @@
 import ctypes
 import hashlib
 import json
+import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +75,9 @@ def test_without_a_gpu_the_error_says_what_is_missing(tmp_path, capsys, embedded
     assert cli.main(["compile", str(embedded), "-o", str(output), "--target", "nvptx",
                      "--arch", "sm_80,sm_90a"]) == 0
     np.save(tmp_path / "ids.npy", np.array([[1, 403]]))
-    capsys.readouterr()
+    told = capsys.readouterr().out
+    for architecture in ("sm_80", "sm_90a"):
+        assert re.search(rf"{architecture}: \d+ kernels of at most \d+ registers, 0 bytes", told)
     assert cli.main(["run", str(output), "--input", f"input_ids={tmp_path / 'ids.npy'}",
                      "--output", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
@@ -89,6 +93,19 @@ def test_without_a_gpu_the_error_says_what_is_missing(tmp_path, capsys, embedded
         llmc.Runtime(embedded_artifact, target="nvptx")
     assert cli.main(["inspect", str(embedded_artifact), "--stage", "ptx"]) == 1
     assert "holds no GPU code" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loads", [False, True])
+def test_missing_bindings_are_named_with_the_driver_if_that_is_missing(monkeypatch, loads):
+    def load(name: str) -> None:
+        if not loads:
+            raise OSError(name)
+
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    with pytest.raises(DeviceError, match="CUDA bindings") as raised:
+        cuda_device._driver.__wrapped__()
+    assert ("no NVIDIA driver" in str(raised.value)) != loads
 
 
 def test_auto_says_what_it_chose(capsys):

@@ -291,7 +291,7 @@ def test_a_hostile_template_is_a_bad_request(demo, tmp_path, source, monkeypatch
 
     file = tmp_path / "hostile.jinja"
     file.write_text(source)
-    hostile = ChatTemplate(demo.host.runtime.artifact.files(), file, seconds=1.0)
+    hostile = ChatTemplate(demo.host.runtime.artifact.files, file, seconds=1.0)
     monkeypatch.setattr("llmc.server.templates.START_SECONDS", 3.0)
     monkeypatch.setattr(demo.host, "template", hostile)
     began = time.monotonic()
