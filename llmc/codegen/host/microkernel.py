@@ -275,8 +275,8 @@ def many_places(rows: int) -> Reading:
     """How few rows read a panel where `Target.far_memory`.
 
     On Emerald Rapids one thread so gets 1.03 to 1.22 of the speed of one place asked for twice,
-    4 threads 1.02 to 1.15, 8 rows by 4 places 1.10 to 1.23; 16 places, or none asked for ahead,
-    are slower.
+    4 threads 1.02 to 1.15, 8 rows by 4 places 1.10 to 1.23. 16 places are no faster, and nothing
+    asked for ahead is slower.
     """
     return Reading(8 if rows <= 4 else 4, 1536)
 
