@@ -346,7 +346,7 @@ PARTS: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any]], int]] = {
     "start-1b": (lambda options: start_part("1b", options.work), 40),
     "steps-1b": (lambda options: steps_part("1b", options.work), 40),
     "model-1b": (lambda options: model_part("1b", options.work), 60),
-    "torch-1b": (lambda options: torch_part("1b", options.work, options.peers), 120),
+    "torch-1b": (lambda options: torch_part("1b", options.work, options.peers), 200),
     "compile-8b": (lambda options: compile_part("8b", options.work), 120),
     "model-8b": (lambda options: model_part("8b", options.work), 90),
     "torch-8b": (lambda options: torch_part("8b", options.work, options.peers), 200),
